@@ -1,0 +1,14 @@
+"""Hessian spectra of large language models: ``hessian`` and ``slq`` for notebooks, ``hpc-hess run`` for clusters."""
+
+from typing import Any
+
+__all__ = ["Spectrum", "hessian", "slq"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the notebook functions on first use, so that ``hpc-hess --help`` does not wait for torch."""
+    if name in __all__:
+        from hpc_hess import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'hpc_hess' has no attribute '{name}'")

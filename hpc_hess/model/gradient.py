@@ -1,0 +1,66 @@
+"""The gradient of an objective at the parameters the model holds now."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hpc_hess.errors import NumericsError
+from hpc_hess.model.loss import Objective
+from hpc_hess.model.routing import Routing
+from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.vector import Vector
+
+
+class Gradient:
+    """Loss and gradient over the whole data set.
+
+    Counts its evaluations in ``num_evaluations``. ``routing`` freezes (or counts) mixture-of-experts decisions.
+    """
+
+    def __init__(self, model: ShardedModel, objective: Objective, routing: Routing | None = None) -> None:
+        self.model, self.objective = model, objective
+        self.routing = routing or Routing(model.module, "free")
+        self.num_evaluations = 0
+
+    def __call__(self, out: Vector | None = None, *, micro_batches: int | None = None) -> tuple[float, Vector]:
+        """Return (loss, gradient) at the current parameters; the gradient is written to ``out`` if given.
+
+        ``micro_batches`` limits the sum to the first ones (self-checks). Collective: yes.
+
+        Raises
+        ------
+        NumericsError : the loss or the gradient is not finite; names the first sample whose loss is not.
+
+        """
+        model = self.model
+        out = out if out is not None else model.space.zeros()
+        out.data.zero_()
+        model.attach_gradients(out.data)
+        parts: list[torch.Tensor] = []
+        ids: list[int] = []
+        self.num_evaluations += micro_batches is None
+        try:
+            for index in range(min(self.objective.num_micro_batches, micro_batches or 1 << 62)):
+                self.routing.micro_batch = index
+                contribution = self.objective.contribution(model.module, index)
+                contribution.total.backward()
+                parts.append(contribution.per_sample.double())
+                ids.extend(contribution.sample_ids)
+        finally:
+            model.detach_gradients()
+        losses = torch.cat(parts)
+        self._check_losses(losses, ids)
+        total = model.world.sum_over_ranks(losses.sum().reshape(1), "loss")
+        return float(total), out
+
+    def _check_losses(self, losses: torch.Tensor, ids: list[int]) -> None:
+        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        first = min((ids[i] for i in bad), default=math.inf)
+        lowest = -self.model.world.max_over_ranks(-first, "loss check")
+        if math.isfinite(lowest):
+            raise NumericsError(
+                f"the loss of sample {int(lowest)} is not finite at the current parameters; check that sample, the "
+                "weights, and model.compute_dtype"
+            )

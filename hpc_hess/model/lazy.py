@@ -1,0 +1,150 @@
+"""Tensors that are read box by box: files, and the rearrangements that checkpoints need, without reading the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Box = tuple[tuple[int, int], ...]  # one [low, high) per dimension
+
+
+class Lazy(Protocol):
+    """A tensor of known ``shape`` of which any box can be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Full shape."""
+        ...
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Return the entries in ``box``, on the CPU, in the stored dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file; ``open_slice`` returns safetensors' slice object."""
+
+    shape: tuple[int, ...]
+    open_slice: Callable[[], Any]
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Read the box and nothing else."""
+        stored = self.open_slice()
+        tensor: torch.Tensor = stored[tuple(slice(low, high) for low, high in box)] if box else stored[:]
+        return tensor.reshape([high - low for low, high in box])
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Equal tensors along a new dimension: experts kept one by one in the file."""
+
+    parts: Sequence[Lazy]
+    dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parts' shape with their number inserted."""
+        inner = self.parts[0].shape
+        return (*inner[: self.dim], len(self.parts), *inner[self.dim :])
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Read only the parts the box touches, each only where it does."""
+        low, high = box[self.dim]
+        inner = box[: self.dim] + box[self.dim + 1 :]
+        if low == high:
+            return _empty(inner).unsqueeze(self.dim).narrow(self.dim, 0, 0)
+        return torch.stack([part.read(inner) for part in self.parts[low:high]], self.dim)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors one after the other along an existing dimension."""
+
+    parts: Sequence[Lazy]
+    dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parts' shape with their extents added."""
+        first = self.parts[0].shape
+        return (*first[: self.dim], sum(p.shape[self.dim] for p in self.parts), *first[self.dim + 1 :])
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Read the parts that meet the box."""
+        low, high = box[self.dim]
+        start, found = 0, []
+        for part in self.parts:
+            stop = start + part.shape[self.dim]
+            inside = (max(low, start) - start, min(high, stop) - start)
+            if inside[0] < inside[1]:
+                found.append(part.read((*box[: self.dim], inside, *box[self.dim + 1 :])))
+            start = stop
+        if not found:
+            return _empty(box)
+        return found[0] if len(found) == 1 else torch.cat(found, self.dim)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Entries [start, start + length) of a tensor along a dimension."""
+
+    whole: Lazy
+    dim: int
+    start: int
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole's shape with ``length`` along ``dim``."""
+        shape = self.whole.shape
+        return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Read the shifted box."""
+        low, high = box[self.dim]
+        shifted = (low + self.start, high + self.start)
+        return self.whole.read((*box[: self.dim], shifted, *box[self.dim + 1 :]))
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A tensor with two dimensions exchanged."""
+
+    inner: Lazy
+    dim0: int
+    dim1: int
+
+    def _swap(self, items: Sequence[Any]) -> tuple[Any, ...]:
+        swapped = list(items)
+        swapped[self.dim0], swapped[self.dim1] = swapped[self.dim1], swapped[self.dim0]
+        return tuple(swapped)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The inner shape with the two extents exchanged."""
+        return self._swap(self.inner.shape)
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Read the exchanged box and transpose it."""
+        return self.inner.read(self._swap(box)).transpose(self.dim0, self.dim1)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that only comes out whole: ``compute`` is run for each box, nothing is kept."""
+
+    shape: tuple[int, ...]
+    compute: Callable[[], torch.Tensor]
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Compute the whole tensor, return a copy of the box."""
+        return self.compute()[tuple(slice(low, high) for low, high in box)].clone()
+
+
+def _empty(box: Box) -> torch.Tensor:
+    """Return an empty or unread tensor of the box's shape (used only where some extent is zero)."""
+    return torch.empty([high - low for low, high in box])

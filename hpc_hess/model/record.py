@@ -1,0 +1,201 @@
+"""Learning how a model's blocks are connected, from one forward pass in which every block is watched.
+
+The pass runs block by block (a block's parameters are asked for just before its call and dropped after it) and keeps
+no activations: autograd's graph is built with empty hands, only to see which tensor depends on which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hpc_hess.errors import ModelError
+from hpc_hess.model.blocks import Arguments, Call, Parts, SplitModel
+from hpc_hess.model.loss import MicroBatch
+from hpc_hess.model.splice import plain_forward, substituted
+
+Fetch = Callable[[list[str]], dict[str, torch.Tensor]]
+
+
+def record(split: SplitModel, batch: MicroBatch, fetch: Fetch) -> list[torch.Tensor]:
+    """Set ``split.parts`` and return the boundary tensor before each block call, and after the last.
+
+    ``fetch`` returns full parameters by name. The parts are replayed and compared with what was recorded.
+    Collective: as ``fetch``, which is called in the same order on every rank.
+
+    Raises
+    ------
+    ModelError : the model cannot be split into a chain of blocks; says where it departs from one.
+
+    """
+    watch = _Watch(split, fetch)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, _never):
+        outside = {name: t.detach().requires_grad_() for name, t in fetch(split.names_outside).items()}
+        watch.name_parameters(outside)
+        forwards = [watch.block_forward(i) for i in range(len(split.blocks))]
+        try:
+            logits = split.run(batch, outside, forwards, watch.on_head)
+        except (NotImplementedError, RuntimeError) as error:
+            text = str(error).strip().split("\n", 1)[0]
+            raise ModelError(f"cannot run {watch.kind} block by block ({text})") from error
+        watch.finish(logits)
+    split.parts = watch.parts
+    with torch.no_grad():
+        _compare_replay(split, batch, outside, watch)
+    return watch.boundaries
+
+
+def _never(_: Any) -> Any:
+    raise RuntimeError("the recording keeps no activations")
+
+
+class _Watch:
+    """Follows tensors by identity through one forward pass."""
+
+    def __init__(self, split: SplitModel, fetch: Fetch) -> None:
+        self.split, self.fetch = split, fetch
+        self.kind = type(split.module).__name__
+        self.calls: list[Call] = []
+        self.block_names: list[list[str]] = []
+        self.boundaries: list[torch.Tensor] = []
+        self.arguments: Arguments = []
+        self.extras: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor | None] = []  # of the last call, by leaf
+        self.names: dict[int, str] = {}  # parameters by identity
+        self.made: dict[int, int] = {}  # outputs of block calls by identity -> call
+        self.kept: list[torch.Tensor] = []  # identities stay unique while the tensors live
+        self.hidden: torch.Tensor | None = None
+        self.hidden_used: list[str] = []
+        self.head_calls = 0
+
+    def name_parameters(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.names.update({id(t): name for name, t in tensors.items()})
+        self.kept.extend(tensors.values())
+
+    def block_forward(self, block: int) -> Callable[..., Any]:
+        split = self.split
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            number = len(self.calls)
+            leaves, structure = tree_flatten((args, kwargs))
+            boundary = self._find_boundary(number, leaves)
+            call = Call(block, structure, boundary, self._find_extras(number, boundary, leaves))
+            self.boundaries.append(leaves[boundary].detach())
+            self.arguments.append([leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+            names = split.names_of_block[block]
+            own = {name: t.detach().requires_grad_() for name, t in self.fetch(names).items()}
+            self.names.update({id(t): name for name, t in own.items()})
+            with substituted(split.places, own):
+                out, out_structure = tree_flatten(plain_forward(split.blocks[block])(*args, **kwargs))
+            used = {self.names[i] for t in out for i in _sources(t) if i in self.names}
+            self.block_names.append(names + sorted(used - set(names)))
+            call.out_structure = out_structure
+            call.out_leaves = [None if isinstance(t, torch.Tensor) else t for t in out]
+            self.outputs = [t.detach().requires_grad_() if _differentiable(t) else None for t in out]
+            passed = [o if o is not None else t for o, t in zip(self.outputs, out, strict=True)]
+            for o in self.outputs:
+                if o is not None:
+                    self.made[id(o)] = number
+                    self.kept.append(o)
+            self.calls.append(call)
+            return tree_unflatten(passed, out_structure)
+
+        return forward
+
+    def _find_boundary(self, number: int, leaves: list[Any]) -> int:
+        if number == 0:
+            for i, leaf in enumerate(leaves):
+                if _differentiable(leaf):
+                    return i
+            raise ModelError(f"cannot split {self.kind}: no argument of its first block depends on the parameters")
+        for i, leaf in enumerate(leaves):
+            for j, out in enumerate(self.outputs):
+                if out is not None and leaf is out:
+                    self.calls[-1].out_boundary = j
+                    return i
+        raise ModelError(
+            f"cannot split {self.kind}: call {number} of a block does not take the tensor that call {number - 1} "
+            "returned, so there is computation between the blocks"
+        )
+
+    def _find_extras(self, number: int, boundary: int, leaves: list[Any]) -> dict[int, int]:
+        extras: dict[int, int] = {}
+        for i, leaf in enumerate(leaves):
+            if i == boundary or not _differentiable(leaf):
+                continue
+            known = next((k for k, extra in enumerate(self.extras) if extra is leaf), None)
+            if known is None:
+                self._refuse_blocks(leaf, f"argument {i} of block call {number}")
+                known = len(self.extras)
+                self.extras.append(leaf)
+            extras[i] = known
+        return extras
+
+    def _refuse_blocks(self, tensor: torch.Tensor, what: str, but: torch.Tensor | None = None) -> None:
+        for source in _sources(tensor):
+            if source in self.made and (but is None or source != id(but)):
+                raise ModelError(
+                    f"cannot split {self.kind}: {what} depends on the output of block call {self.made[source]}, which "
+                    "is not handed from block to block"
+                )
+
+    def on_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Stand in for the head: watch its input and answer for the first token only."""
+        self.head_calls += 1
+        if not self.calls or self.head_calls > 1:
+            raise ModelError(f"cannot split {self.kind}: its head is not called once, after the blocks")
+        last = self.calls[-1]
+        if last.out_boundary < 0:  # as in the calls before it, or found by what the head depends on
+            sources = _sources(hidden)
+            last.out_boundary = next((j for j, o in enumerate(self.outputs) if id(o) in sources), -1)
+            if last.out_boundary < 0:
+                raise ModelError(f"cannot split {self.kind}: its head does not depend on its last block")
+        boundary = self.outputs[last.out_boundary]
+        assert boundary is not None
+        self._refuse_blocks(hidden, "the head's input", boundary)
+        self.boundaries.append(boundary.detach())
+        self.hidden_used = self._used(hidden)
+        self.hidden = hidden.detach().requires_grad_()
+        self.kept.append(self.hidden)
+        return plain_forward(self.split.head)(self.hidden[:, :1])
+
+    def finish(self, logits: torch.Tensor) -> None:
+        if self.hidden is None:
+            raise ModelError(f"cannot split {self.kind}: its forward does not call get_output_embeddings()")
+        self._refuse_blocks(logits, "what follows the head")
+        self.logits = logits.detach()
+        prologue = [self.boundaries_source, *self.extras]
+        used = sorted({name for t in prologue for name in self._used(t)})
+        self.parts = Parts(self.calls, len(self.extras), used, self.block_names, self.hidden_used, self._used(logits))
+
+    @property
+    def boundaries_source(self) -> torch.Tensor:
+        return self.first
+
+    def _used(self, tensor: torch.Tensor) -> list[str]:
+        return sorted({self.names[i] for i in _sources(tensor) if i in self.names})
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _sources(tensor: Any) -> set[int]:
+    """Return the identities of the leaves of autograd's graph that ``tensor`` depends on."""
+    if not _differentiable(tensor):
+        return set()
+    if tensor.grad_fn is None:
+        return {id(tensor)}
+    found, seen, todo = set(), set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo.extend(after for after, _ in node.next_functions if after is not None)
+    return found

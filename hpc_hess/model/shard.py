@@ -1,0 +1,245 @@
+"""ShardedModel: a causal LM cut over the ranks by FSDP2, seen as one flat local vector of master parameters.
+
+Each block is one FSDP group, so at most one block (and the next, prefetched) is ever unsharded; gradients are
+reduce-scattered after every micro-batch straight into views of one flat local vector, which FSDP accumulates into.
+One process needs no FSDP: its parameters are the shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hpc_hess.errors import LayoutError
+from hpc_hess.model.blocklist import find_blocks
+from hpc_hess.parallel.layout import Layout
+from hpc_hess.parallel.vector import VectorSpace
+from hpc_hess.parallel.world import World
+
+
+class ShardedModel:
+    """A module whose parameters lie over the ranks.
+
+    Attributes
+    ----------
+    module : the module; its forward and backward are collective when it is sharded.
+    space : the vector space of the selected parameters.
+    local_parameters : this rank's part of each selected parameter, in piece order, as plain tensors.
+
+    """
+
+    def __init__(self, module: nn.Module, world: World, space: VectorSpace, *, sharded: bool) -> None:
+        self.module, self.world, self.space = module, world, space
+        self.layout, self.shard = space.layout, space.shard
+        self.sharded = sharded
+        named = dict(module.named_parameters())
+        self._parameters = [named[piece.parameter.name] for piece in self.shard.pieces]
+
+    @property
+    def local_parameters(self) -> list[torch.Tensor]:
+        """This rank's part of each selected parameter. Writing to them changes the model."""
+        return [_local(p.detach()) for p in self._parameters]
+
+    def pieces_of(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield views of a flat local vector, one per selected parameter, in the local parameters' shapes."""
+        for piece in self.shard.pieces:
+            yield flat[piece.start : piece.stop].view(piece.local_shape)
+
+    def read_parameters(self) -> torch.Tensor:
+        """Return a copy of the local parameters as one flat vector."""
+        flat = torch.empty(self.space.size_local, dtype=self.space.dtype, device=self.space.device)
+        self._foreach(torch._foreach_copy_, list(self.pieces_of(flat)), self.local_parameters)
+        return flat
+
+    def write_parameters(self, flat: torch.Tensor, direction: torch.Tensor | None = None, step: float = 0.0) -> None:
+        """Set the parameters to ``flat + step * direction``, rounded once to the master dtype."""
+        local = self.local_parameters
+        self._foreach(torch._foreach_copy_, local, list(self.pieces_of(flat)))
+        if direction is not None:
+            for parameter, piece in zip(local, self.pieces_of(direction), strict=True):
+                parameter.add_(piece, alpha=step)
+
+    @staticmethod
+    def _foreach(function: Any, out: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            function(out, values)
+
+    def attach_gradients(self, flat: torch.Tensor) -> None:
+        """Make backward accumulate into views of ``flat``."""
+        for parameter, view in zip(self._parameters, self.pieces_of(flat), strict=True):
+            if isinstance(parameter, DTensor):
+                parameter.grad = DTensor.from_local(  # type: ignore[assignment]
+                    view, parameter.device_mesh, parameter.placements, run_check=False,
+                    shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+            else:
+                parameter.grad = view
+
+    def detach_gradients(self) -> None:
+        """Forget the views set by :meth:`attach_gradients`."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def select(names: list[str], include: list[str], exclude: list[str]) -> set[str]:
+    """Return the names that match a glob of ``include`` and none of ``exclude``.
+
+    Raises
+    ------
+    LayoutError : a pattern of ``include`` matches nothing, or nothing is left.
+
+    """
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise LayoutError(f"parameters.include = '{pattern}' matches no parameter; names look like '{names[0]}'")
+    chosen = {
+        name for name in names
+        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+    }  # fmt: skip
+    if not chosen:
+        raise LayoutError("parameters.exclude leaves no parameter")
+    return chosen
+
+
+def choose_shard_dim(shape: tuple[int, ...], num_shards: int) -> int:
+    """Return the dimension to shard: 0, unless that would leave one rank with over 1.25 of an even share.
+
+    Expert tensors [E, ...] with few experts are the case in point; FSDP2 wants other dimensions to divide evenly.
+    """
+    if num_shards == 1 or not shape:
+        return 0
+    largest = math.ceil(shape[0] / num_shards) * num_shards
+    if largest <= 1.25 * shape[0] or math.prod(shape) < 1 << 10:
+        return 0
+    return next((dim for dim in range(1, len(shape)) if shape[dim] % num_shards == 0), 0)
+
+
+def shard_model(
+    skeleton: nn.Module,
+    world: World,
+    *,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    master_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
+) -> ShardedModel:
+    """Shard a module whose parameters are on the meta device; the shards are allocated, not filled. Collective: yes.
+
+    With one rank the parameters are allocated whole. Parameters that are not selected are sharded too, but frozen.
+
+    Raises
+    ------
+    LayoutError : the selection matches nothing.
+
+    """
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    selected = select(sorted(shapes), include or ["*"], exclude or [])
+    sharded = world.connected and world.size > 1
+    dims = {name: choose_shard_dim(shape, world.shard_size) for name, shape in shapes.items()} if sharded else {}
+    layout = Layout(shapes, world.shard_size, dims, selected if len(selected) < len(shapes) else None)
+    for name, parameter in skeleton.named_parameters():
+        parameter.requires_grad_(name in selected)
+    skeleton.to(dtype=master_dtype)
+    blocks = find_blocks(skeleton)
+    if sharded:
+        _fully_shard(skeleton, blocks, world, dims, master_dtype, compute_dtype)
+    _allocate(skeleton, world.device)
+    return ShardedModel(skeleton, world, VectorSpace(world, layout, master_dtype), sharded=sharded)
+
+
+def whole_model(module: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> ShardedModel:
+    """Wrap an ordinary module of this process (notebooks): its parameters are used in place, nothing is copied."""
+    named = dict(module.named_parameters())
+    selected = select(sorted(named), include or ["*"], exclude or [])
+    first = next(iter(named.values()))
+    world = World.alone(str(first.device))
+    layout = Layout({n: tuple(p.shape) for n, p in named.items()}, 1, None,
+                    selected if len(selected) < len(named) else None)  # fmt: skip
+    for name in selected:
+        if named[name].dtype != first.dtype or named[name].device != first.device:
+            raise LayoutError(f"parameter '{name}' has another dtype or device than the first: move them together")
+    return ShardedModel(module, world, VectorSpace(world, layout, first.dtype), sharded=False)
+
+
+def _fully_shard(
+    module: nn.Module, blocks: nn.ModuleList | None, world: World, dims: dict[str, int],
+    master_dtype: torch.dtype, compute_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard as ShardPlacement
+
+    by_identity = {id(p): dims[name] for name, p in module.named_parameters()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype
+    )
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": policy,
+        "shard_placement_fn": lambda p: ShardPlacement(by_identity[id(p)]),
+    }
+    for block in blocks or []:
+        fully_shard(block, reshard_after_forward=True, **options)
+    # the embedding and the head are as large as several blocks: groups of their own, unless they are tied
+    counts: dict[int, int] = {}
+    for m in module.modules():
+        for p in m._parameters.values():
+            counts[id(p)] = counts.get(id(p), 0) + 1
+    for m in module.modules():
+        if isinstance(m, nn.Embedding | nn.Linear) and not isinstance(m, FSDPModule) and _outside(m, blocks):
+            own = [p for p in m._parameters.values() if p is not None]
+            if m is not module and all(counts[id(p)] == 1 for p in own) and sum(p.numel() for p in own) > 1 << 20:
+                fully_shard(m, reshard_after_forward=True, **options)
+    fully_shard(module, reshard_after_forward=False, **options)
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            # the loss is already divided by the tokens of the whole set: plain sums over ranks
+            m.set_gradient_divide_factor(1.0)
+            m.set_force_sum_reduction_for_comms(True)
+    root: Any = module
+    if hasattr(root, "set_reduce_scatter_unused_params"):  # an expert no token was sent to, on this rank only
+        root.set_reduce_scatter_unused_params(True)
+
+
+def _outside(module: nn.Module, blocks: nn.ModuleList | None) -> bool:
+    return blocks is None or all(module is not inner for inner in blocks.modules())
+
+
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Give meta parameters memory (ties kept, buffers untouched)."""
+    if not any(p.is_meta for p in module.parameters()):
+        module.to(device)
+        return
+    buffers = {id(b): b for b in module.buffers()}
+    owners = [(m, key, id(b)) for m in module.modules() for key, b in m._buffers.items() if b is not None]
+    ties = [(m, key, id(p)) for m in module.modules() for key, p in m._parameters.items() if p is not None]
+    module.to_empty(device=device)
+    for m, key, identity in owners:
+        m._buffers[key] = buffers[identity].to(device)
+    first: dict[int, nn.Parameter] = {}
+    for m, key, identity in ties:  # to_empty gives each place a parameter of its own
+        current = m._parameters[key]
+        assert current is not None
+        m._parameters[key] = first.setdefault(identity, current)
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Recompute each block's activations in the backward pass, inside FSDP's hooks: its parameters are there then.
+
+    Call it after Routing has wrapped the blocks, so that a recomputed router repeats its frozen choice.
+    """
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    for block in find_blocks(module) or []:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]

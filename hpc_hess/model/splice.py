@@ -1,0 +1,143 @@
+"""Running a model's own forward with some of its parts replaced for a moment: parameters, blocks, kernels.
+
+Nothing here fires a hook of a block or of the model: ``forward`` is taken from the class, so neither FSDP's hooks nor
+wrappers set on an instance (frozen routing, checkpointing) take part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+Places = list[tuple[nn.Module, str]]
+Forward = Callable[..., Any]
+
+
+def plain_forward(module: nn.Module) -> Forward:
+    """Return the forward of the module's class, bound: without hooks and instance wrappers."""
+    forward = type(module).forward
+    return lambda *args, **kwargs: forward(module, *args, **kwargs)
+
+
+def parameter_places(module: nn.Module) -> dict[str, Places]:
+    """Return for each parameter (tied ones once, under their first name) every module and key that holds it."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    places: dict[str, Places] = {name: [] for name in names.values()}
+    for owner in module.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                places[names[id(parameter)]].append((owner, key))
+    return places
+
+
+@contextlib.contextmanager
+def substituted(places: Mapping[str, Places], tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the modules see ``tensors`` in the place of their parameters of these names, at every tied place."""
+    saved = [(owner, key, owner._parameters[key]) for name in tensors for owner, key in places[name]]
+    try:
+        for name, tensor in tensors.items():
+            for owner, key in places[name]:
+                owner._parameters[key] = tensor  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, key, parameter in saved:
+            owner._parameters[key] = parameter
+
+
+@contextlib.contextmanager
+def replaced_forwards(replacements: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Set ``forward`` on module instances, and take it back (or restore what was set there)."""
+    saved = [(module, module.__dict__.get("forward")) for module, _ in replacements]
+    try:
+        for module, forward in replacements:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward_before in saved:
+            if forward_before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward_before
+
+
+@contextlib.contextmanager
+def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
+    """Use kernels that can be differentiated twice and forwards; yield one sentence for each switch.
+
+    Fused attention and grouped experts have neither forward derivatives nor double backward. The function computed is
+    the same up to rounding.
+    """
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in module.modules()) if c is not None}
+    notes: dict[str, None] = {}
+    saved: list[tuple[Any, str, Any]] = []
+    try:
+        for config in configs.values():
+            for key, what in (("_attn_implementation", "attention"), ("_experts_implementation", "experts")):
+                used = getattr(config, key, None)
+                if isinstance(used, str) and used not in ("eager", "batched_mm"):
+                    saved.append((config, key, used))
+                    setattr(config, key, "eager")
+                    notes[f'{what} computed by "eager" for the exact product: "{used}" lacks derivatives'] = None
+        with sdpa_kernel(SDPBackend.MATH), _Decomposed():
+            yield list(notes)
+    finally:
+        for config, key, used in saved:
+            setattr(config, key, used)
+
+
+class _Decomposed(TorchFunctionMode):
+    """Normalisations from elementary operations.
+
+    Their fused kernels' forward derivative treats the saved mean and deviation as constants when it is itself
+    differentiated backwards: the second derivative is then wrong without any error.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _DECOMPOSITIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: torch.Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> torch.Tensor:
+    dims, x = tuple(range(-len(tuple(normalized_shape)), 0)), _wide(input)
+    centred = x - x.mean(dims, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    return _affine(out.to(input.dtype), weight, bias)
+
+
+def _rms_norm(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
+    dims, x = tuple(range(-len(tuple(normalized_shape)), 0)), _wide(input)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return _affine((x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)).to(input.dtype), weight, None)
+
+
+def _group_norm(
+    input: torch.Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> torch.Tensor:
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    out = _layer_norm(grouped, grouped.shape[-1:], None, None, eps).reshape(input.shape)
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    return _affine(out, weight if weight is None else weight.view(shape), bias if bias is None else bias.view(shape))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Statistics are taken in fp32 at least, as the fused kernels do."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _affine(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+_DECOMPOSITIONS: dict[Any, Any] = {
+    F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
+    F.group_norm: _group_norm, torch.group_norm: _group_norm,
+}  # fmt: skip

@@ -1,0 +1,261 @@
+"""World: who am I among the ranks, and the few collectives everything else is built from.
+
+Collectives live here, in model/ (FSDP's own, and the exact product's gathers) and in storage/ (parallel HDF5).
+Each takes a name, has the process group's timeout, and turns a failure into a CollectiveError with that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
+from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world
+
+T = TypeVar("T")
+_FAILURE_KEY = "hpc_hess/failure"
+
+
+class World:
+    """One SPMD job: rank, size, node, device, and the process groups.
+
+    With HSDP (``replicate`` > 1) ranks form a replicate x shard grid; ``shard_rank`` and ``shard_size`` count within
+    one replica, and every dot product is reduced within it. Use :meth:`join` or :meth:`alone`.
+    """
+
+    def __init__(self, launch: Launch, device: torch.device, *, connected: bool, mpi: Any = None) -> None:
+        self.launch = launch
+        self.rank, self.size = launch.rank, launch.size
+        self.device = device
+        self.connected = connected
+        self.mpi = mpi  # mpi4py's COMM_WORLD when it spans exactly these ranks, else None
+        self.mesh: Any = None
+        self.replica, self.num_replicas = 0, 1
+        self.shard_rank, self.shard_size = self.rank, self.size
+        self._shard_group: Any = None
+
+    # -- set-up and teardown -------------------------------------------------------------------------------------
+
+    @classmethod
+    def alone(cls, device: str = "cpu") -> World:
+        """Return a world of one process that never communicates (notebooks, tools)."""
+        return cls(Launch("alone", 0, 1, 0, 1, 0, 1), torch.device(device), connected=False)
+
+    @classmethod
+    def join(cls, device: str = "auto", timeout_s: float = 1800.0, *, want_mpi: bool = True) -> World:
+        """Join the process group that the launcher's environment describes. Collective: yes.
+
+        Raises
+        ------
+        LaunchError : MPI and torch disagree on the world, or no GPU where one was asked for.
+        CollectiveError : the other ranks did not come within the timeout.
+
+        """
+        launch = detect(os.environ)
+        use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+        if use_cuda and not torch.cuda.is_available():
+            raise LaunchError('parallel.device = "cuda" but torch sees no GPU; set parallel.device = "cpu"')
+        if use_cuda and launch.local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start at "
+                "most one rank per GPU"
+            )
+        torch_device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(torch_device)
+        mpi = mpi_world(launch) if want_mpi or launch.launcher in ("mpirun", "hydra") else None
+        timeout = timedelta(seconds=timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        try:
+            if launch.size == 1:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            else:
+                address, port = master_endpoint(launch, os.environ, mpi)
+                if address in ("127.0.0.1", "localhost", "::1"):
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
+                # torchrun's agent already serves a store on this port; elsewhere rank 0 does
+                agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                store = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not agent, timeout=timeout)
+                prefix = f"hpc_hess/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+                dist.init_process_group(
+                    backend, store=dist.PrefixStore(prefix, store), rank=launch.rank, world_size=launch.size,
+                    timeout=timeout,
+                )  # fmt: skip
+        except (RuntimeError, ValueError, OSError) as error:
+            first = str(error).split("\n", 1)[0]
+            raise CollectiveError(
+                f"rank {launch.rank} of {launch.size} could not join the others ({first}); check MASTER_ADDR, "
+                "MASTER_PORT and that every rank was started"
+            ) from error
+        world = cls(launch, torch_device, connected=True, mpi=mpi)
+        world.barrier("join the world")
+        return world
+
+    def make_mesh(self, replicate: int = 1) -> None:
+        """Arrange the ranks as replicate x shard and remember this rank's place. Collective: yes.
+
+        Raises
+        ------
+        LaunchError : ``replicate`` does not divide the number of ranks.
+
+        """
+        if self.size % replicate:
+            raise LaunchError(f"parallel.replicate = {replicate} does not divide the {self.size} ranks")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.num_replicas, self.shard_size = replicate, self.size // replicate
+        self.replica, self.shard_rank = divmod(self.rank, self.shard_size)
+        kind = self.device.type
+        if replicate == 1:
+            self.mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
+        else:
+            self.mesh = init_device_mesh(
+                kind, (replicate, self.shard_size), mesh_dim_names=("replicate", "shard")
+            )
+        self._shard_group = self.mesh.get_group("shard")
+
+    def leave(self) -> None:
+        """Leave the process group. Collective: yes."""
+        if self.connected and dist.is_initialized():
+            dist.destroy_process_group()
+            self.connected = False
+
+    # -- collectives ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().split("\n", 1)[0]
+            raise CollectiveError(
+                f"rank {self.rank}: the collective '{name}' did not complete: another rank died, hangs, or was stopped "
+                f"({first})"
+            ) from error
+
+    @property
+    def shards_only(self) -> bool:
+        """Whether dot products need no reduction because one rank holds the whole vector."""
+        return not self.connected or self.shard_size == 1
+
+    def sum_over_shards(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """Sum float64 ``values`` in place over the ranks of one replica; equal bitwise on every rank afterwards.
+
+        Collective: yes. With HSDP replica 0's sums are broadcast, so that replicas cannot drift apart.
+        """
+        if self.connected and self.shard_size > 1:
+            with self._named(name):
+                dist.all_reduce(values, group=self._shard_group)
+        if self.connected and self.num_replicas > 1:
+            with self._named(name):
+                dist.broadcast(values, group_src=0, group=self.mesh.get_group("replicate"))
+        return values
+
+    def sum_over_ranks(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """Sum ``values`` in place over all ranks. Collective: yes."""
+        if self.connected and self.size > 1:
+            with self._named(name):
+                dist.all_reduce(values)
+        return values
+
+    def max_over_ranks(self, value: float, name: str) -> float:
+        """Return the largest ``value`` of any rank. Collective: yes."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        if self.connected and self.size > 1:
+            with self._named(name):
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def all_true(self, flag: bool, name: str) -> bool:
+        """Return whether ``flag`` holds on every rank. Collective: yes."""
+        return self.max_over_ranks(0.0 if flag else 1.0, name) == 0.0
+
+    def any_true(self, flag: bool, name: str) -> bool:
+        """Return whether ``flag`` holds on some rank. Collective: yes."""
+        return self.max_over_ranks(1.0 if flag else 0.0, name) == 1.0
+
+    def broadcast(self, value: T, name: str) -> T:
+        """Return rank 0's ``value`` (any picklable object) on every rank. Collective: yes."""
+        if not self.connected or self.size == 1:
+            return value
+        box = [value]
+        with self._named(name):
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: T, name: str) -> list[T]:
+        """Return every rank's ``value`` (any picklable object) in rank order, on every rank. Collective: yes."""
+        if not self.connected or self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        with self._named(name):
+            dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self, name: str) -> None:
+        """Wait for every rank. Collective: yes."""
+        self.any_true(False, name)
+
+    # -- errors --------------------------------------------------------------------------------------------------
+
+    def raise_together(self, error: HpcHessError | None, name: str) -> None:
+        """Raise the lowest failing rank's error on every rank, or return on every rank. Collective: yes."""
+        for rank, found in enumerate(self.gather(error and (type(error), str(error)), name)):
+            if found is not None:
+                if error is not None and rank == self.rank:
+                    raise error
+                raise found[0](found[1])
+
+    @contextlib.contextmanager
+    def together(self, name: str) -> Iterator[None]:
+        """Run a block without collectives; if it fails on some rank, every rank raises that error. Collective: yes."""
+        error = None
+        try:
+            yield
+        except HpcHessError as caught:
+            error = caught
+        self.raise_together(error, name)
+
+    def fail(self, error: BaseException, *, debug: bool = False) -> int:
+        """Show ``error`` once for the whole job and return the exit code. Never waits for other ranks."""
+        code = error.exit_code if isinstance(error, HpcHessError) else 1
+        text = str(error) if isinstance(error, HpcHessError) else f"{type(error).__name__}: {error}"
+        if self._first_to_fail(text, secondary=isinstance(error, CollectiveError)):
+            where = f" [rank {self.rank}]" if self.size > 1 else ""
+            if debug or not isinstance(error, HpcHessError):
+                traceback.print_exception(error)
+            print(f"hpc-hess: error{where}: {text}", file=sys.stderr, flush=True)
+        return code
+
+    def _first_to_fail(self, text: str, *, secondary: bool) -> bool:
+        """Elect one rank to speak. A rank that only noticed another's end waits a moment for that one to speak."""
+        if not self.connected or self.size == 1:
+            return True
+        store = dist.distributed_c10d._get_default_store()
+        try:
+            if secondary:
+                import time
+
+                time.sleep(1.0 + 0.1 * self.rank)
+            return store.compare_set(_FAILURE_KEY, "", text).decode() == text
+        except (RuntimeError, UnicodeDecodeError):
+            return not secondary or self.rank == 1  # rank 0, which serves the store, is gone
+
+
+def describe(world: World) -> dict[str, Any]:
+    """Return what a report says about the machine: launcher, ranks, host, device, threads."""
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    return {
+        "launcher": world.launch.launcher, "world_size": world.size, "nodes": world.launch.num_nodes,
+        "replicas": world.num_replicas, "host": socket.gethostname(), "device": gpu or "cpu",
+        "threads_per_rank": torch.get_num_threads(),
+    }  # fmt: skip

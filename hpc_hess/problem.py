@@ -1,0 +1,105 @@
+"""From a configuration to the function whose Hessian is taken: model, data, objective, gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from hpc_hess.config import Config
+from hpc_hess.errors import NumericsError
+from hpc_hess.model.data import Samples, load_samples, micro_batches
+from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.loss import CausalLMObjective
+from hpc_hess.model.routing import Routing
+from hpc_hess.model.shard import ShardedModel, checkpoint_blocks, shard_model
+from hpc_hess.model.skeleton import build_skeleton
+from hpc_hess.model.source import Source, resolve_source
+from hpc_hess.model.weights import fill, open_reader
+from hpc_hess.parallel.world import World
+from hpc_hess.report.progress import Progress
+
+
+@dataclass
+class Problem:
+    """The function, sharded: everything a product needs."""
+
+    source: Source
+    samples: Samples
+    model: ShardedModel
+    gradient: Gradient
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the torch dtype of a configuration value."""
+    return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[name]
+
+
+def load_problem(config: Config, world: World, progress: Progress) -> Problem:
+    """Load the data, shard and fill the model. Collective: yes.
+
+    Raises
+    ------
+    ModelError, DataError, LayoutError : on every rank, if any rank meets one.
+
+    """
+    make_exact_float32()
+    with world.together("read the model's configuration and the data"):
+        source = resolve_source(config.model)
+        skeleton = build_skeleton(source, config.model)
+        samples = load_samples(config.data, config.model, source)
+    for note in samples.notes:
+        progress.note(note)
+    progress.phase(f"loading {source.name}")
+    model = shard_model(
+        skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
+        master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
+    )  # fmt: skip
+    with world.together("read the weights"):
+        reader = open_reader(source, config.model, skeleton)
+        fill(model.module, reader, world.shard_rank, world.shard_size)
+        reader.close()
+        release_memory()
+    routing = Routing(model.module, config.operator.routing)
+    if config.model.activation_checkpointing:
+        checkpoint_blocks(model.module)
+    batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
+    objective = CausalLMObjective(batches, samples.num_tokens, world.device)
+    return Problem(source, samples, model, Gradient(model, objective, routing))
+
+
+def release_memory() -> None:
+    """Give freed pages back to the system, so that loading does not count against the run."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def make_exact_float32() -> None:
+    """Turn off the reduced-precision float32 modes of matrix products: a finite-difference step is below them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
+def check_repeatable(gradient: Gradient) -> float:
+    """Compute the first micro-batch's gradient twice; return the relative difference. Collective: yes.
+
+    Raises
+    ------
+    NumericsError : the two differ by more than rounding (dropout or other randomness is on).
+
+    """
+    _, first = gradient(micro_batches=1)
+    _, second = gradient(micro_batches=1)
+    norm = first.norm()
+    difference = second.axpy_(-1.0, first).norm() / norm if norm > 0 else 0.0
+    if difference > 100 * torch.finfo(gradient.model.space.dtype).eps:
+        raise NumericsError(
+            f"the same gradient computed twice differs by {difference:.1e} relative: dropout or another random "
+            "operation is on; put the model in eval mode or make it deterministic"
+        )
+    return difference

@@ -1,0 +1,1 @@
+"""What people see: progress, figures, the report page, summaries."""

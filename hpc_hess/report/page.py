@@ -1,0 +1,238 @@
+"""report.html: one file that opens offline, with every number, figure and setting of a run."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shlex
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from hpc_hess.report.figures import Plot, write_figures
+from hpc_hess.report.rundir import RunFiles, read_run, step_events
+from hpc_hess.report.spectrum import extreme_residuals, extremes, quadratures, story, warnings
+from hpc_hess.report.words import ERROR_TERMS, NONE, count, duration, minus, number, size, trace_text
+
+
+class Row(NamedTuple):
+    """One line of a table: what, how much, and what it means."""
+
+    label: str
+    value: str
+    meaning: str = ""
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``figures/*`` and ``report.html`` into a finished run and return the page's path. Local, one rank only.
+
+    Raises
+    ------
+    ConfigError : no such run directory, or it holds no readable result.json.
+
+    """
+    run = read_run(run_dir)
+    plots = write_figures(run.result, run.events, run.path / "figures")
+    page = run.path / "report.html"
+    aside = page.with_suffix(".html.part")  # a reader never meets half a page
+    aside.write_text(render(run, plots), encoding="utf-8")
+    os.replace(aside, page)
+    return page
+
+
+def render(run: RunFiles, plots: Sequence[Plot]) -> str:
+    """Return the page as text; everything taken from the run is escaped by the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpc_hess.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    result = run.result
+    return environment.get_template("page.html").render(
+        title=f"{_kind(result)} spectrum of {model_name(result.get('model'))}",
+        story=minus_signs(story(result)),
+        cautions=[minus_signs(text) for text in warnings(result)],
+        cards=_cards(result),
+        plots=[(plot, _inline(plot.svg)) for plot in plots],
+        probes=_probe_tables(result),
+        errors=_errors(result.get("errors")),
+        facts=[(name, rows) for name, rows in _facts(run) if rows],
+        settings=_settings(run.config_text),
+        commands=_commands(run),
+        run_name=run.path.resolve().name,
+    )
+
+
+def minus_signs(text: str) -> str:
+    """Use true minus signs before digits, and leave hyphens in words alone."""
+    return "".join(minus(c) if c == "-" and text[i + 1 : i + 2].isdigit() else c for i, c in enumerate(text))
+
+
+def model_name(model: Any) -> str:
+    """Return the model's short name from a string or from a dictionary with ``name`` or ``source``."""
+    if isinstance(model, Mapping):
+        model = model.get("name") or model.get("source")
+    return str(model) if model else "a model"
+
+
+def _kind(result: Mapping[str, Any]) -> str:
+    kinds = {"gauss_newton": "Gauss-Newton", "fisher": "Empirical Fisher", "residual": "Hessian residual"}
+    name = str(_table(result.get("operator")).get("name") or "hessian")
+    return kinds.get(name, name.replace("_", " ").capitalize())
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _inline(svg: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode("ascii")
+
+
+def _cards(result: Mapping[str, Any]) -> list[Row]:
+    low, high = extremes(result)
+    below, above = extreme_residuals(result)
+    trace = _table(result.get("trace"))
+    spread = (
+        "one probe: no error estimate"
+        if trace.get("stderr") is None
+        else f"± {number(trace['stderr'], 2)} (standard error)"
+    )
+    residual = [f"residual {number(r, 2)}" if r is not None else "" for r in (below, above)]
+    num_params = result.get("num_params")
+    probes = result.get("probes") or []
+    cards = [
+        Row("λ max", number(high), residual[1]),
+        Row("λ min", number(low), residual[0]),
+        Row("Trace", number(trace.get("mean")), spread if trace.get("mean") is not None else ""),
+        Row(
+            "Parameters", count(num_params).split(" (")[-1].rstrip(")") if num_params else NONE, f"{num_params or 0:,}"
+        ),
+        Row("Lanczos", f"{number(result.get('steps'))} steps", f"{len(probes)} probe" + "s" * (len(probes) != 1)),
+    ]
+    hvp_s = _table(result.get("timing")).get("hvp_s")
+    if hvp_s is not None:
+        ranks = result.get("world_size")
+        cards.append(
+            Row("One product", _quantity("hvp_s", hvp_s), f"{ranks} rank" + "s" * (ranks != 1) if ranks else "")
+        )
+    return [Row(c.label, minus_signs(c.value), minus_signs(c.meaning)) for c in cards]
+
+
+def _probe_tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """Return (heading, rows of value, weight, residual), from the largest to the smallest Ritz value."""
+    tables = []
+    for k, part in enumerate(quadratures(result)):
+        order = part.values.argsort()[::-1]
+        columns = (part.values, part.weights, part.residuals)
+        rows = [[minus_signs(number(float(c[i]), d)) for c, d in zip(columns, (7, 4, 3), strict=True)] for i in order]
+        seed = (result["probes"][k] or {}).get("seed") if len(quadratures(result)) == len(result["probes"]) else None
+        tables.append((f"Probe {k + 1}" + (f", seed {seed}" if seed is not None else ""), rows))
+    return tables
+
+
+def _quantity(key: str, value: Any) -> str:
+    """Format by the unit that the key's ending names."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.endswith("_s"):
+            return duration(value)
+        if key.endswith("bytes"):
+            return size(value)
+        if isinstance(value, int):
+            return f"{value:,}"
+        return number(value)
+    if isinstance(value, list | tuple):
+        shown = ", ".join(_quantity(key, v) for v in value[:8])
+        return shown + (f", … ({len(value)} in all)" if len(value) > 8 else "")
+    return NONE if value is None else "yes" if value is True else "no" if value is False else str(value)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk nested dictionaries: ("realised_step.worst", 0.91)."""
+    for key, item in _table(value).items():
+        name = f"{prefix}{key}"
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{name}.")
+        else:
+            yield name, item
+
+
+def _label(key: str) -> str:
+    """``peak_bytes`` -> "Peak", ``hvp_s`` -> "HVP"; dots become commas."""
+    words = []
+    for part in key.split("."):
+        part = part.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
+        words.append({"hvp": "HVP"}.get(part, part))
+    text = ", ".join(words)
+    return text[:1].upper() + text[1:]
+
+
+def _rows(table: Any) -> list[Row]:
+    return [Row(_label(key), minus_signs(_quantity(key, value))) for key, value in _flat(table)]
+
+
+def _errors(errors: Any) -> list[Row]:
+    """Explain the errors that are known, and show the others as they are."""
+    rows = []
+    for key, value in _flat(errors):
+        head, _, rest = key.partition(".")
+        label, meaning = ERROR_TERMS.get(head, (_label(head), ""))
+        shown = minus_signs("not measured" if value is None else _quantity(key, value))
+        rows.append(Row(label + (f", {_label(rest).lower()}" if rest else ""), shown, meaning))
+    return rows
+
+
+def _facts(run: RunFiles) -> list[tuple[str, list[Row]]]:
+    result = run.result
+    model = result.get("model")
+    steps = step_events(run.events)
+    timing = _rows(result.get("timing"))
+    if steps:
+        resumed = sum(e.get("event") == "resume" for e in run.events)
+        timing += [Row("Steps timed", str(len(steps))), Row("Resumed", f"{resumed} times" if resumed != 1 else "once")]
+    return [
+        ("Operator", _rows(result.get("operator"))),
+        ("Model", (_rows(model) if isinstance(model, Mapping) else [Row("Source", str(model))]) if model else []),
+        ("Data", _rows(result.get("data"))),
+        ("Trace", [Row("Estimate", minus_signs(trace_text(result.get("trace"))))] if result.get("trace") else []),
+        ("Time per step", timing),
+        ("Memory", _rows(result.get("memory"))),
+        ("Hardware", [Row("Ranks", _quantity("", result.get("world_size"))), *_rows(result.get("hardware"))]),
+        ("Versions", _rows(result.get("versions"))),
+    ]
+
+
+def _settings(config_text: str) -> list[tuple[str, list[Row]]]:
+    try:
+        config = tomllib.loads(config_text)
+    except tomllib.TOMLDecodeError:
+        return []
+    return [
+        (name, [Row(key, _setting(value)) for key, value in _flat(section)])
+        for name, section in config.items()
+        if isinstance(section, Mapping)
+    ]
+
+
+def _setting(value: Any) -> str:
+    """Show a value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_setting(v) for v in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _commands(run: RunFiles) -> list[str]:
+    """Return the command that repeats the run into a new directory, as it was launched where that is known."""
+    config = shlex.quote(str(run.path / "config.toml"))
+    again = shlex.quote(f"run.out={run.path}-again")
+    python = f"-m hpc_hess run {config} --set {again}"
+    ranks = run.result.get("world_size") or 1
+    command = f"python {python}" if ranks == 1 else f"torchrun --nproc-per-node {ranks} {python}"
+    return [command]

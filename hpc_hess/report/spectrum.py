@@ -1,0 +1,125 @@
+"""What a result says about the spectrum: its quadratures, its ends, one sentence, and reasons for caution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_hess.linalg.quadrature import Ritz, ritz
+from hpc_hess.report.words import number
+
+Float = NDArray[np.float64]
+_POSITIVE_KINDS = ("gauss_newton", "fisher")
+
+
+def quadratures(result: Mapping[str, Any]) -> list[Ritz]:
+    """Return each probe's Ritz values, weights and residuals as stored, else from its alpha and beta.
+
+    Probes without finite numbers are left out; missing residuals are NaN.
+    """
+    found = []
+    for probe in result.get("probes") or []:
+        if probe.get("ritz_values") and probe.get("ritz_weights"):
+            values = np.asarray(probe["ritz_values"], np.float64)
+            residuals = probe.get("ritz_residuals") or [np.nan] * len(values)
+            one = Ritz(values, np.asarray(probe["ritz_weights"], np.float64), np.asarray(residuals, np.float64))
+        elif probe.get("alpha"):
+            one = ritz(probe["alpha"], probe.get("beta") or [])
+        else:
+            continue
+        if len(one.values) == len(one.weights) == len(one.residuals) and np.isfinite(one.values).all():
+            found.append(one)
+    return found
+
+
+def pooled(result: Mapping[str, Any]) -> tuple[Float, Float, Float]:
+    """Return all probes' Ritz values ascending, their weights (summing to 1) and residuals, each float64 (n,)."""
+    parts = quadratures(result)
+    if not parts:
+        return np.empty(0), np.empty(0), np.empty(0)
+    theta = np.concatenate([q.values for q in parts])
+    order = np.argsort(theta, kind="stable")
+    weights = np.concatenate([q.weights for q in parts]) / len(parts)
+    return theta[order], weights[order], np.concatenate([q.residuals for q in parts])[order]
+
+
+def extremes(result: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return (lambda_min, lambda_max) as stored, else from the Ritz values; None where neither is there."""
+    theta = pooled(result)[0]
+    low, high = result.get("lambda_min"), result.get("lambda_max")
+    if low is None and len(theta):
+        low = float(theta[0])
+    if high is None and len(theta):
+        high = float(theta[-1])
+    return low, high
+
+
+def extreme_residuals(result: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return the residuals of the smallest and the largest Ritz value: an eigenvalue lies that close to each."""
+    theta, _, residual = pooled(result)
+    if not len(theta):
+        return None, None
+    ends = residual[0], residual[-1]
+    return tuple(float(r) if math.isfinite(r) else None for r in ends)  # type: ignore[return-value]
+
+
+def story(result: Mapping[str, Any]) -> str:
+    """Say in one sentence, from the data alone, what the spectrum looks like."""
+    low, high = extremes(result)
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return "No Ritz values are stored in this run."
+    scale = max(abs(low), abs(high))
+    if scale == 0:
+        return "Every Ritz value is zero: the curvature vanishes on this data."
+    tiny = 1e-6 * scale
+    if low >= -tiny:
+        head = f"No negative curvature was found; the largest eigenvalue is {number(high)}"
+    elif high <= tiny:
+        head = f"No positive curvature was found; the smallest eigenvalue is {number(low)}"
+    else:
+        sign, other = ("negative", "positive") if -low > high else ("positive", "negative")
+        top, rest = (low, high) if -low > high else (high, low)
+        ratio = abs(top / rest)
+        relation = f"{other} ones are negligible"
+        if ratio < 1e4:
+            relation = f"{number(ratio, 2)} times the largest {other} one"
+        head = f"The largest eigenvalue in magnitude is {sign} ({number(top)}; {relation})"
+    return head + _bulk_clause(result, scale) + "."
+
+
+def _bulk_clause(result: Mapping[str, Any], scale: float) -> str:
+    theta, weight, _ = pooled(result)
+    if len(theta) < 4:
+        return ""
+    order = np.argsort(np.abs(theta))
+    radius = np.abs(theta[order])
+    inside = int(np.searchsorted(np.cumsum(weight[order]), 0.99))
+    bulk = float(radius[min(inside, len(radius) - 1)])
+    if bulk > 0.5 * scale:
+        return ", without outliers far from the bulk"
+    return f", while 99 % of the spectral weight lies within |λ| ≤ {number(bulk, 2)}"
+
+
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """Return what a reader should know before quoting the numbers: unconverged ends, one probe, product error."""
+    found = []
+    for name, value, residual in zip(("λ_min", "λ_max"), extremes(result), extreme_residuals(result), strict=True):
+        if value and residual is not None and residual > 0.01 * abs(value):
+            share = 100 * residual / abs(value)
+            found.append(
+                f"{name} has not converged to 1 %: its residual is {number(share, 2)} % of it; more lanczos.steps help."
+            )
+    low, high = extremes(result)
+    error = (result.get("errors") or {}).get("hvp_relative")
+    if isinstance(error, int | float) and error > 0.05:
+        found.append(
+            f"One product is off by {number(100 * error, 2)} %: features of the spectrum finer than that are not real."
+        )
+    name = str((result.get("operator") or {}).get("name") or "")
+    if name in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
+        found.append(f"λ_min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
+    return found

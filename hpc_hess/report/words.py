@@ -1,0 +1,91 @@
+"""Numbers, durations and sizes as people read them, and what each measured error means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "n/a"
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Format a scalar with ``digits`` significant digits: ``-1396``, ``0.2641``, ``3.2e-05``; ``n/a`` for None."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool | str):
+        return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else value
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e6):
+        return f"{int(value):,}" if abs(value) >= 1e5 else str(int(value))
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+
+
+def minus(text: str) -> str:
+    """Replace hyphens by true minus signs, for figures."""
+    return text.replace("-", "\u2212")
+
+
+def duration(seconds: float | None) -> str:
+    """Format seconds: ``0.8 ms``, ``12.3 s``, ``4 min 05 s``, ``3 h 07 min``, ``2 d 04 h``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NONE
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 99.95:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 2 * 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def size(num_bytes: float | None) -> str:
+    """Format bytes in binary units: ``512 B``, ``1.25 GiB``."""
+    if num_bytes is None or not math.isfinite(num_bytes):
+        return NONE
+    value, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while abs(value) >= 1023.5 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def count(value: int | None) -> str:
+    """Format a number of parameters in full and short: ``134,515,008 (134.5 M)``."""
+    if value is None:
+        return NONE
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= scale:
+            return f"{value:,} ({value / scale:.4g} {letter})"
+    return f"{value:,}"
+
+
+def trace_text(trace: Mapping[str, Any] | None) -> str:
+    """Return the trace with its standard error, or say that one probe gives no estimate of it."""
+    if not trace or trace.get("mean") is None:
+        return NONE
+    if trace.get("stderr") is None:
+        return f"{number(trace['mean'])} (one probe: no error estimate)"
+    return f"{number(trace['mean'])} ± {number(trace['stderr'], 2)} (standard error over probes)"
+
+
+#: key in ``errors`` -> (label, what it means)
+ERROR_TERMS: dict[str, tuple[str, str]] = {
+    "hvp_relative": ("Product, relative error", "‖Hv - reference‖ / ‖reference‖, on sampled vectors"),
+    "hvp_predicted": ("Product, predicted error", "rounding plus truncation, as expected when the step was chosen"),
+    "symmetry": ("Symmetry", "|u·Hv - v·Hu| relative to the product's size; 0 for an exact Hessian"),
+    "linearity": ("Linearity", "‖H(u + v) - Hu - Hv‖ relative to the products; 0 for an exact product"),
+    "repeat": ("Repeatability", "relative difference of one gradient computed twice at one point; 0 is bitwise"),
+    "realised_step": ("Realised step", "step stored in the parameters' precision over the step asked for; 1 is ideal"),
+    "step": ("Step", "length of the finite-difference step ε in θ₀ + ε v/‖v‖"),
+    "truncation": ("Truncation error", "part of the product's error from the finite step, seen by comparing two steps"),
+    "rounding": ("Rounding error", "part of the product's error from rounding inside the gradients, over the step"),
+    "gradient_noise": ("Gradient noise", "rounding noise of the gradient, relative to its norm"),
+    "orthogonality": ("Orthogonality", "largest |qᵢ·qⱼ| between different Krylov vectors; 0 is ideal"),
+    "routing_flips": ("Routing flips", "share of tokens whose experts changed between the two ends of the step"),
+}

@@ -1,0 +1,147 @@
+"""result.json: what a finished run says, with the stable keys that others read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpc_hess.config import Config
+from hpc_hess.linalg.quadrature import ritz, trace
+from hpc_hess.parallel.world import World, describe
+from hpc_hess.problem import Problem
+
+RESULT_NAME = "result.json"
+FORMAT = 1
+
+
+@dataclass
+class Tally:
+    """What a run measures on its way; kept in the store, so that a resumed run reports all of it."""
+
+    loss: float = 0.0
+    gradient_norm: float = 0.0
+    gradient_s: float = 0.0
+    repeat: float = 0.0
+    asymmetry: float = 0.0
+    step_min: float = float("inf")
+    step_max: float = 0.0
+    realised_error: float = 0.0
+    flips: int = 0
+    products: int = 0
+    hvp_s: float = 0.0
+    lanczos_s: float = 0.0
+    checkpoint_s: float = 0.0
+    slowest_step_s: float = 0.0
+    peak_bytes: int = 0
+    steps: dict[str, int] = field(default_factory=dict)  # completed steps of each finished probe
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Tally:
+        """Read what :meth:`to_json` wrote; an empty text gives a fresh tally."""
+        return cls(**json.loads(text)) if text else cls()
+
+    def to_json(self) -> bytes:
+        """Return the tally as bytes for the store."""
+        return json.dumps(asdict(self)).encode()
+
+    def note_product(self, step: float, realised: float, flips: int) -> None:
+        """Count one product, its step and how much of it was realised."""
+        self.products += 1
+        self.step_min, self.step_max = min(self.step_min, step), max(self.step_max, step)
+        self.realised_error = max(self.realised_error, abs(realised - 1))
+        self.flips += flips
+
+    def note_times(self, hvp_s: float, lanczos_s: float, checkpoint_s: float) -> None:
+        """Add one step's seconds (largest over the ranks)."""
+        self.hvp_s += hvp_s
+        self.lanczos_s += lanczos_s
+        self.checkpoint_s += checkpoint_s
+        self.slowest_step_s = max(self.slowest_step_s, hvp_s + lanczos_s + checkpoint_s)
+
+
+def make_result(
+    config: Config, world: World, problem: Problem, tally: Tally, recurrences: list[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Any]:
+    """Build the contents of result.json. Collective: no."""
+    space = problem.model.space
+    quadratures = [ritz(alpha, beta) for alpha, beta in recurrences]
+    estimate = trace(quadratures, space.size)
+    largest = max(float(np.abs(q.values).max()) for q in quadratures) or 1.0
+    count = max(tally.products, 1)
+    return {
+        "format": FORMAT,
+        "num_params": space.size,
+        "num_params_model": space.layout.num_params_full,
+        "world_size": world.size,
+        "model": {"name": problem.source.name, "source": config.model.source, "kind": problem.source.kind,
+                  "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
+                  "fingerprint": problem.source.fingerprint},
+        "data": {"tokens": problem.samples.num_tokens, "sequences": len(problem.samples.input_ids),
+                 "source": config.data.source, "sequence_length": config.data.sequence_length,
+                 "fingerprint": problem.samples.fingerprint},
+        "operator": {"name": config.operator.kind, "method": config.operator.method,
+                     "scheme": config.operator.scheme, "dtype": config.model.compute_dtype,
+                     "master_dtype": config.model.master_dtype},
+        "loss": tally.loss,
+        "gradient_norm": tally.gradient_norm,
+        "steps": config.lanczos.steps,
+        "probes": [
+            {"seed": config.lanczos.seed, "probe": k, "alpha": alpha.tolist(), "beta": beta.tolist(),
+             "ritz_values": q.values.tolist(), "ritz_weights": q.weights.tolist(),
+             "ritz_residuals": q.residuals.tolist()}
+            for k, ((alpha, beta), q) in enumerate(zip(recurrences, quadratures, strict=True))
+        ],
+        "lambda_max": max(float(q.values[-1]) for q in quadratures),
+        "lambda_min": min(float(q.values[0]) for q in quadratures),
+        "trace": {"mean": estimate.mean, "stderr": estimate.stderr},
+        "errors": {
+            "symmetry": tally.asymmetry / largest,
+            "repeat": tally.repeat,
+            "realised_step": tally.realised_error,
+            "step_min": tally.step_min,
+            "step_max": tally.step_max,
+            "expert_flips": tally.flips,
+        },
+        "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
+                   "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,
+                   "products": tally.products},
+        "memory": {"peak_bytes": tally.peak_bytes},
+        "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
+        "versions": _versions(),
+    }  # fmt: skip
+
+
+def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write result.json aside and rename it into place."""
+    path = run_dir / RESULT_NAME
+    partial = path.with_suffix(".json.part")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    names = ["hpc-hess", "torch", "transformers", "numpy", "h5py"]
+    found = {"python": sys.version.split()[0], "hdf5": h5py.version.hdf5_version}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,247 @@
+"""One SPMD run: wires the parts; owns the loop over probes and steps, the cadence of commits, and the early stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_hess.config import Config
+from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.errors import StoreError
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.lanczos import Lanczos, basis_rows
+from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.parallel.vector import Basis, VectorSpace
+from hpc_hess.parallel.world import World
+from hpc_hess.placement import peak_bytes, place_basis
+from hpc_hess.problem import Problem, check_repeatable, load_problem
+from hpc_hess.report.page import write_report
+from hpc_hess.report.progress import Progress, make_progress
+from hpc_hess.report.screen import print_summary
+from hpc_hess.result import Tally, make_result, write_result
+from hpc_hess.stopping import EXIT_STOPPED, Stopper
+from hpc_hess.storage.events import EventLog
+from hpc_hess.storage.store import STORE_NAME, Store
+
+
+def run(config: Config, world: World) -> int:
+    """Compute what the configuration asks for, or go on with it. Returns the exit code. Collective: yes.
+
+    Raises
+    ------
+    HpcHessError : as one sentence for the user; the run directory keeps every committed step.
+
+    """
+    world.make_mesh(config.parallel.replicate)
+    out = Path(config.run.out)
+    existing = world.broadcast((out / STORE_NAME).exists(), "run directory")
+    with world.together("prepare the run directory"):
+        _check_resume(out, existing, config.run.resume)
+    total = config.lanczos.steps * config.lanczos.probes
+    with make_progress(world.rank == 0, total) as progress, Stopper(world, config.run.time_limit) as stopper:
+        problem = load_problem(config, world, progress)
+        space = problem.model.space
+        basis_device = place_basis(world, space, config.lanczos)
+        attributes = _identity(config, problem)
+        store = _open_store(config, world, problem, out, existing, attributes)
+        try:
+            if world.rank == 0:
+                (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+            events = EventLog(out if world.rank == 0 else None)
+            loop = _Loop(config, world, problem, store, events, progress, stopper, Basis(
+                space, basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps), basis_device))  # fmt: skip
+            reason = loop.run()
+            if reason:
+                progress.note(f"stopped early after committing step {store.state.step} of probe "
+                              f"{store.state.probe + 1}: {reason}; run the same command to go on")  # fmt: skip
+                return EXIT_STOPPED
+            result = make_result(config, world, problem, loop.tally, loop.recurrences())
+        finally:
+            store.close()
+    if world.rank == 0:
+        write_result(out, result)
+        report = write_report(out)
+        print_summary(result, out, report)
+    world.barrier("finish")
+    return 0
+
+
+def _check_resume(out: Path, existing: bool, resume: str) -> None:
+    if existing and resume == "never":
+        raise StoreError(
+            f"{out} already holds a run; go on with it by run.resume = \"auto\", or choose another run.out"
+        )
+    if not existing and resume == "must":
+        raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
+
+
+def _identity(config: Config, problem: Problem) -> dict[str, Any]:
+    """What a run directory is bound to: settings that change the numbers, and fingerprints of model and data."""
+    return {
+        "config": json.dumps(config.identity(), sort_keys=True),
+        "model_fingerprint": problem.source.fingerprint,
+        "data_fingerprint": problem.samples.fingerprint,
+        "layout_fingerprint": problem.model.layout.fingerprint,
+    }
+
+
+def _open_store(
+    config: Config, world: World, problem: Problem, out: Path, existing: bool, attributes: dict[str, Any]
+) -> Store:
+    layout, shard, lanczos = problem.model.layout, problem.model.shard, config.lanczos
+    if existing:
+        store = Store.open(out, layout=layout, shard=shard, world=world, driver=config.store.driver)
+        try:
+            _compare(out, store.attributes, attributes)
+        except StoreError:
+            store.close()
+            raise
+        return store
+    return Store.create(
+        out, layout=layout, shard=shard, world=world, driver=config.store.driver, probes=lanczos.probes,
+        steps=lanczos.steps, rows=basis_rows(lanczos.reorthogonalise, lanczos.steps),
+        keep_basis=config.store.keep_basis, dtype=problem.model.space.dtype, attributes=attributes,
+    )  # fmt: skip
+
+
+def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    remedy = "choose another run.out, or go back to the settings in its config.toml"
+    before, now = json.loads(found["config"]), json.loads(wanted["config"])
+    for section, keys in now.items():
+        for key, value in keys.items():
+            old = before.get(section, {}).get(key)
+            if old != value:
+                raise StoreError(f"{out} holds a run with {section}.{key} = {old!r}, not {value!r}: {remedy}")
+    for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):
+        if found[key] != wanted[key]:
+            raise StoreError(f"{out} holds a run of another {key.split('_')[0]} ({key} differs): {remedy}")
+
+
+class _Loop:
+    """Probes and steps, each committed before the next begins."""
+
+    def __init__(
+        self, config: Config, world: World, problem: Problem, store: Store, events: EventLog, progress: Progress,
+        stopper: Stopper, basis: Basis,
+    ) -> None:  # fmt: skip
+        self.config, self.world, self.problem, self.store = config, world, problem, store
+        self.events, self.progress, self.stopper, self.basis = events, progress, stopper, basis
+        self.space: VectorSpace = problem.model.space
+        self.tally = Tally.from_json(store.state.extra)
+
+    def run(self) -> str:
+        """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
+        lanczos, state = self.config.lanczos, self.store.state
+        if state.finished and state.probe == lanczos.probes - 1:
+            self.progress.note("this run is already finished: rewriting its report")
+            return ""
+        operator = self._operator()
+        first = state.probe + 1 if state.finished else max(state.probe, 0)
+        for probe in range(first, lanczos.probes):
+            self.progress.phase(f"probe {probe + 1}/{lanczos.probes}")
+            process = Lanczos(operator, self.basis, lanczos.steps, lanczos.reorthogonalise)
+            if probe == state.probe and not state.finished and state.step > 0:
+                self._restore(process, probe)
+            else:
+                self._start(process, probe)
+            while not process.finished:
+                reason = self.stopper.agreed(self.tally.slowest_step_s)
+                if reason:
+                    return reason
+                self._step(process, probe)
+        return ""
+
+    def _operator(self) -> FiniteDifferenceHessian:
+        """Build the operator at theta_0: base gradient, repeatability. Collective: yes."""
+        config = self.config.operator
+        self.progress.phase("gradient at theta_0")
+        began = time.perf_counter()
+        operator = FiniteDifferenceHessian(self.problem.gradient, config.scheme, config.step)
+        gradient_s = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
+        self.tally.loss, self.tally.gradient_norm = operator.base_loss, operator.base_gradient_norm
+        self.tally.gradient_s = gradient_s
+        self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
+        self.events.write("gradient", seconds=gradient_s, loss=operator.base_loss, norm=operator.base_gradient_norm)
+        self.progress.note(f"loss {operator.base_loss:.6f}, |gradient| {operator.base_gradient_norm:.4g}, "
+                           f"one gradient {gradient_s:.1f} s")  # fmt: skip
+        return operator
+
+    def _start(self, process: Lanczos, probe: int) -> None:
+        lanczos = self.config.lanczos
+        vector = self.space.zeros()
+        probes.fill(vector.data, *self.space.shard.global_intervals, seed=lanczos.seed, probe=probe,
+                    distribution=lanczos.distribution)  # fmt: skip
+        process.start(vector)
+        self._write_row(probe, 0)
+        self._commit(process, probe)
+        self.events.write("start", probe=probe)
+
+    def _restore(self, process: Lanczos, probe: int) -> None:
+        step = self.store.state.step
+        alpha, beta = self.store.recurrence(probe)
+        process.alpha, process.beta = alpha[:step].tolist(), beta[:step].tolist()
+        for vector in process.rows_needed():
+            row = vector % self.basis.capacity
+            values = self.store.read_row(probe, row)
+            self.basis[vector] = self.space.wrap(_as_tensor(values, self.space))
+        self.events.write("resume", probe=probe, step=step, world_size=self.world.size)
+        self.progress.note(f"going on with probe {probe + 1} after step {step}")
+
+    def _step(self, process: Lanczos, probe: int) -> None:
+        operator = process.operator
+        assert isinstance(operator, FiniteDifferenceHessian)
+        clock = [time.perf_counter()]
+        product = process.product()
+        clock.append(time.perf_counter())
+        process.advance(product)
+        clock.append(time.perf_counter())
+        if not process.finished:
+            self._write_row(probe, process.step_count)
+        record = operator.records[-1]
+        self.tally.note_product(record.step, record.realised, record.flips)
+        self.tally.asymmetry = max(self.tally.asymmetry, process.asymmetry)
+        if process.finished:
+            self.tally.steps[str(probe)] = process.step_count
+        self._commit(process, probe)
+        clock.append(time.perf_counter())
+        hvp_s, lanczos_s, checkpoint_s = (
+            self.world.max_over_ranks(b - a, "step time") for a, b in zip(clock, clock[1:], strict=False)
+        )
+        self.tally.note_times(hvp_s, lanczos_s, checkpoint_s)
+        self.events.write(
+            "step", probe=probe, step=process.step_count, hvp_s=hvp_s, lanczos_s=lanczos_s, checkpoint_s=checkpoint_s,
+            alpha=process.alpha[-1], beta=process.beta[-1], eps=record.step, realised=record.realised,
+            flips=record.flips,
+        )  # fmt: skip
+        values = ritz(process.alpha, process.beta).values
+        self.progress.step(probe=probe, step=process.step_count, hvp_s=hvp_s, ritz_min=values[0], ritz_max=values[-1])
+
+    def _write_row(self, probe: int, vector: int) -> None:
+        self.store.write_row(probe, vector % self.basis.capacity, self.basis[vector].data.cpu().numpy())
+
+    def _commit(self, process: Lanczos, probe: int) -> None:
+        self.tally.peak_bytes = int(
+            max(self.tally.peak_bytes, self.world.max_over_ranks(peak_bytes(self.world.device), "peak memory"))
+        )
+        self.store.commit(
+            probe, process.step_count, np.array(process.alpha), np.array(process.beta), finished=process.finished,
+            extra=self.tally.to_json(),
+            rows_needed=[v % self.basis.capacity for v in process.rows_needed()] if not process.finished else [],
+        )  # fmt: skip
+
+    def recurrences(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return every finished probe's alpha and beta from the store (a breakdown ends a probe early)."""
+        return [
+            tuple(part[: self.tally.steps[str(probe)]] for part in self.store.recurrence(probe))
+            for probe in range(self.config.lanczos.probes)
+        ]  # type: ignore[misc]
+
+
+def _as_tensor(values: np.ndarray, space: VectorSpace) -> Any:
+    import torch
+
+    return torch.from_numpy(values).to(space.device)

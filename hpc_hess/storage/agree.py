@@ -1,0 +1,31 @@
+"""Do something on some ranks, agree on whether it worked, act together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc_hess.errors import HpcHessError
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.disk import explain
+
+
+@contextlib.contextmanager
+def attempt(world: World, path: Path, doing: str) -> Iterator[None]:
+    """Run a block; if it fails on some rank, every rank raises StoreError with that rank's reason. Collective: yes.
+
+    The block may hold HDF5's own collectives only where a failure before them cannot keep a rank from them. Success
+    costs one reduction of one number.
+    """
+    error: HpcHessError | None = None
+    cause: BaseException | None = None
+    try:
+        yield
+    except HpcHessError as caught:
+        error = caught
+    except Exception as caught:  # h5py raises OSError, RuntimeError, ValueError and KeyError for damaged files
+        error, cause = explain(caught, path, doing), caught
+        error.__cause__ = cause
+    if not world.all_true(error is None, doing):
+        world.raise_together(error, doing)

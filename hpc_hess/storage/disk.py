@@ -1,0 +1,111 @@
+"""Space, durability and clean-up of files: what the C library knows and Python does not wrap."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from hpc_hess.errors import StoreError
+
+SAVE_SPACE = (
+    'lower lanczos.steps, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or put run.out on a '
+    "larger disk"
+)
+
+
+def size_text(count: int) -> str:
+    """Return ``count`` bytes for people, such as "1.2 GB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes an ordinary user may still write on the file system of ``path``."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise StoreError unless ``needed`` bytes are free on the file system of ``directory``."""
+    free = free_bytes(directory)
+    if needed > free:
+        raise StoreError(
+            f"the Krylov basis needs {size_text(needed)} ({needed} bytes) but {directory} has {size_text(free)} free "
+            f"({free} bytes): {SAVE_SPACE}"
+        )
+
+
+def reserve(path: Path) -> None:
+    """Allocate every block of ``path``, so that later writes cannot meet a full disk. Writes no data.
+
+    fallocate itself, not posix_fallocate: where the file system has none, the latter writes to every block of what may
+    be terabytes. There, nothing is reserved and a full disk is met, and survived, when a row is written.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "fallocate"):
+        return
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        while size and library.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+                return
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code), str(path))
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the entries of ``directory`` durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Replace ``target`` by ``source`` atomically: after a crash one of the two states is found, never a mixture."""
+    with open(source, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+    sync_directory(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory tree if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def explain(error: BaseException, path: Path, doing: str) -> StoreError:
+    """Turn an error of the operating system or of HDF5 into one sentence with the remedy."""
+    code = getattr(error, "errno", None)
+    text = str(error)
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "errno = 28" in text
+    if not full and isinstance(error, OSError | RuntimeError) and code is None:
+        try:  # HDF5 over MPI does not say why it failed
+            full = free_bytes(path if path.is_dir() else path.parent) < 1 << 20
+        except OSError:
+            full = False
+    if full:
+        return StoreError(
+            f"the disk of {path} is full ({doing}): free some space and start the same command again, committed steps "
+            f"are safe; to need less, {SAVE_SPACE}"
+        )
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreError(f"cannot write in {path} ({os.strerror(code)}): make it writable or choose another run.out")
+    reason = text.split("\n", 1)[0].rstrip(". ") or type(error).__name__
+    return StoreError(
+        f"{path} cannot be used ({doing}: {reason}): restore it from a copy, or start anew in another run.out or with "
+        'run.resume = "never"'
+    )

@@ -1,0 +1,262 @@
+"""What krylov.h5 looks like: names, types, how its data sets are created, how its header is read.
+
+::
+
+    /                           attributes: format_version and the fields of Schema
+    /attributes                 the caller's attributes (config, fingerprints, ...): one JSON text
+    /layout/name                parameter names, in file order
+    /layout/offset              first file index of each parameter           int64
+    /layout/global_offset       first global index of each parameter         int64
+    /layout/shape               full shape, padded with -1                   int64 matrix
+    /layout/shard_dim           sharded dimension of the rank files          int64
+    /probes/K/alpha, beta       recurrence coefficients, NaN where not reached   float64, `steps` long
+    /probes/K/checksum          one per basis row, 0 where never committed   uint64, `rows` long
+    /probes/K/basis             rows x num_params in the file index; one shared data set unless keep_basis
+    /commit                     two commit slots                             bytes
+    /extra                      two areas of small resume state              bytes
+
+The file is created whole and never changes shape: a step writes raw data only, never HDF5 metadata. With rank files the
+basis is a virtual data set over krylov.ranks/GENERATION/rank-RRRRR.h5, each holding /basis/K, rows x local size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5d, h5p, h5s, h5t
+
+from hpc_hess.errors import StoreError
+from hpc_hess.parallel.layout import Layout, Parameter
+from hpc_hess.storage.blocks import Block, regular_blocks
+from hpc_hess.storage.commit import Ledger, Slots
+
+FORMAT_VERSION = 1
+FILE = "krylov.h5"
+TEMPORARY = "krylov.h5.tmp"
+RANKS = "krylov.ranks"
+# HDF5 2.x writes a newer format by default; these bounds let 1.10 and 2.x open each other's files.
+LIBVER = ("earliest", "v110")
+_ALIGN = {"alignment_threshold": 1 << 20, "alignment_interval": 4096}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The fixed sizes of one store. ``driver`` is "mpio" (one file) or "files" (rank files of ``num_shards`` ranks)."""
+
+    run_id: str
+    driver: str
+    generation: str  # the directory of the rank files; empty for one file
+    num_shards: int
+    num_params: int
+    fingerprint: str
+    dtype: str  # "float32" or "float64"
+    probes: int
+    steps: int
+    rows: int
+    keep_basis: bool
+    extra_bytes: int
+
+    @property
+    def slots(self) -> Slots:
+        """The geometry of /commit and /extra."""
+        return Slots(self.probes, self.rows, self.extra_bytes)
+
+    @property
+    def bases(self) -> int:
+        """Number of basis data sets: one for each probe, or one that all share."""
+        return self.probes if self.keep_basis else 1
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the whole basis, over all ranks."""
+        return self.bases * self.rows * self.num_params * np.dtype(self.dtype).itemsize
+
+    def basis_index(self, probe: int) -> int:
+        """Return which basis data set ``probe`` writes to."""
+        return probe if self.keep_basis else 0
+
+    def rank_file(self, run_dir: Path, shard: int) -> Path:
+        """Return the path of one rank file."""
+        return run_dir / RANKS / self.generation / f"rank-{shard:05d}.h5"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything in krylov.h5 but the basis, read at once."""
+
+    schema: Schema
+    attributes: dict[str, Any]
+    table: dict[str, Any]  # name: list[str]; offset, global_offset, shape, shard_dim: int64 arrays
+    ledger: Ledger
+
+    def stored_layout(self) -> Layout:
+        """Return the selected parameters over the ranks that wrote the rank files. Offsets are file indices."""
+        shapes = {n: tuple(int(k) for k in s if k >= 0) for n, s in zip(self.table["name"], self.table["shape"], strict=True)}
+        dims = dict(zip(self.table["name"], self.table["shard_dim"].tolist(), strict=True))
+        return Layout(shapes, self.schema.num_shards, dims)
+
+
+def open_file(path: Path, mode: str, *, locking: str | bool = "best-effort", **options: Any) -> h5py.File:
+    """Open an HDF5 file with pinned format bounds; ``mode`` is "x", "r" or "r+", since "w" truncates a locked file."""
+    if mode == "x":
+        options |= _ALIGN
+    if options.get("driver") != "mpio":
+        options["locking"] = locking
+    return h5py.File(path, mode, libver=LIBVER, **options)
+
+
+def _new(group: Any, name: str, dtype: Any, shape: tuple[int, ...], fill: Any = None, data: Any = None) -> None:
+    """Create a contiguous data set, allocated at once: filled if small, left as the disk has it if it is a basis."""
+    plist = h5p.create(h5p.DATASET_CREATE)
+    plist.set_layout(h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5d.FILL_TIME_NEVER if fill is None else h5d.FILL_TIME_ALLOC)
+    if fill is not None:
+        plist.set_fill_value(np.array(fill, dtype))
+    identity = h5d.create(group.id, name.encode(), h5t.py_create(np.dtype(dtype), logical=True), h5s.create_simple(shape), plist)
+    if data is not None:
+        h5py.Dataset(identity)[...] = data
+
+
+def create_master(
+    path: Path, schema: Schema, parameters: list[Parameter], attributes: dict[str, Any], ledger: Ledger, layout: Layout
+) -> None:
+    """Write a complete krylov.h5 at ``path``, which must not exist. Called by one rank, with the serial driver."""
+    with open_file(path, "x") as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        for key, value in asdict(schema).items():
+            file.attrs[key] = value
+        text = np.bytes_(json.dumps(attributes, indent=1, sort_keys=True).encode())
+        file.create_dataset("attributes", data=text)
+        _write_table(file.create_group("layout"), parameters)
+        slots = schema.slots
+        _new(file, "commit", np.uint8, (2, slots.commit_stride), 0, ledger.commit)
+        _new(file, "extra", np.uint8, (2, slots.extra_stride), 0, ledger.extra)
+        probes = file.create_group("probes")
+        for k in range(schema.probes):
+            group = probes.create_group(str(k))
+            _new(group, "alpha", np.float64, (schema.steps,), np.nan, ledger.alpha[k])
+            _new(group, "beta", np.float64, (schema.steps,), np.nan, ledger.beta[k])
+            _new(group, "checksum", np.uint64, (schema.rows,), 0, ledger.checksum[k])
+            if schema.basis_index(k) != k:
+                group["basis"] = probes["0/basis"]  # a hard link
+            elif schema.driver == "mpio":
+                _new(group, "basis", schema.dtype, (schema.rows, schema.num_params))
+            else:
+                _virtual(group, k, schema, layout)
+
+
+def _write_table(group: Any, parameters: list[Parameter]) -> None:
+    width = max(len(p.shape) for p in parameters)
+    shapes = [[*p.shape, *[-1] * (width - len(p.shape))] for p in parameters]
+    group.create_dataset("name", data=np.array([p.name.encode() for p in parameters]))
+    group.create_dataset("offset", data=np.array([p.file_offset for p in parameters], np.int64))
+    group.create_dataset("global_offset", data=np.array([p.global_offset for p in parameters], np.int64))
+    group.create_dataset("shape", data=np.array(shapes, np.int64).reshape(len(parameters), width))
+    group.create_dataset("shard_dim", data=np.array([p.shard_dim for p in parameters], np.int64))
+
+
+def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
+    """Create basis ``basis`` as a virtual data set: one mapping for each regular block of each rank.
+
+    A union of blocks for each rank would be fewer mappings, but HDF5 cannot store one beyond 2**32 entries.
+    """
+    shape, rows = (schema.rows, schema.num_params), schema.rows
+    plist = h5p.create(h5p.DATASET_CREATE)
+    plist.set_fill_value(np.array(np.nan, schema.dtype))
+    for rank in range(schema.num_shards):
+        shard = layout.shard(rank)
+        name = f"{RANKS}/{schema.generation}/rank-{rank:05d}.h5".encode()
+        for b in regular_blocks(*shard.file_intervals):
+            virtual, source = h5s.create_simple(shape), h5s.create_simple((rows, shard.size))
+            virtual.select_hyperslab((0, b.start), (1, b.count), (1, b.stride), (rows, b.length))
+            source.select_hyperslab((0, b.local), (1, 1), (1, 1), (rows, b.size))
+            plist.set_virtual(virtual, name, f"basis/{basis}".encode(), source)
+    kind = h5t.py_create(np.dtype(schema.dtype))
+    h5d.create(group.id, b"basis", kind, h5s.create_simple(shape), plist)
+
+
+def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
+    """Write an empty rank file of ``size`` entries a row; no data sets if the rank owns nothing."""
+    with open_file(path, "x") as file:
+        for key, value in (("run_id", schema.run_id), ("generation", schema.generation), ("shard", shard), ("size", size)):
+            file.attrs[key] = value
+        group = file.create_group("basis")
+        for k in range(schema.bases if size else 0):
+            _new(group, str(k), schema.dtype, (schema.rows, size))
+
+
+def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: str, **options: Any) -> h5py.File:
+    """Open a rank file and check that it is the right one: a virtual data set would hide a wrong one as fill values.
+
+    Raises
+    ------
+    StoreError : it is missing, truncated, or belongs to another run.
+
+    """
+    path = schema.rank_file(run_dir, shard)
+    if not path.exists():
+        raise StoreError(
+            f"the rank file {path} is missing: restore it from a copy, or start anew in another run.out or with "
+            'run.resume = "never"'
+        )
+    file = open_file(path, mode, **options)
+    wanted = {"run_id": schema.run_id, "generation": schema.generation, "shard": shard, "size": size}
+    found = {key: file.attrs.get(key) for key in wanted}
+    length = path.stat().st_size
+    good = found == wanted
+    for k in range(schema.bases if good and size else 0):
+        dataset = file.get(f"basis/{k}")
+        good &= dataset is not None and dataset.shape == (schema.rows, size) and dataset.dtype == np.dtype(schema.dtype)
+        good = good and dataset.id.get_offset() + dataset.id.get_storage_size() <= length
+    if not good:
+        file.close()
+        raise StoreError(f"the rank file {path} belongs to another run or is damaged: restore it from a copy")
+    return file
+
+
+def read_header(path: Path) -> Header:
+    """Read and check krylov.h5 with the serial driver. Local, no communication.
+
+    Raises
+    ------
+    StoreError : no such file, not a store, a newer format, damaged.
+
+    """
+    if not path.exists():
+        raise StoreError(f'there is no run in {path.parent}: start one with run.resume = "auto" or "never"')
+    with open_file(path, "r", locking=False) as file:
+        return header_of(file, path)
+
+
+def header_of(file: h5py.File, path: Path) -> Header:
+    """Read and check the header of an open krylov.h5. Raises StoreError."""
+    version = file.attrs.get("format_version")
+    if version is None:
+        raise StoreError(f"{path} is an HDF5 file but not a store of hpc_hess")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {version} and this hpc_hess reads up to {FORMAT_VERSION}: install a newer hpc_hess"
+        )
+    kinds: dict[str, Any] = {"int": int, "str": str, "bool": bool}
+    schema = Schema(**{f.name: kinds[str(f.type)](file.attrs[f.name]) for f in fields(Schema)})
+    table = {key: file[f"layout/{key}"][...] for key in ("offset", "global_offset", "shape", "shard_dim")}
+    table["name"] = [name.decode() for name in file["layout/name"][...]]
+    probes = [file[f"probes/{k}"] for k in range(schema.probes)]
+    ledger = Ledger(
+        alpha=np.stack([g["alpha"][...] for g in probes]), beta=np.stack([g["beta"][...] for g in probes]),
+        checksum=np.stack([g["checksum"][...] for g in probes]), commit=file["commit"][...], extra=file["extra"][...],
+    )  # fmt: skip
+    return Header(schema, json.loads(file["attributes"][()]), table, ledger)
+
+
+def blocks_of_file(schema: Schema, intervals: tuple[Any, Any], size: int) -> list[Block]:
+    """Return where a rank's local vector lies in the data set it opens: its intervals, or all of its rank file."""
+    if schema.driver == "mpio":
+        return regular_blocks(*intervals)
+    return [Block(0, 0, size, 1, size)] if size else []

@@ -1,0 +1,34 @@
+"""The dense oracle: a Hessian by double backward in float64, in the global index."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hpc_hess.model.loss import Objective
+
+
+def dense_hessian(module: nn.Module, objective: Objective) -> torch.Tensor:
+    """Return the full Hessian (N x N) of the objective over all parameters, sorted by name, ties once."""
+    named = dict(sorted(module.named_parameters()))
+    parameters = list(named.values())
+    total = sum(objective.contribution(module, i).total for i in range(objective.num_micro_batches))
+    gradients = torch.autograd.grad(total, parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    rows = []
+    for i in range(flat.numel()):
+        row = torch.autograd.grad(flat[i], parameters, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1)
+                               for r, p in zip(row, parameters, strict=True)]))  # fmt: skip
+    return torch.stack(rows)
+
+
+def hessian_product(module: nn.Module, objective: Objective, v: torch.Tensor) -> torch.Tensor:
+    """Return H v by double backward."""
+    parameters = list(dict(sorted(module.named_parameters())).values())
+    total = sum(objective.contribution(module, i).total for i in range(objective.num_micro_batches))
+    gradients = torch.autograd.grad(total, parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    row = torch.autograd.grad(flat @ v, parameters, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1)
+                      for r, p in zip(row, parameters, strict=True)])  # fmt: skip
