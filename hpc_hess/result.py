@@ -120,11 +120,15 @@ def make_result(
     }  # fmt: skip
 
 
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Write result.json aside and rename it into place."""
-    path = run_dir / RESULT_NAME
-    partial = path.with_suffix(".json.part")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def to_json(result: dict[str, Any]) -> str:
+    """Return the text of result.json."""
+    return json.dumps(result, indent=1) + "\n"
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place: a reader sees the old one or the new one."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

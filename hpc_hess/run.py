@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,13 @@ from hpc_hess.problem import Problem, check_repeatable, load_problem
 from hpc_hess.report.page import write_report
 from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.screen import print_summary
-from hpc_hess.result import Tally, make_result, write_result
+from hpc_hess.result import RESULT_NAME, Tally, make_result, to_json, write_aside
 from hpc_hess.stopping import EXIT_STOPPED, Stopper
+from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.events import EventLog
-from hpc_hess.storage.store import STORE_NAME, Store
+from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.schema import FILE, read_header
+from hpc_hess.storage.store import Store
 
 
 def run(config: Config, world: World) -> int:
@@ -38,32 +43,34 @@ def run(config: Config, world: World) -> int:
     """
     world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
-    existing = world.broadcast((out / STORE_NAME).exists(), "run directory")
-    with world.together("prepare the run directory"):
-        _check_resume(out, existing, config.run.resume)
     total = config.lanczos.steps * config.lanczos.probes
-    with make_progress(world.rank == 0, total) as progress, Stopper(world, config.run.time_limit) as stopper:
+    with (
+        make_progress(world.rank == 0, total) as progress,
+        Stopper(world, config.run.time_limit) as stopper,
+        contextlib.ExitStack() as held,
+    ):
+        existing = world.broadcast((out / FILE).exists(), "run directory")
+        _check_resume(out, existing, config.run.resume)
+        lock = RunLock.acquire(out, world)
+        held.callback(lock.release)
         problem = load_problem(config, world, progress)
-        space = problem.model.space
-        basis_device = place_basis(world, space, config.lanczos)
-        attributes = _identity(config, problem)
-        store = _open_store(config, world, problem, out, existing, attributes)
-        try:
-            if world.rank == 0:
-                (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-            events = EventLog(out if world.rank == 0 else None)
-            loop = _Loop(config, world, problem, store, events, progress, stopper, Basis(
-                space, basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps), basis_device))  # fmt: skip
-            reason = loop.run()
-            if reason:
-                progress.note(f"stopped early after committing step {store.state.step} of probe "
-                              f"{store.state.probe + 1}: {reason}; run the same command to go on")  # fmt: skip
-                return EXIT_STOPPED
-            result = make_result(config, world, problem, loop.tally, loop.recurrences())
-        finally:
-            store.close()
+        basis_device = place_basis(world, problem.model.space, config.lanczos)
+        store = held.enter_context(_open_store(config, world, problem, out, existing, lock))
+        if world.rank == 0:
+            write_aside(out / "config.toml", config.to_toml())
+        rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
+        basis = Basis(problem.model.space, rows, basis_device)
+        events = EventLog(out if world.rank == 0 else None)
+        loop = _Loop(config, world, problem, store, events, progress, stopper, basis)
+        reason = loop.run()
+        if reason:
+            state = store.state
+            progress.note(f"stopped early after committing step {state.step} of probe {state.probe + 1}: {reason}; "
+                          "run the same command to go on")  # fmt: skip
+            return EXIT_STOPPED
+        result = make_result(config, world, problem, loop.tally, loop.recurrences())
     if world.rank == 0:
-        write_result(out, result)
+        write_aside(out / RESULT_NAME, to_json(result))
         report = write_report(out)
         print_summary(result, out, report)
     world.barrier("finish")
@@ -90,22 +97,25 @@ def _identity(config: Config, problem: Problem) -> dict[str, Any]:
 
 
 def _open_store(
-    config: Config, world: World, problem: Problem, out: Path, existing: bool, attributes: dict[str, Any]
+    config: Config, world: World, problem: Problem, out: Path, existing: bool, lock: RunLock
 ) -> Store:
-    layout, shard, lanczos = problem.model.layout, problem.model.shard, config.lanczos
-    if existing:
-        store = Store.open(out, layout=layout, shard=shard, world=world, driver=config.store.driver)
-        try:
-            _compare(out, store.attributes, attributes)
-        except StoreError:
-            store.close()
-            raise
-        return store
-    return Store.create(
-        out, layout=layout, shard=shard, world=world, driver=config.store.driver, probes=lanczos.probes,
-        steps=lanczos.steps, rows=basis_rows(lanczos.reorthogonalise, lanczos.steps),
-        keep_basis=config.store.keep_basis, dtype=problem.model.space.dtype, attributes=attributes,
-    )  # fmt: skip
+    lanczos, attributes = config.lanczos, _identity(config, problem)
+    place: dict[str, Any] = {"layout": problem.model.layout, "shard": problem.model.shard, "world": world,
+                             "driver": config.store.driver, "lock": lock}  # fmt: skip
+    if not existing:
+        return Store.create(
+            out, **place, probes=lanczos.probes, steps=lanczos.steps,
+            rows=basis_rows(lanczos.reorthogonalise, lanczos.steps), keep_basis=config.store.keep_basis,
+            dtype=problem.model.space.dtype, attributes=attributes,
+        )  # fmt: skip
+    # compared before anything is rebuilt for this job's ranks
+    found: dict[str, Any] = {}
+    with attempt(world, out / FILE, "open the store"):
+        if world.rank == 0:
+            found = read_header(out / FILE).attributes
+    found = world.broadcast(found, "read the store's settings")
+    _compare(out, found, attributes)
+    return Store.open(out, **place, probes=lanczos.probes)
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -136,7 +146,7 @@ class _Loop:
     def run(self) -> str:
         """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
         lanczos, state = self.config.lanczos, self.store.state
-        if state.finished and state.probe == lanczos.probes - 1:
+        if state.finished and state.probe >= lanczos.probes - 1:
             self.progress.note("this run is already finished: rewriting its report")
             return ""
         operator = self._operator()
@@ -163,7 +173,6 @@ class _Loop:
         operator = FiniteDifferenceHessian(self.problem.gradient, config.scheme, config.step)
         gradient_s = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
         self.tally.loss, self.tally.gradient_norm = operator.base_loss, operator.base_gradient_norm
-        self.tally.gradient_s = gradient_s
         self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
         self.events.write("gradient", seconds=gradient_s, loss=operator.base_loss, norm=operator.base_gradient_norm)
         self.progress.note(f"loss {operator.base_loss:.6f}, |gradient| {operator.base_gradient_norm:.4g}, "
@@ -208,6 +217,9 @@ class _Loop:
             self.tally.steps[str(probe)] = process.step_count
         self._commit(process, probe)
         clock.append(time.perf_counter())
+        self.tally.gradient_s = self.world.max_over_ranks(
+            statistics.median(self.problem.gradient.seconds), "gradient time"
+        )
         hvp_s, lanczos_s, checkpoint_s = (
             self.world.max_over_ranks(b - a, "step time") for a, b in zip(clock, clock[1:], strict=False)
         )

@@ -86,7 +86,7 @@ def normals(
         count = min(_CHUNK, (skip + length - done + 3) // 4)
         words = _blocks(seed, stream, purpose, first, count, device)
         # (word + 1/2) / 2^32 in float64 never is 0 or 1 before rounding; the float32 rounding of 1 gives log 1 = 0
-        uniform = ((words + 0.5) * 2.0**-32).to(work)
+        uniform = ((words.double() + 0.5) * 2.0**-32).to(work)
         radius = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2]))
         angle = (2.0 * math.pi) * uniform[:, 1::2]
         block = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2).flatten()

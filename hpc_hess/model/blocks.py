@@ -2,7 +2,7 @@
 
     boundary, *extras = prologue(parameters)            embedding, masks, rotary tables
     boundary = block(k, parameters, boundary, *extras)  one call of one block
-    hidden = final(parameters, boundary, *extras)       what follows the last block, up to the head
+    hidden = final(parameters, boundary)                what follows the last block, up to the head
     logits = logits(parameters, hidden)                 the head and what follows it, token by token
 
 Each is the model's own forward with its blocks or its head replaced for a moment, and a function of the parameters it
@@ -52,6 +52,7 @@ class Parts:
     blocks: list[list[str]]  # by call
     final: list[str]
     logits: list[str]
+    vocabulary: int
 
 
 class Finished(BaseException):
@@ -91,10 +92,26 @@ class SplitModel:
     @property
     def num_calls(self) -> int:
         """Number of block calls in one forward pass."""
-        return len(self._parts.calls)
+        return len(self.known.calls)
+
+    def names_of(self, stage: int) -> list[str]:
+        """Return the parameters of a stage: 0 the prologue, 1..num_calls the block calls, then final and logits."""
+        parts = self.known
+        if stage == 0:
+            return parts.prologue
+        if stage <= len(parts.calls):
+            return parts.blocks[stage - 1]
+        return sorted({*parts.final, *parts.logits})
+
+    def describe(self, stage: int) -> str:
+        """Return a stage's name for messages."""
+        if stage == 0:
+            return "the embedding"
+        return f"block {self.known.calls[stage - 1].block}" if stage <= self.num_calls else "the head"
 
     @property
-    def _parts(self) -> Parts:
+    def known(self) -> Parts:
+        """What the recording found."""
         if self.parts is None:
             raise RuntimeError("record() a forward pass first")
         return self.parts
@@ -103,7 +120,7 @@ class SplitModel:
 
     def arguments(self, parameters: Tensors, batch: MicroBatch) -> tuple[Arguments, list[torch.Tensor]]:
         """Return what the blocks are called with beside boundary and extra tensors, and those [boundary, *extras]."""
-        parts, seen, found = self._parts, list[list[Any]](), dict[int, torch.Tensor]()
+        parts, seen, found = self.known, list[list[Any]](), dict[int, torch.Tensor]()
 
         def on_block(number: int, leaves: list[Any]) -> Any:
             call = parts.calls[number]
@@ -125,25 +142,32 @@ class SplitModel:
         return tuple(self.arguments(parameters, batch)[1])
 
     def block(self, number: int, parameters: Tensors, arguments: list[Any], *tensors: torch.Tensor) -> torch.Tensor:
-        """Return the boundary tensor after call ``number``; ``tensors`` are (boundary, *extras)."""
-        call = self._parts.calls[number]
+        """Return the boundary tensor after call ``number``.
+
+        ``tensors`` are the boundary tensor before it and the extra tensors that :meth:`extras_of` the call names.
+        """
+        call, extras = self.known.calls[number], self.extras_of(number)
         leaves = list(arguments)
         leaves[call.boundary] = tensors[0]
         for leaf, extra in call.extras.items():
-            leaves[leaf] = tensors[1 + extra]
+            leaves[leaf] = tensors[1 + extras.index(extra)]
         args, kwargs = tree_unflatten(leaves, call.structure)
         with substituted(self.places, parameters):
             out = plain_forward(self.blocks[call.block])(*args, **kwargs)
         return tree_flatten(out)[0][call.out_boundary]
 
-    def final(self, parameters: Tensors, batch: MicroBatch, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return the head's input [rows, length, width] from (boundary after the last block, *extras)."""
-        parts, found = self._parts, list[torch.Tensor]()
+    def extras_of(self, number: int) -> list[int]:
+        """Return the numbers of the extra tensors that call ``number`` takes."""
+        return sorted(set(self.known.calls[number].extras.values()))
+
+    def final(self, parameters: Tensors, batch: MicroBatch, boundary: torch.Tensor) -> torch.Tensor:
+        """Return the head's input [rows, length, width] from the boundary tensor after the last block."""
+        parts, found = self.known, list[torch.Tensor]()
 
         def on_block(number: int, leaves: list[Any]) -> Any:
             call = parts.calls[number]
             last = number == len(parts.calls) - 1
-            return self._output(call, tensors[0] if last else leaves[call.boundary])
+            return self._output(call, boundary if last else leaves[call.boundary])
 
         def on_head(hidden: torch.Tensor) -> Any:
             found.append(hidden)
@@ -157,7 +181,7 @@ class SplitModel:
         one = torch.ones((1, 1), dtype=torch.int64, device=hidden.device)
         token = MicroBatch([0], one, one, one)  # everything before the head is computed for one token and dropped
         head = plain_forward(self.head)
-        parts = self._parts
+        parts = self.known
 
         def on_block(number: int, leaves: list[Any]) -> Any:
             return self._output(parts.calls[number], leaves[parts.calls[number].boundary])
@@ -178,7 +202,7 @@ class SplitModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal count
                 leaves, structure = tree_flatten((args, kwargs))
-                calls = self._parts.calls
+                calls = self.known.calls
                 if count >= len(calls) or calls[count].block != block or calls[count].structure != structure:
                     raise ModelError(
                         f"{type(self.module).__name__} calls block {block} differently from when it was recorded: "

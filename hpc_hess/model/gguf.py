@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from hpc_hess.errors import ModelError
+from hpc_hess.model.conversion import model_tensors
+from hpc_hess.model.lazy import Lazy, Resident
 
 
 class GgufReader:
-    """Holds the dequantised float32 model until ``close``.
+    """Holds the dequantised float32 tensors until ``close``.
 
     Raises
     ------
@@ -20,40 +24,36 @@ class GgufReader:
     """
 
     def __init__(self, path: Path, skeleton: nn.Module) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        bar = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+                loaded = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)
         except ImportError as error:
-            raise ModelError(
-                f"reading a GGUF file needs the demo packages: pip install gguf sentencepiece protobuf ({error})"
-            ) from None
+            raise ModelError(f"reading a GGUF file needs the demo extra: pip install 'hpc-hess[demo]' ({error})") from None
         except Exception as error:
             raise ModelError(f"cannot read {path}: {error}") from None
-        finally:
-            if bar:
-                logging.enable_progress_bar()
-        self._tensors = {name: t.detach() for name, t in model.state_dict().items()}
+        stored: dict[str, Lazy] = {name: Resident(t.float()) for name, t in loaded["tensors"].items()}
+        self._tensors = model_tensors(stored, skeleton)
         for name, parameter in skeleton.named_parameters():
             found = self._tensors.get(name)
-            if found is None or found.shape != parameter.shape:
-                shape = "nothing" if found is None else str(tuple(found.shape))
-                raise ModelError(f"parameter '{name}' has shape {tuple(parameter.shape)} but {path} holds {shape}")
+            if found is None or found.shape != tuple(parameter.shape):
+                holds = "no such tensor" if found is None else f"one of shape {found.shape}"
+                raise ModelError(f"parameter '{name}' should have shape {tuple(parameter.shape)}; {path} holds {holds}")
 
     def read(self, name: str, dim: int, low: int, high: int) -> torch.Tensor:
         """Return entries [low, high) of parameter ``name`` along ``dim``. Collective: no."""
         tensor = self._tensors[name]
-        return tensor.narrow(dim, low, high - low) if tensor.ndim else tensor
+        box = [(0, n) for n in tensor.shape]
+        if box:
+            box[dim] = (low, high)
+        return tensor.read(tuple(box))
 
     def read_buffer(self, name: str) -> torch.Tensor | None:
-        """Return a persistent buffer of the model, else None."""
-        return self._tensors.get(name)
+        """Return a buffer that the file holds, else None."""
+        tensor = self._tensors.get(name)
+        return None if tensor is None else tensor.read(tuple((0, n) for n in tensor.shape))
 
     def close(self) -> None:
-        """Free the dequantised model."""
+        """Free the dequantised tensors."""
         self._tensors.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 
@@ -16,13 +17,18 @@ from hpc_hess.parallel.vector import Vector
 class Gradient:
     """Loss and gradient over the whole data set.
 
-    Counts its evaluations in ``num_evaluations``. ``routing`` freezes (or counts) mixture-of-experts decisions.
+    ``seconds`` holds the duration of every full evaluation on this rank. ``routing`` freezes (or counts) mixture-of-experts decisions.
     """
 
     def __init__(self, model: ShardedModel, objective: Objective, routing: Routing | None = None) -> None:
         self.model, self.objective = model, objective
         self.routing = routing or Routing(model.module, "free")
-        self.num_evaluations = 0
+        self.seconds: list[float] = []
+
+    @property
+    def num_evaluations(self) -> int:
+        """Full evaluations so far."""
+        return len(self.seconds)
 
     def __call__(self, out: Vector | None = None, *, micro_batches: int | None = None) -> tuple[float, Vector]:
         """Return (loss, gradient) at the current parameters; the gradient is written to ``out`` if given.
@@ -40,7 +46,7 @@ class Gradient:
         model.attach_gradients(out.data)
         parts: list[torch.Tensor] = []
         ids: list[int] = []
-        self.num_evaluations += micro_batches is None
+        began = time.perf_counter()
         try:
             for index in range(min(self.objective.num_micro_batches, micro_batches or 1 << 62)):
                 self.routing.micro_batch = index
@@ -53,7 +59,10 @@ class Gradient:
         losses = torch.cat(parts)
         self._check_losses(losses, ids)
         total = model.world.sum_over_ranks(losses.sum().reshape(1), "loss")
-        return float(total), out
+        loss = float(total)  # waits for the device
+        if micro_batches is None:
+            self.seconds.append(time.perf_counter() - began)
+        return loss, out
 
     def _check_losses(self, losses: torch.Tensor, ids: list[int]) -> None:
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()

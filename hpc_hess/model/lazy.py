@@ -39,6 +39,22 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """A tensor that is in memory already."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(self.tensor.shape)
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Return a view of the box."""
+        return self.tensor[tuple(slice(low, high) for low, high in box)]
+
+
+@dataclass(frozen=True)
 class Stacked:
     """Equal tensors along a new dimension: experts kept one by one in the file."""
 

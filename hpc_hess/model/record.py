@@ -67,6 +67,7 @@ class _Watch:
         self.names: dict[int, str] = {}  # parameters by identity
         self.made: dict[int, int] = {}  # outputs of block calls by identity -> call
         self.kept: list[torch.Tensor] = []  # identities stay unique while the tensors live
+        self.prologue: list[torch.Tensor] = []  # the first boundary tensor, with its graph
         self.hidden: torch.Tensor | None = None
         self.hidden_used: list[str] = []
         self.head_calls = 0
@@ -83,6 +84,8 @@ class _Watch:
             leaves, structure = tree_flatten((args, kwargs))
             boundary = self._find_boundary(number, leaves)
             call = Call(block, structure, boundary, self._find_extras(number, boundary, leaves))
+            if number == 0:
+                self.prologue = [leaves[boundary]]
             self.boundaries.append(leaves[boundary].detach())
             self.arguments.append([leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
             names = split.names_of_block[block]
@@ -92,6 +95,8 @@ class _Watch:
                 out, out_structure = tree_flatten(plain_forward(split.blocks[block])(*args, **kwargs))
             used = {self.names[i] for t in out for i in _sources(t) if i in self.names}
             self.block_names.append(names + sorted(used - set(names)))
+            for t in own.values():
+                del self.names[id(t)]  # the tensor goes, and its identity may come again
             call.out_structure = out_structure
             call.out_leaves = [None if isinstance(t, torch.Tensor) else t for t in out]
             self.outputs = [t.detach().requires_grad_() if _differentiable(t) else None for t in out]
@@ -167,16 +172,52 @@ class _Watch:
             raise ModelError(f"cannot split {self.kind}: its forward does not call get_output_embeddings()")
         self._refuse_blocks(logits, "what follows the head")
         self.logits = logits.detach()
-        prologue = [self.boundaries_source, *self.extras]
-        used = sorted({name for t in prologue for name in self._used(t)})
-        self.parts = Parts(self.calls, len(self.extras), used, self.block_names, self.hidden_used, self._used(logits))
-
-    @property
-    def boundaries_source(self) -> torch.Tensor:
-        return self.first
+        used = sorted({name for t in [*self.prologue, *self.extras] for name in self._used(t)})
+        self.parts = Parts(
+            self.calls, len(self.extras), used, self.block_names, self.hidden_used, self._used(logits), logits.shape[-1]
+        )
 
     def _used(self, tensor: torch.Tensor) -> list[str]:
         return sorted({self.names[i] for i in _sources(tensor) if i in self.names})
+
+
+def _compare_replay(split: SplitModel, batch: MicroBatch, outside: dict[str, torch.Tensor], watch: _Watch) -> None:
+    """Refuse a model whose parts, run one by one, do not give the values of the recorded pass."""
+    parts = watch.parts
+
+    def check(new: Any, old: Any, what: str) -> None:
+        if isinstance(old, torch.Tensor) and not (isinstance(new, torch.Tensor) and _same(new, old)):
+            raise ModelError(
+                f"cannot split {watch.kind}: {what} is not the same when the model is run in parts, so it depends on "
+                "something that is not handed from block to block (or its forward is random)"
+            )
+
+    arguments, tensors = split.arguments({name: outside[name] for name in parts.prologue}, batch)
+    check(tensors[0], watch.boundaries[0], "the first block's input")
+    for number, (new, old) in enumerate(zip(arguments, watch.arguments, strict=True)):
+        call = parts.calls[number]
+        for i, leaf in enumerate(old):
+            if i in call.extras:
+                check(tensors[1 + call.extras[i]], leaf, f"argument {i} of block call {number}")
+            elif i != call.boundary:
+                check(new[i], leaf, f"argument {i} of block call {number}")
+    assert watch.hidden is not None
+    final = {name: outside[name] for name in parts.final}
+    check(split.final(final, batch, watch.boundaries[-1]), watch.hidden, "the head's input")
+    head = {name: outside[name] for name in parts.logits}
+    check(split.logits(head, watch.hidden[:, 0]), watch.logits[:, 0], "the logits")
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = 2e-2 if a.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    a, b = a.detach().double(), b.detach().double()
+    finite = torch.isfinite(b)
+    scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 
 def _differentiable(leaf: Any) -> bool:

@@ -39,19 +39,31 @@ _VARIABLES = [
 def detect(env: Mapping[str, str]) -> Launch:
     """Read the launcher's environment. Raises LaunchError when a variable is missing or no number."""
     for launcher, marker, (rank_key, size_key, local_key, local_size_key) in _VARIABLES:
-        if marker not in env or rank_key not in env or size_key not in env:
+        if marker not in env:
             continue
+        missing = [key for key in (rank_key, size_key) if key not in env]
+        if missing and launcher == "env":
+            continue  # a lone WORLD_SIZE is no launcher
+        if missing:
+            raise LaunchError(f"{launcher} set {marker} but not {' and '.join(missing)}: unset {marker} to run alone")
         try:
             rank, size = int(env[rank_key]), int(env[size_key])
-            local_rank = int(env.get(local_key, rank))
             local_size = int(env.get(local_size_key, 0)) or _slurm_local_size(env) or size
+            local_rank = int(env.get(local_key, rank % local_size))
+            nodes = int(env.get("SLURM_STEP_NUM_NODES", 0)) if launcher == "srun" else 0
+            # a batch script's SLURM_NODEID is inherited by what mpirun starts from it
+            node_key = {"torchrun": "GROUP_RANK", "srun": "SLURM_NODEID"}.get(launcher, "")
+            node = int(env.get(node_key, rank // local_size))
         except ValueError as error:
             raise LaunchError(f"the environment of {launcher} is not readable: {error}") from None
         if not 0 <= rank < size:
             raise LaunchError(f"{launcher} says rank {rank} of {size} ranks: {rank_key} and {size_key} contradict")
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", 0)) if launcher == "srun" else 0
+        if not 0 <= local_rank < local_size <= size:
+            raise LaunchError(
+                f"{launcher} says local rank {local_rank} of {local_size} on this node and {size} ranks in all: "
+                f"{local_key} contradicts the counts"
+            )
         num_nodes = nodes or -(-size // local_size)
-        node = int(env.get("GROUP_RANK", env.get("SLURM_NODEID", rank // local_size)))
         return Launch(launcher, rank, size, local_rank, local_size, node, num_nodes)
     return Launch("alone", 0, 1, 0, 1, 0, 1)
 
@@ -86,8 +98,9 @@ def mpi_world(launch: Launch) -> Any:
         if launch.launcher == "srun" and comm.Get_size() == 1:
             return None  # srun without --mpi=pmix: no MPI world, the file driver still works
         raise LaunchError(
-            f"MPI and {launch.launcher} disagree: MPI says rank {comm.Get_rank()} of {comm.Get_size()}, the environment "
-            f"rank {launch.rank} of {launch.size}; use the mpirun of the MPI that mpi4py was built with, or srun --mpi=pmix"
+            f"MPI and {launch.launcher} disagree: MPI says rank {comm.Get_rank()} of {comm.Get_size()}, the "
+            f"environment rank {launch.rank} of {launch.size}; use the mpirun of the MPI that mpi4py was built with, "
+            "or srun --mpi=pmix"
         )
     return comm
 

@@ -58,7 +58,7 @@ def write_figures(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
     probes = [p for p in result.get("probes") or [] if p.get("alpha")]
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
         if parts:
-            plots += [_density_plot(parts, folder, "linear"), _density_plot(parts, folder, "symlog")]
+            plots += [_density_plot(parts, folder, "symlog"), _density_plot(parts, folder, "linear")]
         if probes:
             plots += [_convergence(probes, folder), _recurrence(probes, folder)]
         steps = step_events([dict(e) for e in events])
@@ -91,19 +91,19 @@ def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
     over = f"mean of {len(parts)} probes, band: ± one standard deviation" if len(parts) > 1 else "one probe"
     if kind == "linear":
         rug.xaxis.set_major_locator(MaxNLocator(7))
-        shape = density(parts)
+        shape = density(parts, points=1200)
         place: Callable[[Any], Float] = np.asarray
         top.set_ylabel("density per unit λ")
         rug.set_xlabel("eigenvalue λ (loss per squared parameter)")
         smoothing = f"Gaussian smoothing of width {number(shape.width, 2)}"
-        title, note = "Spectral density", "the axis is linear in λ"
+        title, note = "Spectral density, linear axis", "the axis is linear in λ"
         x = shape.grid
     else:
         linear = linear_threshold(values, weights)
         span = float(np.ptp(symlog(values, linear)))
         # a Gaussian about as wide as the gap between Ritz values: finer would draw the quadrature, not the spectrum
         width = float(np.clip(0.5 * span / max(len(parts[0].values), 1), 0.05, 0.3))
-        shape = density_symlog(parts, width=width, linear=linear)
+        shape = density_symlog(parts, points=1200, width=width, linear=linear)
         x = symlog(shape.grid, linear)
         place = set_symlog(rug, "x", float(shape.grid[0]), float(shape.grid[-1]), linear)
         top.set_ylabel("density per decade of λ")
@@ -113,7 +113,6 @@ def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
         note = f"the axis is linear for |λ| below {number(linear, 2)} and logarithmic beyond"
     _draw_density(top, shape, x, signed=bool((values < 0).any()))
     _draw_rug(rug, parts, place)
-    top.text(0.5, 1.02, title, transform=top.transAxes, ha="center", va="bottom", fontsize=11)
     _mark_ends(top, rug, float(values.min()), float(values.max()), place)
     figure.align_ylabels()
     caption = f"{over[0].upper()}{over[1:]}; {smoothing}; {note}. "

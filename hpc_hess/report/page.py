@@ -14,8 +14,19 @@ import jinja2
 
 from hpc_hess.report.figures import Plot, write_figures
 from hpc_hess.report.rundir import RunFiles, read_run, step_events
-from hpc_hess.report.spectrum import extreme_residuals, extremes, quadratures, story, warnings
-from hpc_hess.report.words import ERROR_TERMS, NONE, count, duration, minus, number, size, trace_text
+from hpc_hess.report.spectrum import extreme_residuals, extremes, model_name, quadratures, story, warnings
+from hpc_hess.report.words import (
+    ERROR_TERMS,
+    NONE,
+    count,
+    duration,
+    minus,
+    number,
+    plural,
+    residual_text,
+    size,
+    trace_text,
+)
 
 
 class Row(NamedTuple):
@@ -73,13 +84,6 @@ def minus_signs(text: str) -> str:
     return "".join(minus(c) if c == "-" and text[i + 1 : i + 2].isdigit() else c for i, c in enumerate(text))
 
 
-def model_name(model: Any) -> str:
-    """Return the model's short name from a string or from a dictionary with ``name`` or ``source``."""
-    if isinstance(model, Mapping):
-        model = model.get("name") or model.get("source")
-    return str(model) if model else "a model"
-
-
 def _kind(result: Mapping[str, Any]) -> str:
     kinds = {"gauss_newton": "Gauss-Newton", "fisher": "Empirical Fisher", "residual": "Hessian residual"}
     name = str(_table(result.get("operator")).get("name") or "hessian")
@@ -97,30 +101,22 @@ def _inline(svg: Path) -> str:
 def _cards(result: Mapping[str, Any]) -> list[Row]:
     low, high = extremes(result)
     below, above = extreme_residuals(result)
-    trace = _table(result.get("trace"))
-    spread = (
-        "one probe: no error estimate"
-        if trace.get("stderr") is None
-        else f"± {number(trace['stderr'], 2)} (standard error)"
-    )
-    residual = [f"residual {number(r, 2)}" if r is not None else "" for r in (below, above)]
-    num_params = result.get("num_params")
-    probes = result.get("probes") or []
+    scale = max(abs(low or 0.0), abs(high or 0.0))
+    trace, num_params = _table(result.get("trace")), result.get("num_params")
+    spread = ""
+    if trace.get("mean") is not None:
+        error = trace.get("stderr")
+        spread = "one probe: no error estimate" if error is None else f"± {number(error, 2)} (standard error)"
     cards = [
-        Row("λ max", number(high), residual[1]),
-        Row("λ min", number(low), residual[0]),
-        Row("Trace", number(trace.get("mean")), spread if trace.get("mean") is not None else ""),
-        Row(
-            "Parameters", count(num_params).split(" (")[-1].rstrip(")") if num_params else NONE, f"{num_params or 0:,}"
-        ),
-        Row("Lanczos", f"{number(result.get('steps'))} steps", f"{len(probes)} probe" + "s" * (len(probes) != 1)),
+        Row("λ max", number(high), residual_text(above, scale)),
+        Row("λ min", number(low), residual_text(below, scale)),
+        Row("Trace", number(trace.get("mean")), spread),
+        Row("Parameters", count(num_params).split(" (")[-1].rstrip(")"), f"{num_params:,}" if num_params else ""),
+        Row("Lanczos", plural(result.get("steps"), "step"), plural(len(result.get("probes") or []), "probe")),
     ]
     hvp_s = _table(result.get("timing")).get("hvp_s")
     if hvp_s is not None:
-        ranks = result.get("world_size")
-        cards.append(
-            Row("One product", _quantity("hvp_s", hvp_s), f"{ranks} rank" + "s" * (ranks != 1) if ranks else "")
-        )
+        cards.append(Row("One product", duration(hvp_s), plural(result.get("world_size"), "rank")))
     return [Row(c.label, minus_signs(c.value), minus_signs(c.meaning)) for c in cards]
 
 
@@ -167,7 +163,7 @@ def _label(key: str) -> str:
     words = []
     for part in key.split("."):
         part = part.removesuffix("_s").removesuffix("_bytes").replace("_", " ")
-        words.append({"hvp": "HVP"}.get(part, part))
+        words.append({"hvp": "HVP", "cpu": "CPU", "world size": "ranks"}.get(part, part))
     text = ", ".join(words)
     return text[:1].upper() + text[1:]
 
@@ -194,16 +190,19 @@ def _facts(run: RunFiles) -> list[tuple[str, list[Row]]]:
     timing = _rows(result.get("timing"))
     if steps:
         resumed = sum(e.get("event") == "resume" for e in run.events)
-        timing += [Row("Steps timed", str(len(steps))), Row("Resumed", f"{resumed} times" if resumed != 1 else "once")]
+        timing += [
+            Row("Steps timed", str(len(steps))),
+            Row("Resumed", {0: "never", 1: "once"}.get(resumed, f"{resumed} times")),
+        ]
     return [
         ("Operator", _rows(result.get("operator"))),
         ("Model", (_rows(model) if isinstance(model, Mapping) else [Row("Source", str(model))]) if model else []),
         ("Data", _rows(result.get("data"))),
         ("Trace", [Row("Estimate", minus_signs(trace_text(result.get("trace"))))] if result.get("trace") else []),
-        ("Time per step", timing),
+        ("Time", timing),
         ("Memory", _rows(result.get("memory"))),
-        ("Hardware", [Row("Ranks", _quantity("", result.get("world_size"))), *_rows(result.get("hardware"))]),
-        ("Versions", _rows(result.get("versions"))),
+        ("Hardware", _rows({"world_size": result.get("world_size"), **_table(result.get("hardware"))})),
+        ("Versions", [Row(name, str(version)) for name, version in _flat(result.get("versions"))]),
     ]
 
 

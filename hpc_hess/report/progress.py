@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any
 
-from hpc_hess.report.words import duration, number
+from hpc_hess.report.words import duration, number, printable
 
 _LINE_INTERVAL_S = 2.0
 
@@ -25,6 +25,10 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """Name what is going on: "loading", "calibrating", "probe 1/2"."""
+
+    def resume_at(self, done: int) -> None:
+        """Say that ``done`` steps were finished by an earlier start of the same run."""
+        self.done = done
 
     def step(self, *, probe: int, step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
         """Report one finished step: 1-based ``step`` of ``probe``, seconds of its product, extreme Ritz values."""
@@ -43,24 +47,27 @@ class Progress:
 
 
 class _Clock:
-    """Time left, from the last steps' wall time: the first step also pays for compilation and caches."""
+    """Time left, from the wall time of the last ten steps, whatever happened between them."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._now, self._ends = now, deque([now()], maxlen=11)
+        self._now, self._last = now, now()
+        self._seconds: deque[float] = deque(maxlen=10)
 
-    def restart(self) -> None:
-        """Forget the past, since what comes next is not a step (a phase such as loading)."""
-        self._ends.clear()
-        self._ends.append(self._now())
+    def begin(self) -> None:
+        """Say that what comes next is a step; what lies before (loading, say) is not counted."""
+        self._last = self._now()
 
-    def tick(self) -> None:
-        self._ends.append(self._now())
+    def end_step(self) -> None:
+        """Count the time since the last call as one step."""
+        now = self._now()
+        self._seconds.append(now - self._last)
+        self._last = now
 
-    def eta_s(self, left: int) -> float | None:
-        """Seconds for ``left`` further steps; None before the first one."""
-        if len(self._ends) < 2:
-            return None
-        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * left
+    def left(self, steps: int) -> str:
+        """Describe the time that ``steps`` more steps take; nothing before the first one and after the last."""
+        if not self._seconds or steps <= 0:
+            return ""
+        return f" | {duration(sum(self._seconds) / len(self._seconds) * steps)} left"
 
 
 def _described(hvp_s: float, ritz_min: float, ritz_max: float) -> str:
@@ -76,26 +83,22 @@ class _Lines(Progress):
         self._phase, self._shown_at, self._held = "", -float("inf"), ""
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text, self._stream), file=self._stream, flush=True)
 
     def phase(self, text: str) -> None:
         self._flush()
         if text != self._phase:
             self._print(f"[{text}]")
         self._phase = text
-        if self.done == 0 or not text.startswith("probe"):
-            self._clock.restart()
+        self._clock.begin()
 
     def step(self, *, probe: int, step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
         self.done += 1
-        self._clock.tick()
-        left = max(self.total_steps - self.done, 0)
-        eta = self._clock.eta_s(left)
-        self._held = (
-            f"probe {probe + 1} step {step} ({self.done}/{self.total_steps}) | "
-            f"{_described(hvp_s, ritz_min, ritz_max)}" + (f" | {duration(eta)} left" if eta and left else "")
-        )
-        if left == 0 or self._now() - self._shown_at >= _LINE_INTERVAL_S:
+        self._clock.end_step()
+        left = self.total_steps - self.done
+        place = f"probe {probe + 1} step {step} ({self.done}/{self.total_steps})"
+        self._held = f"{place} | {_described(hvp_s, ritz_min, ritz_max)}{self._clock.left(left)}"
+        if left <= 0 or self._now() - self._shown_at >= _LINE_INTERVAL_S:
             self._flush()
 
     def _flush(self) -> None:
@@ -122,7 +125,7 @@ class _Bar(Progress):
         from rich.progress import Progress as RichProgress
 
         super().__init__(total_steps, done)
-        self._clock, self._closed, self._last_phase = _Clock(now), False, ""
+        self._clock, self._closed, self._stream = _Clock(now), False, stream
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -137,19 +140,20 @@ class _Bar(Progress):
 
     def phase(self, text: str) -> None:
         self._bar.update(self._task, description=text)
-        if self.done == 0 or not text.startswith("probe"):
-            self._clock.restart()
+        self._clock.begin()
 
     def step(self, *, probe: int, step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
         self.done += 1
-        self._clock.tick()
-        left = max(self.total_steps - self.done, 0)
-        eta = self._clock.eta_s(left)
-        numbers = _described(hvp_s, ritz_min, ritz_max) + (f" | {duration(eta)} left" if eta and left else "")
-        self._bar.update(self._task, completed=self.done, numbers=numbers)
+        self._clock.end_step()
+        numbers = _described(hvp_s, ritz_min, ritz_max) + self._clock.left(self.total_steps - self.done)
+        self._bar.update(self._task, completed=self.done, numbers=printable(numbers, self._stream))
+
+    def resume_at(self, done: int) -> None:
+        super().resume_at(done)
+        self._bar.update(self._task, completed=done)
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False)
+        self._bar.console.print(printable(text, self._stream), markup=False)
 
     def close(self) -> None:
         if not self._closed:

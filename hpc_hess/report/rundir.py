@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.storage.events import read_events
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def read_run(run_dir: str | Path, need_result: bool = True) -> RunFiles:
     path = Path(run_dir)
     if not path.is_dir():
         raise ConfigError(f"no such run directory: {path}")
-    return RunFiles(path, _result(path, need_result), _text(path / "config.toml"), _events(path / "events.jsonl"))
+    return RunFiles(path, _result(path, need_result), _text(path / "config.toml"), read_events(path))
 
 
 def _result(path: Path, needed: bool) -> dict[str, Any]:
@@ -54,19 +55,6 @@ def _result(path: Path, needed: bool) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-
-
-def _events(file: Path) -> list[dict[str, Any]]:
-    """Read the lines that are whole: a killed run may leave half of its last one."""
-    events = []
-    for line in _text(file).splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
 
 
 def step_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

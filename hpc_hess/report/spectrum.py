@@ -47,6 +47,13 @@ def pooled(result: Mapping[str, Any]) -> tuple[Float, Float, Float]:
     return theta[order], weights[order], np.concatenate([q.residuals for q in parts])[order]
 
 
+def model_name(model: Any) -> str:
+    """Return the model's short name from a string or from a dictionary with ``name`` or ``source``."""
+    if isinstance(model, Mapping):
+        model = model.get("name") or model.get("source")
+    return str(model) if model else "a model"
+
+
 def extremes(result: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Return (lambda_min, lambda_max) as stored, else from the Ritz values; None where neither is there."""
     theta = pooled(result)[0]

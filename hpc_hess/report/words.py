@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 NONE = "n/a"
 
@@ -74,18 +74,50 @@ def trace_text(trace: Mapping[str, Any] | None) -> str:
     return f"{number(trace['mean'])} ± {number(trace['stderr'], 2)} (standard error over probes)"
 
 
+def residual_text(residual: float | None, scale: float) -> str:
+    """Say how well a Ritz value has converged; ``scale`` is the largest |eigenvalue|. Empty when not known."""
+    if residual is None:
+        return ""
+    return "converged to rounding" if residual < 1e-14 * scale else f"residual {number(residual, 2)}"
+
+
+def plural(number_of: int | None, word: str) -> str:
+    """``1 probe``, ``2 probes``; ``n/a`` for None."""
+    return NONE if number_of is None else f"{number_of:,} {word}" + "s" * (number_of != 1)
+
+
+_SPELLED = {"λ": "lambda", "±": "+-", "≤": "<=", "\u2212": "-"}
+
+
+def printable(text: str, stream: IO[str]) -> str:
+    """Return ``text`` in what ``stream`` can encode: batch jobs often run in a locale without Greek."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        for character, spelled in _SPELLED.items():
+            text = text.replace(character, spelled)
+        text = text.encode(encoding, errors="replace").decode(encoding)
+    return text
+
+
 #: key in ``errors`` -> (label, what it means)
 ERROR_TERMS: dict[str, tuple[str, str]] = {
     "hvp_relative": ("Product, relative error", "‖Hv - reference‖ / ‖reference‖, on sampled vectors"),
     "hvp_predicted": ("Product, predicted error", "rounding plus truncation, as expected when the step was chosen"),
-    "symmetry": ("Symmetry", "|u·Hv - v·Hu| relative to the product's size; 0 for an exact Hessian"),
-    "linearity": ("Linearity", "‖H(u + v) - Hu - Hv‖ relative to the products; 0 for an exact product"),
-    "repeat": ("Repeatability", "relative difference of one gradient computed twice at one point; 0 is bitwise"),
-    "realised_step": ("Realised step", "step stored in the parameters' precision over the step asked for; 1 is ideal"),
-    "step": ("Step", "length of the finite-difference step ε in θ₀ + ε v/‖v‖"),
+    "symmetry": ("Asymmetry", "largest |u·Hv - v·Hu| over Krylov vectors, relative to the largest |λ|; exact: 0"),
+    "linearity": ("Nonlinearity", "‖H(u + v) - Hu - Hv‖ relative to the products; exact: 0"),
+    "repeat": ("Repeatability", "relative difference of two gradients at the same point; 0: bitwise equal"),
+    "realised_step": (
+        "Step not realised",
+        "largest |realised step / asked step - 1|; products divide by the realised one",
+    ),
+    "step": ("Step", "length ε of the finite-difference step in θ₀ + ε v/‖v‖"),
+    "step_min": ("Shortest step", "smallest ε in θ₀ + ε v/‖v‖ over the products"),
+    "step_max": ("Longest step", "largest ε in θ₀ + ε v/‖v‖ over the products"),
     "truncation": ("Truncation error", "part of the product's error from the finite step, seen by comparing two steps"),
     "rounding": ("Rounding error", "part of the product's error from rounding inside the gradients, over the step"),
     "gradient_noise": ("Gradient noise", "rounding noise of the gradient, relative to its norm"),
-    "orthogonality": ("Orthogonality", "largest |qᵢ·qⱼ| between different Krylov vectors; 0 is ideal"),
-    "routing_flips": ("Routing flips", "share of tokens whose experts changed between the two ends of the step"),
+    "orthogonality": ("Lost orthogonality", "largest |u·v| between different Krylov vectors; 0 is ideal"),
+    "expert_flips": ("Expert flips", "tokens whose experts changed between the ends of a step; 0 if routing is frozen"),
 }

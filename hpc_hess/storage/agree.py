@@ -19,13 +19,18 @@ def attempt(world: World, path: Path, doing: str) -> Iterator[None]:
     costs one reduction of one number.
     """
     error: HpcHessError | None = None
-    cause: BaseException | None = None
     try:
         yield
-    except HpcHessError as caught:
-        error = caught
-    except Exception as caught:  # h5py raises OSError, RuntimeError, ValueError and KeyError for damaged files
-        error, cause = explain(caught, path, doing), caught
-        error.__cause__ = cause
+    except Exception as caught:
+        error = explained(caught, path, doing)
     if not world.all_true(error is None, doing):
         world.raise_together(error, doing)
+
+
+def explained(error: Exception, path: Path, doing: str) -> HpcHessError:
+    """Return ``error`` as one sentence for the user: h5py raises OSError, RuntimeError, ValueError and KeyError."""
+    if isinstance(error, HpcHessError):
+        return error
+    sentence = explain(error, path, doing)
+    sentence.__cause__ = error
+    return sentence

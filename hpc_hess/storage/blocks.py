@@ -98,7 +98,7 @@ def overlaps(mine: tuple[Int64, Int64], theirs: tuple[Int64, Int64]) -> list[tup
     """Return (local place here, local place there, length) of every stretch two ascending interval lists share."""
     (a_start, a_len), (b_start, b_len) = mine, theirs
     a_local, b_local = np.cumsum(a_len) - a_len, np.cumsum(b_len) - b_len
-    out = []
+    out: list[tuple[int, int, int]] = []
     j = 0
     for i in range(len(a_start)):
         low, high = int(a_start[i]), int(a_start[i] + a_len[i])

@@ -149,7 +149,11 @@ def build(
 
 def _small_bytes(schema: Schema) -> int:
     slots = schema.slots
-    return 2 * (slots.commit_stride + slots.extra_stride) + schema.probes * (16 * schema.steps + 8 * schema.rows) + (1 << 20)
+    return (
+        2 * (slots.commit_stride + slots.extra_stride)
+        + schema.probes * (16 * schema.steps + 8 * schema.rows)
+        + (1 << 20)
+    )
 
 
 def _copy_rows(

@@ -1,9 +1,9 @@
 """The checksum of one row: independent of the number of ranks, so that it survives a resume on other ranks.
 
 A row is read as a sequence of little-endian words (32 bits; 16 for 2-byte types), word w of the whole row lying on some
-rank. Its checksum is ``sum_w word[w] * multiplier(w) mod 2**64`` with an odd multiplier hashed from w: every rank sums its
-own words, one exact integer reduction joins the parts. A changed word always changes the sum, exchanged words and blocks
-do with probability 1 - 2**-32 or better. Words of 64 bits would not do: the signs of two doubles would cancel.
+rank. Its checksum is ``sum_w word[w] * multiplier(w) mod 2**64`` with an odd multiplier hashed from w: every rank sums
+its own words, one exact integer reduction joins the parts. A changed word always changes the sum, exchanged words and
+blocks do with probability 1 - 2**-32 or better. Words of 64 bits would not do: the signs of two doubles would cancel.
 """
 
 from __future__ import annotations
@@ -100,5 +100,7 @@ def _sum_gathered(words: NDArray, starts: Int64, lengths: Int64) -> int:
         first = int(index.min()) // _BLOCK
         blocks, inverse = np.unique(index // _BLOCK, return_inverse=True)
         outer = _odd_hash(blocks.astype(np.int64), 0x13198A2E03707344) if len(blocks) else _block_multipliers(first, 1)
-        total += int(np.einsum("i,i,i->", words[at : at + _BLOCK], _TABLE[index % _BLOCK], outer[inverse], dtype=np.uint64))
+        total += int(
+            np.einsum("i,i,i->", words[at : at + _BLOCK], _TABLE[index % _BLOCK], outer[inverse], dtype=np.uint64)
+        )
     return total

@@ -1,8 +1,8 @@
 """The commit record: two slots, written in turn, and the rule that finds the newest one that holds.
 
 A record names the probe and step that are complete and which basis rows are needed to go on. Its checksum covers the
-record, the recurrence coefficients up to that step and the checksums of those rows: what it says is then in the file, or
-it is not believed. All that the newest record covers stays unwritten until the next one is durable.
+record, the recurrence coefficients up to that step and the checksums of those rows: what it says is in the file, or it
+is not believed. All that the newest record covers stays unwritten until the next one is durable.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
     StoreError : records exist and none holds.
 
     """
-    found = [
-        decode(ledger.commit[i].tobytes(), ledger.extra[i].tobytes(), slots, ledger) for i in range(2)
-    ]
+    found = [decode(ledger.commit[i].tobytes(), ledger.extra[i].tobytes(), slots, ledger) for i in range(2)]
     valid = [state for state in found if state is not None]
     if valid:
         return max(valid, key=lambda state: state.sequence)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hpc_hess.errors import StoreError
 
 SAVE_SPACE = (
-    'lower lanczos.steps, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or put run.out on a '
+    "lower lanczos.steps, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or put run.out on a "
     "larger disk"
 )
 

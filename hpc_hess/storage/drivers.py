@@ -1,8 +1,8 @@
 """The two ways the data of one logical file reach a disk: one file over MPI, or one file a rank.
 
-Both hold Dataset objects as long as they are open (an error while a temporary one is destroyed would be lost) and change
-no metadata. ``sync`` makes what was written durable: HDF5's flush over MPI is collective and syncs; the serial one does
-not, so the descriptor is synced. Rows are written independently by each rank, small data by the head rank only.
+Both hold Dataset objects as long as they are open (an error while a temporary one is destroyed would be lost) and
+change no metadata. ``sync`` makes what was written durable: HDF5's flush over MPI is collective and syncs; the serial
+one does not, so the descriptor is synced. Rows are written independently by each rank, small data by the head rank.
 """
 
 from __future__ import annotations

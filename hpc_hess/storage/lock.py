@@ -87,8 +87,8 @@ class RunLock:
             while lock._text() != text:
                 if time.monotonic() > deadline:
                     raise StoreError(
-                        f"rank {world.rank} on {socket.gethostname()} sees another {directory} than rank 0: run.out must "
-                        "lie on a file system that all nodes share"
+                        f"rank {world.rank} on {socket.gethostname()} sees another {directory} than rank 0: run.out "
+                        "must lie on a file system that all nodes share"
                     )
                 time.sleep(0.1)
         except BaseException:
@@ -119,7 +119,8 @@ class RunLock:
             if time.monotonic() > deadline:
                 holder = self._text().strip() or "unknown"
                 raise StoreError(
-                    f"another job is using {self._directory} ({holder}): wait for it, stop it, or choose another run.out"
+                    f"another job is using {self._directory} ({holder}): wait for it, stop it, or choose another "
+                    "run.out"
                 )
             time.sleep(0.1)
 

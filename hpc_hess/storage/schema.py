@@ -96,7 +96,9 @@ class Header:
 
     def stored_layout(self) -> Layout:
         """Return the selected parameters over the ranks that wrote the rank files. Offsets are file indices."""
-        shapes = {n: tuple(int(k) for k in s if k >= 0) for n, s in zip(self.table["name"], self.table["shape"], strict=True)}
+        shapes = {
+            n: tuple(int(k) for k in s if k >= 0) for n, s in zip(self.table["name"], self.table["shape"], strict=True)
+        }
         dims = dict(zip(self.table["name"], self.table["shard_dim"].tolist(), strict=True))
         return Layout(shapes, self.schema.num_shards, dims)
 
@@ -118,7 +120,9 @@ def _new(group: Any, name: str, dtype: Any, shape: tuple[int, ...], fill: Any = 
     plist.set_fill_time(h5d.FILL_TIME_NEVER if fill is None else h5d.FILL_TIME_ALLOC)
     if fill is not None:
         plist.set_fill_value(np.array(fill, dtype))
-    identity = h5d.create(group.id, name.encode(), h5t.py_create(np.dtype(dtype), logical=True), h5s.create_simple(shape), plist)
+    identity = h5d.create(
+        group.id, name.encode(), h5t.py_create(np.dtype(dtype), logical=True), h5s.create_simple(shape), plist
+    )
     if data is not None:
         h5py.Dataset(identity)[...] = data
 
@@ -184,7 +188,12 @@ def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
 def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
     """Write an empty rank file of ``size`` entries a row; no data sets if the rank owns nothing."""
     with open_file(path, "x") as file:
-        for key, value in (("run_id", schema.run_id), ("generation", schema.generation), ("shard", shard), ("size", size)):
+        for key, value in (
+            ("run_id", schema.run_id),
+            ("generation", schema.generation),
+            ("shard", shard),
+            ("size", size),
+        ):
             file.attrs[key] = value
         group = file.create_group("basis")
         for k in range(schema.bases if size else 0):
@@ -241,7 +250,7 @@ def header_of(file: h5py.File, path: Path) -> Header:
         raise StoreError(f"{path} is an HDF5 file but not a store of hpc_hess")
     if version > FORMAT_VERSION:
         raise StoreError(
-            f"{path} has format version {version} and this hpc_hess reads up to {FORMAT_VERSION}: install a newer hpc_hess"
+            f"{path} has format version {version} and this hpc_hess reads up to {FORMAT_VERSION}: install a newer one"
         )
     kinds: dict[str, Any] = {"int": int, "str": str, "bool": bool}
     schema = Schema(**{f.name: kinds[str(f.type)](file.attrs[f.name]) for f in fields(Schema)})

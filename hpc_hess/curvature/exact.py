@@ -1,0 +1,128 @@
+"""Exact curvature products of a sharded causal LM: no step size, no second backward through FSDP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from hpc_hess.curvature.self_check import choose_way
+from hpc_hess.curvature.streaming import Kind, Settings, Sweeps
+from hpc_hess.errors import ModelError, NumericsError
+from hpc_hess.model.blocks import SplitModel
+from hpc_hess.model.exchange import Exchange
+from hpc_hess.model.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.record import record
+from hpc_hess.model.shard import ShardedModel
+from hpc_hess.model.splice import differentiable_kernels
+from hpc_hess.parallel.vector import Vector
+
+
+class StreamedOperator:
+    """A curvature matrix of the token-weighted mean loss, by products streamed block by block.
+
+    Attributes
+    ----------
+    space : the vectors it acts on.
+    num_products : directions multiplied so far.
+    notes : sentences for the log and the report: kernels that were switched, a slower way that was needed.
+
+    Parameters
+    ----------
+    model : holds the shards of the parameters.
+    objective : the micro-batches of this rank; every rank has equally many.
+    plain : the model without FSDP's hooks, its parameters on the meta device; needed when the model is sharded
+        (a deepcopy of the skeleton, made before sharding).
+    compute_dtype : of the sweeps; tangents are summed in the vectors' dtype.
+    settings : how the sweeps run; its ``way`` and ``lock_step`` are what is tried first.
+
+    Construction records one forward pass and checks every kind of block against plain double backward on the first
+    micro-batch. Collective: yes.
+
+    Raises
+    ------
+    ModelError : the model cannot be split, dropout is on, the loss is not the causal LM's, no second derivative.
+
+    """
+
+    kind: Kind = "hessian"
+
+    def __init__(
+        self, model: ShardedModel, objective: CausalLMObjective, *, plain: nn.Module | None = None,
+        compute_dtype: torch.dtype | None = None, settings: Settings | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(objective, CausalLMObjective):
+            raise ModelError(
+                "exact products need the causal LM's own loss (they take its derivatives in closed form): use "
+                'operator.method = "finite_difference" with a loss of your own'
+            )
+        if model.sharded and plain is None:
+            raise ModelError("a sharded model needs its skeleton without hooks for exact products: pass plain")
+        self.space, self.num_products = model.space, 0
+        self._model, self._scale = model, 1.0 / objective.num_tokens
+        self._batches = [_on_device(b, objective.device) for b in objective.micro_batches]
+        self._exchange = Exchange(model, compute_dtype)
+        self._split = SplitModel(plain if plain is not None else model.module)
+        self._settings = replace(settings or Settings(), kind=self.kind)
+        with differentiable_kernels(self._split.module) as notes:
+            boundaries = record(self._split, self._batches[0], self._exchange.parameters)
+            choice = choose_way(self._split, self._batches[0], boundaries, self._exchange.parameters)
+        self.notes = [*notes, *choice.notes]
+        agree = model.world.all_true
+        way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
+        self._settings = replace(
+            self._settings, way=way,
+            lock_step=agree(choice.lock_step and self._settings.lock_step, "the exact product's lock-step"),
+        )  # fmt: skip
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return the product with ``v`` as a new Vector. Collective: yes.
+
+        Raises
+        ------
+        NumericsError : a tangent is not finite; names the part of the model where it first was not.
+
+        """
+        return self.matmat([v])[0]
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several vectors, sharing all work that does not depend on the vector.
+
+        Memory grows with the number of vectors: one block's directions and tangents, all boundary tangents.
+        Collective: yes. Raises NumericsError as :meth:`matvec`.
+        """
+        results = [self.space.zeros() for _ in vectors]
+        groups = [range(len(vectors))] if self._settings.lock_step else [[k] for k in range(len(vectors))]
+        with differentiable_kernels(self._split.module):
+            for group in groups:
+                self._exchange.begin([vectors[k].data for k in group], [results[k].data for k in group])
+                sweeps = Sweeps(self._split, self._exchange, self._settings)
+                sweeps.run(self._batches, self._scale)
+                self._exchange.finish()
+                self._require_finite(sweeps)
+        self.num_products += len(vectors)
+        return results
+
+    def _require_finite(self, sweeps: Sweeps) -> None:
+        checks = sweeps.health.checks
+        bad = ~torch.stack([ok for _, ok in checks])
+        flags = self._model.world.sum_over_ranks(bad.double(), "finite tangents")
+        if bool(flags.any()):
+            where = checks[int(flags.nonzero()[0])][0]
+            raise NumericsError(
+                f"the exact product is not finite, first in {where}: check the weights and model.compute_dtype"
+            )
+
+
+class ExactHessian(StreamedOperator):
+    """Hessian of the mean loss."""
+
+    kind = "hessian"
+
+
+def _on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return MicroBatch(
+        batch.sample_ids, batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
+    )

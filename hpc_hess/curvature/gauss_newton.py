@@ -1,0 +1,20 @@
+"""The two parts of the Hessian: Gauss-Newton, from the loss's own curvature, and the residual, from the model's."""
+
+from __future__ import annotations
+
+from hpc_hess.curvature.exact import StreamedOperator
+
+
+class GaussNewton(StreamedOperator):
+    """Generalised Gauss-Newton matrix J^T H_L J, J the logits' Jacobian: positive semi-definite.
+
+    For the cross-entropy of a softmax it equals the Fisher information over the model's own predictions.
+    """
+
+    kind = "gauss_newton"
+
+
+class Residual(StreamedOperator):
+    """Hessian minus Gauss-Newton: the loss's gradient at the logits times the logits' second derivative."""
+
+    kind = "residual"

@@ -1,0 +1,176 @@
+"""What the terminal shows at the end of a run, and what ``hpc-hess inspect RUN`` says about a run directory."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.report.rundir import RunFiles, read_run
+from hpc_hess.report.spectrum import extreme_residuals, extremes, model_name, story, warnings
+from hpc_hess.report.words import count, duration, number, plural, printable, residual_text, size, trace_text
+from hpc_hess.storage.reader import StoreView, read_store
+from hpc_hess.storage.schema import FILE
+
+_WIDTH = 12
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{_WIDTH}} {text}"
+
+
+def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: str | Path | None) -> str:
+    """Return the lines that end a run: extreme eigenvalues, trace, timing, where the report is."""
+    low, high = extremes(result)
+    below, above = extreme_residuals(result)
+    scale = max(abs(low or 0.0), abs(high or 0.0))
+    data, timing = result.get("data") or {}, result.get("timing") or {}
+    head = f"{model_name(result.get('model'))}: {count(result.get('num_params'))} parameters"
+    if data.get("tokens"):
+        head += f", {data['tokens']:,} tokens"
+    head += f", {plural(result.get('steps'), 'step')}, {plural(len(result.get('probes') or []), 'probe')}"
+    lines = [head]
+    for label, value, residual in (("lambda max", high, above), ("lambda min", low, below)):
+        text = residual_text(residual, scale)
+        lines.append(_line(label, number(value, 6) + (f"  ({text})" if text else "")))
+    lines.append(_line("trace", trace_text(result.get("trace"))))
+    lines.append(_line("spectrum", story(result)))
+    lines += [_line("caution", text) for text in warnings(result)]
+    parts = (("hvp_s", "product"), ("lanczos_s", "Lanczos"), ("checkpoint_s", "checkpoint"))
+    times = [f"{name} {duration(timing[key])}" for key, name in parts if timing.get(key) is not None]
+    if timing.get("gradient_s") is not None:
+        times.append(f"(one gradient {duration(timing['gradient_s'])})")
+    if times:
+        lines.append(_line("per step", ", ".join(times).replace(", (", " (")))
+    peak = (result.get("memory") or {}).get("peak_bytes")
+    if peak:
+        lines.append(_line("memory", f"at most {size(peak)} a rank, {plural(result.get('world_size'), 'rank')}"))
+    lines.append(_line("run", str(run_dir)))
+    if report_path is not None:
+        lines.append(_line("report", str(Path(report_path).resolve())))
+    return "\n".join(lines)
+
+
+def print_summary(
+    result: Mapping[str, Any], run_dir: str | Path, report_path: str | Path | None, stream: IO[str] | None = None
+) -> None:
+    """Print :func:`summary_text` to ``stream`` (standard output when None). One rank only."""
+    out = stream if stream is not None else sys.stdout
+    print("\n" + printable(summary_text(result, run_dir, report_path), out), file=out, flush=True)
+
+
+def inspect_text(run_dir: str | Path) -> str:
+    """Return what a run directory holds, finished or not, also while a job writes to it. Local, one process.
+
+    Raises
+    ------
+    ConfigError : no such directory; a damaged result.json; neither a store nor a result.
+    StoreError : the store is damaged, or of a newer format.
+
+    """
+    run = read_run(run_dir, need_result=False)
+    lines = [_line("run", str(run.path)), *_request(run)]
+    if (run.path / FILE).exists() or not run.result:
+        with read_store(run.path) as store:
+            lines += _progress(store) + _store(store)
+    if run.result:
+        low, high = extremes(run.result)
+        lines.append(_line("result", f"eigenvalues in [{number(low, 6)}, {number(high, 6)}], "
+                                     f"trace {trace_text(run.result.get('trace'))}"))  # fmt: skip
+    lines.append(_line("files", ""))
+    return "\n".join([*lines, *_files(run.path)])
+
+
+def inspect_run(run_dir: str | Path, verify: bool = False, stream: IO[str] | None = None) -> int:
+    """Print :func:`inspect_text`; with ``verify``, check every committed basis row. Returns 0, or 2 with problems.
+
+    Raises
+    ------
+    ConfigError, StoreError : as :func:`inspect_text`.
+
+    """
+    out = stream if stream is not None else sys.stdout
+    print(printable(inspect_text(run_dir), out), file=out)
+    if not verify:
+        return 0
+    with read_store(run_dir) as store:
+        rows = sum(len(probe.rows) for probe in store.probes)
+        problems = store.verify(_counter(out))
+    for problem in problems:
+        print(_line("problem", printable(problem, out)), file=out)
+    if not problems:
+        print(_line("verified", f"{plural(rows, 'committed basis row')}, every checksum holds"), file=out)
+    return 2 if problems else 0
+
+
+def _counter(out: IO[str]) -> Callable[[int, int], None] | None:
+    """Count rows on a terminal only: one line that rewrites itself is noise in a log."""
+    if not out.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\rverifying row {done} of {total}", end="\n" if done == total else "", file=out, flush=True)
+
+    return show
+
+
+def _request(run: RunFiles) -> list[str]:
+    """Say what was asked for, from config.toml."""
+    try:
+        config = tomllib.loads(run.config_text)
+        model, data, operator = config["model"], config["data"], config["operator"]
+        what = f"{operator['kind']}, {operator['method']} ({operator['scheme']}), {model['compute_dtype']}"
+        size_of = f"{data['sequences']} x {data['sequence_length']} tokens of {data['source']}"
+        return [_line("model", str(model["source"])), _line("data", size_of), _line("operator", what)]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        return []
+
+
+def _progress(store: StoreView) -> list[str]:
+    schema, state, probes = store.schema, store.state, store.probes
+    finished = state.finished and state.probe == schema.probes - 1
+    done = sum(len(p.alpha) for p in probes)
+    if finished:
+        status = f"finished: {plural(done, 'step')} over {plural(schema.probes, 'probe')}"
+    elif state.sequence == 0:
+        status = f"not begun: 0 of {schema.probes * schema.steps} steps"
+    else:
+        status = f"unfinished: {done} of {schema.probes * schema.steps} steps; run the same command to go on"
+    lines = [_line("state", f"{status} (commit {state.sequence})")]
+    for k, probe in enumerate(probes):
+        over = k < state.probe or (k == state.probe and state.finished)
+        if not len(probe.alpha):
+            lines.append(_line(f"probe {k + 1}", "not begun"))
+            continue
+        part = ritz(probe.alpha, probe.beta)
+        text = f"{len(probe.alpha)} of {schema.steps} steps" + (
+            ", ended early" if over and len(probe.alpha) < schema.steps else ""
+        )
+        ends = [f"{number(part.values[i], 6)} (residual {number(part.residuals[i], 2)})" for i in (0, -1)]
+        lines.append(_line(f"probe {k + 1}", f"{text}; Ritz values from {ends[0]} to {ends[1]}"))
+    return lines
+
+
+def _store(store: StoreView) -> list[str]:
+    schema = store.schema
+    kind = "one file (mpio)" if schema.driver == "mpio" else f"{plural(schema.num_shards, 'rank file')}"
+    kept = "a basis for each probe" if schema.keep_basis else "one basis, reused by each probe"
+    return [
+        _line("parameters", f"{count(schema.num_params)} in {plural(len(store.layout), 'tensor')}"),
+        _line("store", f"{kind}; {kept}: {schema.rows} rows of {schema.dtype}, {size(schema.basis_bytes)}"),
+    ]
+
+
+def _files(path: Path) -> list[str]:
+    lines = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir():
+            inside = [f for f in entry.rglob("*") if f.is_file()]
+            total = sum(f.stat().st_size for f in inside)
+            lines.append(f"  {size(total):>10}  {entry.name}/ ({plural(len(inside), 'file')})")
+        elif entry.is_file():
+            lines.append(f"  {size(entry.stat().st_size):>10}  {entry.name}")
+    return lines

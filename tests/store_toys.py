@@ -1,0 +1,122 @@
+"""A run of the store without a model: every row, coefficient and resume state is a function of its index."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_hess.parallel.layout import Layout, Shard
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.store import Store, store_exists
+
+# uneven rows, a scalar, an inner sharded dimension; rank 2 of 3 owns nothing of the first three
+SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (1, 700), "c": (), "e": (2, 7, 5), "w": (41, 13)}
+FEW: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (1, 7)}  # rank 2 of 3 owns nothing at all
+
+
+def layout_for(num_shards: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Layout:
+    return Layout(shapes, num_shards, {"e": 1})
+
+
+def whole_row(num_params: int, probe: int, row: int, dtype: str = "float32") -> NDArray:
+    index = np.arange(num_params, dtype=np.int64)
+    return ((index * 2654435761 + row * 40503 + probe * 977) % 1000003).astype(dtype) / 997 - 500
+
+
+def local_row(shard: Shard, probe: int, row: int, dtype: str = "float32") -> NDArray:
+    starts, lengths = shard.file_intervals
+    whole = whole_row(shard.layout.num_params, probe, row, dtype)
+    return np.concatenate([whole[s : s + n] for s, n in zip(starts, lengths, strict=True)] or [whole[:0]])
+
+
+def coefficients(probe: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    k = np.arange(steps)
+    return np.sin(k + 10.0 * probe), np.cos(k + 0.1 * probe)
+
+
+def create(run_dir: Path, world: World, shapes: dict[str, tuple[int, ...]] = SHAPES, **changes: Any) -> Store:
+    layout = layout_for(world.shard_size, shapes)
+    options: dict[str, Any] = {
+        "driver": "files", "probes": 2, "steps": 6, "rows": 6, "keep_basis": False, "dtype": "float32",
+        "attributes": {"config": {"lanczos": {"steps": 6}}},
+    }  # fmt: skip
+    return Store.create(
+        run_dir, layout=layout, shard=layout.shard(world.shard_rank), world=world, **(options | changes)
+    )
+
+
+def reopen(run_dir: Path, world: World, shapes: dict[str, tuple[int, ...]] = SHAPES, **changes: Any) -> Store:
+    layout = layout_for(world.shard_size, shapes)
+    return Store.open(run_dir, layout=layout, shard=layout.shard(world.shard_rank), world=world, **changes)
+
+
+def check_state(store: Store) -> None:
+    """Everything the newest commit promises is there, by value."""
+    state, shard = store.state, store._shard
+    assert store.verify_rows(state.probe, state.rows) == []
+    for row in state.rows:
+        expected = local_row(shard, state.probe, row, store.schema.dtype)
+        np.testing.assert_array_equal(store.read_row(state.probe, row), expected)
+    for probe in range(state.probe + 1):
+        alpha, beta = coefficients(probe, store.schema.steps)
+        n = state.lengths[probe]
+        np.testing.assert_array_equal(store.recurrence(probe)[0][:n], alpha[:n])
+        np.testing.assert_array_equal(store.recurrence(probe)[1][:n], beta[:n])
+    if state.sequence:
+        assert json.loads(state.extra) == [state.probe, state.step]
+
+
+def advance(store: Store, stop: tuple[int, int] | None = None) -> None:
+    """Go on from the committed state to the end, or until (probe, step) is committed."""
+    schema, shard = store.schema, store._shard
+    state = store.state
+    probe, step = state.probe, state.step
+    if state.finished:
+        probe, step = probe + 1, 0
+    fresh = state.finished or state.sequence == 0
+    for p in range(probe, schema.probes):
+        alpha, beta = coefficients(p, schema.steps)
+        if fresh:
+            store.write_row(p, 0, local_row(shard, p, 0, schema.dtype))
+            store.commit(p, 0, alpha, beta, extra=json.dumps([p, 0]).encode())
+        for k in range(step if p == probe else 0, schema.steps):
+            if (p, k) == stop:
+                return
+            if k + 1 < schema.rows:
+                store.write_row(p, k + 1, local_row(shard, p, k + 1, schema.dtype))
+            extra = json.dumps([p, k + 1]).encode()
+            store.commit(p, k + 1, alpha, beta, finished=k + 1 == schema.steps, extra=extra)
+        fresh = True
+
+
+def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **changes: Any) -> tuple[int, int, bool]:
+    """Create or resume, check what is there, go on; return (probe, step, finished)."""
+    path = Path(run_dir)
+    # the few options that open() takes too
+    shared = {key: value for key, value in changes.items() if key in ("driver", "shapes")}
+    store = reopen(path, world, **shared) if store_exists(path, world) else create(path, world, **changes)
+    check_state(store)
+    advance(store, stop)
+    check_state(store)
+    state = store.state
+    store.close()
+    return state.probe, state.step, state.finished
+
+
+def main() -> None:
+    """mpirun -n P python -m tests.store_toys RUN DRIVER [PROBE STEP]: as ``run``, over MPI where there is MPI."""
+    world = World.join(device="cpu", timeout_s=60)
+    stop = (int(sys.argv[3]), int(sys.argv[4])) if len(sys.argv) > 3 else None
+    state = run(world, sys.argv[1], stop, driver=sys.argv[2])
+    if world.rank == 0:
+        print(json.dumps(state))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()

