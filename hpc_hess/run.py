@@ -149,6 +149,7 @@ class _Loop:
         if state.finished and state.probe >= lanczos.probes - 1:
             self.progress.note("this run is already finished: rewriting its report")
             return ""
+        self.progress.resume_at(sum(state.lengths))
         operator = self._operator()
         first = state.probe + 1 if state.finished else max(state.probe, 0)
         for probe in range(first, lanczos.probes):

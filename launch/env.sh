@@ -58,17 +58,21 @@ use_threads() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
 }
 
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this clone's program, installed or not
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}   # a model or data set is a path; no rank asks a hub
 
 # forward COMMAND...: run it and return its exit code; signals sent to this script go to it, not past it
 forward() {
-    local code=0
+    local child code again=yes
     "$@" &
     child=$!
-    trap 'kill -TERM $child 2>/dev/null' TERM INT HUP
-    trap 'kill -USR1 $child 2>/dev/null' USR1
-    while wait "$child" && code=0 || code=$?; kill -0 "$child" 2>/dev/null; do :; done
+    trap 'again=yes; kill -TERM $child 2>/dev/null' TERM INT HUP
+    trap 'again=yes; kill -USR1 $child 2>/dev/null' USR1
+    while [ -n "$again" ]; do # a trapped signal ends a wait, not the command
+        again= code=0
+        wait "$child" || code=$?
+    done
     trap - TERM INT HUP USR1
     return "$code"
 }

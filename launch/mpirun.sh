@@ -9,7 +9,7 @@ nodes=${nodes:-1}
 ranks=${ranks:-$(default_ranks "$nodes")}
 use_threads $(((ranks + nodes - 1) / nodes))
 arguments=(--quiet -n "$ranks" --bind-to none --oversubscribe)
-for name in OMP_NUM_THREADS PYTHONUNBUFFERED TOKENIZERS_PARALLELISM HF_HUB_OFFLINE; do arguments+=(-x "$name"); done
+for name in PYTHONPATH OMP_NUM_THREADS PYTHONUNBUFFERED TOKENIZERS_PARALLELISM HF_HUB_OFFLINE; do arguments+=(-x "$name"); done
 [ "$(id -u)" != 0 ] || arguments+=(--allow-run-as-root)
 code=0
 # shellcheck disable=SC2086  # several words on purpose

@@ -99,7 +99,7 @@ class FiniteDifferenceHessian:
         return result
 
     def _shifted(self, v: Vector, factor: float) -> tuple[float, Vector]:
-        """Return the realised factor a = <theta - theta_0, v> / |v|^2 and the gradient at theta = theta_0 + factor v."""
+        """Return the realised factor <theta - theta_0, v> / |v|^2 and the gradient at theta = theta_0 + factor v."""
         model = self.gradient.model
         model.write_parameters(self.theta0, v.data, factor)
         moved = torch.zeros(2, dtype=torch.float64, device=v.data.device)

@@ -53,7 +53,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, index: torch.Tensor, *stacked: torch.Tensor) -> Any:
-        return stacked, (0,) * len(stacked)
+        # views: an input returned as it is would come back unmapped
+        return tuple(t.view_as(t) for t in stacked), (0,) * len(stacked)
 
 
 class _Collected(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""Algorithms on operators and vectors: probes, Lanczos, quadrature. No processes, files or models here."""

@@ -5,7 +5,7 @@ checked in the tests against the test vectors its authors published. Key: the se
 (block low, block high, stream, purpose), where a block covers 128 signs (one bit each) or 4 normals.
 
 * sign of entry i: bit ``i % 32`` of word ``(i // 32) % 4`` of block ``i // 128``; a set bit means -1;
-* normal of entry i: Box-Muller on words (0, 1) for ``i % 4`` in (0, 1) and on words (2, 3) for (2, 3) of block ``i // 4``.
+* normal of entry i: Box-Muller in block ``i // 4``, on words (0, 1) for ``i % 4`` in (0, 1), on words (2, 3) else.
 
 Signs are bitwise equal everywhere; normals are equal up to the rounding of log, cos and sin.
 """
@@ -55,8 +55,9 @@ def _blocks(seed: int, stream: int, purpose: Purpose, first: int, count: int, de
 
 
 def signs(
-    seed: int, stream: int, start: int, length: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> torch.Tensor:
+    seed: int, stream: int, start: int, length: int, *, dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:  # fmt: skip
     """Return Rademacher entries [start, start + length) of a stream: +-1, shape (length,)."""
     device = torch.device(device)
     out = torch.empty(length, dtype=dtype, device=device)

@@ -92,7 +92,7 @@ def make_samples(rows: list[np.ndarray], section: DataSection, vocabulary: int, 
     input_ids = torch.full((len(rows), length), padding, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.from_numpy(np.ascontiguousarray(row))
+        input_ids[i, : len(row)] = torch.from_numpy(row.copy())  # a mapped file is read-only
         attention_mask[i, : len(row)] = 1
     labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
     digest = hashlib.sha256(repr(tuple(labels.shape)).encode() + labels.numpy().tobytes())

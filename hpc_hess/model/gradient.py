@@ -17,7 +17,8 @@ from hpc_hess.parallel.vector import Vector
 class Gradient:
     """Loss and gradient over the whole data set.
 
-    ``seconds`` holds the duration of every full evaluation on this rank. ``routing`` freezes (or counts) mixture-of-experts decisions.
+    ``seconds`` holds the duration of every full evaluation on this rank. ``routing`` freezes (or counts)
+    mixture-of-experts decisions.
     """
 
     def __init__(self, model: ShardedModel, objective: Objective, routing: Routing | None = None) -> None:

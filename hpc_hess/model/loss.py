@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import cross_entropy, pad
 
 from hpc_hess.errors import DataError
 from hpc_hess.model.precision import honest_casts
@@ -39,7 +39,7 @@ class Objective(Protocol):
 
 @dataclass
 class MicroBatch:
-    """Rows of token ids; ``labels`` are the unshifted ids with -100 where a token is not predicted; dummies have id -1."""
+    """Rows of token ids; ``labels``: the unshifted ids, -100 where a token is not predicted; dummies have id -1."""
 
     sample_ids: list[int]
     input_ids: torch.Tensor
@@ -49,7 +49,7 @@ class MicroBatch:
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
     """Return for each position the label of the next one; the last position predicts nothing (-100)."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+    return pad(labels[:, 1:], (0, 1), value=-100)
 
 
 class CausalLMObjective:
@@ -76,7 +76,7 @@ class CausalLMObjective:
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         targets = shifted_targets(batch.labels.to(self.device))
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
         per_sample = losses.view_as(targets).sum(1) / self.num_tokens
         return Contribution(per_sample.sum(), per_sample.detach(), batch.sample_ids)
 

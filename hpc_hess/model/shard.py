@@ -43,7 +43,7 @@ class ShardedModel:
 
     @property
     def local_parameters(self) -> list[torch.Tensor]:
-        """This rank's part of each selected parameter. Writing to them changes the model."""
+        """Return this rank's part of each selected parameter. Writing to them changes the model."""
         return [_local(p.detach()) for p in self._parameters]
 
     def pieces_of(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:

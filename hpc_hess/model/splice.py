@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from hpc_hess.errors import ModelError
 
 Places = list[tuple[nn.Module, str]]
 Forward = Callable[..., Any]
@@ -79,13 +80,19 @@ def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
     saved: list[tuple[Any, str, Any]] = []
     try:
         for config in configs.values():
-            for key, what in (("_attn_implementation", "attention"), ("_experts_implementation", "experts")):
-                used = getattr(config, key, None)
-                if isinstance(used, str) and used not in ("eager", "batched_mm"):
-                    saved.append((config, key, used))
-                    setattr(config, key, "eager")
-                    notes[f'{what} computed by "eager" for the exact product: "{used}" lacks derivatives'] = None
-        with sdpa_kernel(SDPBackend.MATH), _Decomposed():
+            attention = getattr(config, "_attn_implementation", None)
+            if attention == "sdpa":  # intercepted below
+                notes["attention computed without fused kernels for exact products: they lack derivatives"] = None
+            elif isinstance(attention, str) and attention != "eager":
+                saved.append((config, "_attn_implementation", attention))
+                notes[f'attention computed by "eager" for exact products: "{attention}" lacks derivatives'] = None
+            experts = getattr(config, "_experts_implementation", None)
+            if isinstance(experts, str) and experts not in ("eager", "batched_mm"):
+                saved.append((config, "_experts_implementation", experts))
+                notes[f'experts computed by "eager" for exact products: "{experts}" lacks derivatives'] = None
+        for config, key, _ in saved:
+            setattr(config, key, "eager")
+        with _Decomposed():
             yield list(notes)
     finally:
         for config, key, used in saved:
@@ -93,10 +100,11 @@ def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
 
 
 class _Decomposed(TorchFunctionMode):
-    """Normalisations from elementary operations.
+    """Normalisations and attention from elementary operations.
 
-    Their fused kernels' forward derivative treats the saved mean and deviation as constants when it is itself
-    differentiated backwards: the second derivative is then wrong without any error.
+    A fused normalisation's forward derivative treats the saved mean and deviation as constants when it is itself
+    differentiated backwards: the second derivative is then wrong without any error. Fused attention has none, and
+    SDPA's own decomposition gives NaN for tokens that see nothing (left padding).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,6 +135,29 @@ def _group_norm(
     return _affine(out, weight if weight is None else weight.view(shape), bias if bias is None else bias.view(shape))
 
 
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    if dropout_p:
+        raise ModelError("attention dropout is on: call model.eval() before taking exact products")
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    allowed = attn_mask
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    elif attn_mask is not None and attn_mask.dtype != torch.bool:
+        allowed = attn_mask > -torch.inf
+        scores = scores + attn_mask.masked_fill(~allowed, 0.0)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    out = torch.softmax(_wide(scores), -1).to(value.dtype) @ value
+    # a token that sees nothing gets zeros, as from the fused kernels
+    return out if allowed is None or is_causal else out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
+
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """Statistics are taken in fp32 at least, as the fused kernels do."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -139,5 +170,5 @@ def _affine(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
 
 _DECOMPOSITIONS: dict[Any, Any] = {
     F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm, torch.group_norm: _group_norm,
+    F.group_norm: _group_norm, torch.group_norm: _group_norm, F.scaled_dot_product_attention: _attention,
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Processes and what lies on them: launchers, the world, layouts, vectors."""

@@ -48,7 +48,8 @@ def detect(env: Mapping[str, str]) -> Launch:
             raise LaunchError(f"{launcher} set {marker} but not {' and '.join(missing)}: unset {marker} to run alone")
         try:
             rank, size = int(env[rank_key]), int(env[size_key])
-            local_size = int(env.get(local_size_key, 0)) or _slurm_local_size(env) or size
+            tasks = _slurm_local_size(env) if launcher == "srun" else int(env.get(local_size_key, 0))
+            local_size = tasks or size
             local_rank = int(env.get(local_key, rank % local_size))
             nodes = int(env.get("SLURM_STEP_NUM_NODES", 0)) if launcher == "srun" else 0
             # a batch script's SLURM_NODEID is inherited by what mpirun starts from it

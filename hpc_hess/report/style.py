@@ -67,7 +67,7 @@ def decade_ticks(low: float, high: float, linear: float, most: int = 11) -> Deca
     powers = []
     for sign, end in ((-1, -low), (1, high)):
         last = int(np.floor(np.log10(end))) if end > 0 else first - 1
-        powers += [(sign, e) for e in range(first, last + 1)]
+        powers += [(sign, e) for e in range(first, last + 1) if low <= sign * 10.0**e <= high]
     stride = max(1, -(-len(powers) // max(most - 1, 1)))
     # thinned from one anchor, so that both signs show the same decades
     shown = [(sign, e) for sign, e in powers if (e - first) % stride == stride - 1]

@@ -66,7 +66,7 @@ class RowSource:
         self._parts: list[tuple[Any, list[tuple[int, int, int]]]] = []
         try:
             if schema.driver == "mpio":
-                self._files.append(open_file(run_dir / FILE, "r", locking=False))
+                self._files.append(open_file(run_dir / FILE, "r"))
                 self._blocks = bounded(regular_blocks(*shard.file_intervals), itemsize)
                 return
             layout = header.stored_layout()
@@ -74,7 +74,7 @@ class RowSource:
                 theirs = layout.shard(rank)
                 segments = overlaps(shard.file_intervals, theirs.file_intervals)
                 if segments:
-                    file = open_rank_file(run_dir, schema, rank, theirs.size, "r", locking=False)
+                    file = open_rank_file(run_dir, schema, rank, theirs.size, "r")
                     self._files.append(file)
                     self._parts.append((file, segments))
         except BaseException:

@@ -52,7 +52,7 @@ class StoreView:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open_file(path, "r", locking=False)
+            self._file = open_file(path, "r")
         except (OSError, RuntimeError) as error:
             raise explain(error, path, "open the store") from error
         try:
@@ -124,11 +124,9 @@ class StoreView:
         for rank in range(self.schema.num_shards):
             shard = layout.shard(rank)
             try:
-                file = open_rank_file(self.path.parent, self.schema, rank, shard.size, "r", locking=False)
+                file = open_rank_file(self.path.parent, self.schema, rank, shard.size, "r")
             except StoreError as error:
                 problems.append(str(error))
-            except (OSError, RuntimeError) as error:
-                problems.append(str(explain(error, self.schema.rank_file(self.path.parent, rank), "open a rank file")))
             else:
                 self._rank_files.append(file)
                 if shard.size:

@@ -34,6 +34,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout, Parameter
 from hpc_hess.storage.blocks import Block, regular_blocks
 from hpc_hess.storage.commit import Ledger, Slots
+from hpc_hess.storage.disk import explain
 
 FORMAT_VERSION = 1
 FILE = "krylov.h5"
@@ -103,12 +104,16 @@ class Header:
         return Layout(shapes, self.schema.num_shards, dims)
 
 
-def open_file(path: Path, mode: str, *, locking: str | bool = "best-effort", **options: Any) -> h5py.File:
-    """Open an HDF5 file with pinned format bounds; ``mode`` is "x", "r" or "r+", since "w" truncates a locked file."""
+def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
+    """Open an HDF5 file with pinned format bounds; ``mode`` is "x", "r" or "r+", since "w" truncates a locked file.
+
+    Without HDF5's own locks: run.lock keeps a second writer out (also with MPI, where HDF5 has none), and a run that is
+    going on can be read.
+    """
     if mode == "x":
         options |= _ALIGN
     if options.get("driver") != "mpio":
-        options["locking"] = locking
+        options["locking"] = False
     return h5py.File(path, mode, libver=LIBVER, **options)
 
 
@@ -200,7 +205,7 @@ def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
             _new(group, str(k), schema.dtype, (schema.rows, size))
 
 
-def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: str, **options: Any) -> h5py.File:
+def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: str) -> h5py.File:
     """Open a rank file and check that it is the right one: a virtual data set would hide a wrong one as fill values.
 
     Raises
@@ -214,7 +219,10 @@ def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: s
             f"the rank file {path} is missing: restore it from a copy, or start anew in another run.out or with "
             'run.resume = "never"'
         )
-    file = open_file(path, mode, **options)
+    try:
+        file = open_file(path, mode)
+    except (OSError, RuntimeError) as error:
+        raise explain(error, path, "open a rank file") from error
     wanted = {"run_id": schema.run_id, "generation": schema.generation, "shard": shard, "size": size}
     found = {key: file.attrs.get(key) for key in wanted}
     length = path.stat().st_size
@@ -239,7 +247,7 @@ def read_header(path: Path) -> Header:
     """
     if not path.exists():
         raise StoreError(f'there is no run in {path.parent}: start one with run.resume = "auto" or "never"')
-    with open_file(path, "r", locking=False) as file:
+    with open_file(path, "r") as file:
         return header_of(file, path)
 
 

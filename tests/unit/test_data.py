@@ -177,17 +177,17 @@ def test_loss_and_gradient_do_not_depend_on_the_division(tmp_path: Path, toy: So
             for index in range(objective.num_micro_batches):
                 contribution = objective.contribution(model, index)
                 contribution.total.backward()
-                total += float(contribution.total)
+                total += contribution.total.item()
         return total, torch.cat([p.grad.flatten() for p in model.parameters()])
 
     model.zero_grad()
-    reference, expected = 0.0, torch.zeros(1)
+    reference = 0.0
     for row, mask in zip(samples.input_ids, samples.attention_mask, strict=True):  # each row alone, without padding
         ids = row[mask == 1].unsqueeze(0)
         logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum") / samples.num_tokens
         loss.backward()
-        reference += float(loss)
+        reference += loss.item()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     for size, micro_batch in [(1, 1), (1, 5), (2, 2), (3, 1), (8, 1)]:
         loss_value, found = gradient(size, micro_batch)

@@ -69,7 +69,9 @@ def test_entries_follow_the_documented_rule(seed: int, start: int) -> None:
     """Also where the block index needs more than 32 bits (signs: index 2^39) and the seed's high word counts."""
     assert signs(seed, 2, start, 20).tolist() == [_sign(seed, 2, start + k) for k in range(20)]
     expected = [_normal(seed, 2, start + k) for k in range(20)]
-    np.testing.assert_allclose(normals(seed, 2, start, 20, dtype=torch.float64).numpy(), expected, rtol=1e-13, atol=1e-14)
+    np.testing.assert_allclose(
+        normals(seed, 2, start, 20, dtype=torch.float64).numpy(), expected, rtol=1e-13, atol=1e-14
+    )
     # float32: a uniform within 2^-25 of 1 is rounded, which moves the smallest radii by up to 2^-12
     np.testing.assert_allclose(normals(seed, 2, start, 20).numpy(), expected, rtol=1e-5, atol=3e-4)
 

