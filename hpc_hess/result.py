@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from hpc_hess.config import Config
+from hpc_hess.curvature.finite_difference import ProductRecord
 from hpc_hess.linalg.quadrature import ritz, trace
 from hpc_hess.parallel.world import World, describe
 from hpc_hess.problem import Problem
@@ -35,6 +36,8 @@ class Tally:
     step_min: float = float("inf")
     step_max: float = 0.0
     realised_error: float = 0.0
+    predicted_error: float = 0.0
+    calibration_gradients: int = 0
     flips: int = 0
     products: int = 0
     hvp_s: float = 0.0
@@ -42,6 +45,7 @@ class Tally:
     checkpoint_s: float = 0.0
     slowest_step_s: float = 0.0
     peak_bytes: int = 0
+    operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
     steps: dict[str, int] = field(default_factory=dict)  # completed steps of each finished probe
 
     @classmethod
@@ -53,12 +57,14 @@ class Tally:
         """Return the tally as bytes for the store."""
         return json.dumps(asdict(self)).encode()
 
-    def note_product(self, step: float, realised: float, flips: int) -> None:
-        """Count one product, its step and how much of it was realised."""
+    def note_product(self, record: ProductRecord) -> None:
+        """Count one product."""
         self.products += 1
-        self.step_min, self.step_max = min(self.step_min, step), max(self.step_max, step)
-        self.realised_error = max(self.realised_error, abs(realised - 1))
-        self.flips += flips
+        self.step_min, self.step_max = min(self.step_min, record.step), max(self.step_max, record.step)
+        self.realised_error = max(self.realised_error, abs(record.realised - 1))
+        self.predicted_error = max(self.predicted_error, record.predicted_error or 0.0)
+        self.calibration_gradients += record.calibration
+        self.flips += record.flips
 
     def note_times(self, hvp_s: float, lanczos_s: float, checkpoint_s: float) -> None:
         """Add one step's seconds (largest over the ranks)."""
@@ -104,6 +110,7 @@ def make_result(
         "lambda_min": min(float(q.values[0]) for q in quadratures),
         "trace": {"mean": estimate.mean, "stderr": estimate.stderr},
         "errors": {
+            "hvp_relative": tally.predicted_error or None,
             "symmetry": tally.asymmetry / largest,
             "repeat": tally.repeat,
             "realised_step": tally.realised_error,
@@ -113,7 +120,7 @@ def make_result(
         },
         "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
                    "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,
-                   "products": tally.products},
+                   "products": tally.products, "calibration_gradients": tally.calibration_gradients},
         "memory": {"peak_bytes": tally.peak_bytes},
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
         "versions": _versions(),

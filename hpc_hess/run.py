@@ -173,6 +173,8 @@ class _Loop:
         began = time.perf_counter()
         operator = FiniteDifferenceHessian(self.problem.gradient, config.scheme, config.step)
         gradient_s = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
+        if self.tally.operator_state:
+            operator.controller.from_state(self.tally.operator_state)
         self.tally.loss, self.tally.gradient_norm = operator.base_loss, operator.base_gradient_norm
         self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
         self.events.write("gradient", seconds=gradient_s, loss=operator.base_loss, norm=operator.base_gradient_norm)
@@ -212,7 +214,8 @@ class _Loop:
         if not process.finished:
             self._write_row(probe, process.step_count)
         record = operator.records[-1]
-        self.tally.note_product(record.step, record.realised, record.flips)
+        self.tally.note_product(record)
+        self.tally.operator_state = operator.controller.to_state()
         self.tally.asymmetry = max(self.tally.asymmetry, process.asymmetry)
         if process.finished:
             self.tally.steps[str(probe)] = process.step_count
@@ -221,14 +224,15 @@ class _Loop:
         self.tally.gradient_s = self.world.max_over_ranks(
             statistics.median(self.problem.gradient.seconds), "gradient time"
         )
-        hvp_s, lanczos_s, checkpoint_s = (
-            self.world.max_over_ranks(b - a, "step time") for a, b in zip(clock, clock[1:], strict=False)
-        )
+        spans = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+        spans[0] -= record.calibration_s
+        hvp_s, lanczos_s, checkpoint_s = (self.world.max_over_ranks(span, "step time") for span in spans)
         self.tally.note_times(hvp_s, lanczos_s, checkpoint_s)
         self.events.write(
             "step", probe=probe, step=process.step_count, hvp_s=hvp_s, lanczos_s=lanczos_s, checkpoint_s=checkpoint_s,
             alpha=process.alpha[-1], beta=process.beta[-1], eps=record.step, realised=record.realised,
-            flips=record.flips,
+            predicted_error=record.predicted_error, calibration_gradients=record.calibration,
+            calibration_s=record.calibration_s, flips=record.flips,
         )  # fmt: skip
         values = ritz(process.alpha, process.beta).values
         self.progress.step(probe=probe, step=process.step_count, hvp_s=hvp_s, ritz_min=values[0], ritz_max=values[-1])

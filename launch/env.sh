@@ -12,7 +12,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
-    PYTHON=$root/.venv/bin/python
+    PYTHON=${VENV:-$root/.venv}/bin/python
     [ -x "$PYTHON" ] || PYTHON=$(command -v python3 || true)
 fi
 [ -x "$PYTHON" ] || { echo "${0##*/}: no Python: run launch/setup.sh, or export PYTHON" >&2; exit 2; }

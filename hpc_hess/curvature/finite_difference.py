@@ -8,14 +8,16 @@ step that was realised, <theta_plus - theta_minus, v> / |v|^2.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from hpc_hess.curvature.step_size import concentration, scaled_step
+from hpc_hess.curvature.step_size import Concentration, StepController, concentration
 from hpc_hess.errors import NumericsError
 from hpc_hess.model.gradient import Gradient
+from hpc_hess.parallel import kernels
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
 Scheme = Literal["forward", "central", "fourth"]
@@ -23,12 +25,19 @@ Scheme = Literal["forward", "central", "fourth"]
 
 @dataclass
 class ProductRecord:
-    """What one product did: the step asked for, the share of it that was realised, gradients spent, expert flips."""
+    """What one product did.
+
+    ``step`` along the unit vector, the ``realised`` share of it, ``gradients`` of the product and of a ``calibration``
+    before it with its seconds, expert ``flips``, and the ``predicted_error`` relative to the product (None for a step given by number).
+    """
 
     step: float
     realised: float
     gradients: int
+    calibration: int
+    calibration_s: float
     flips: int
+    predicted_error: float | None
 
 
 class FiniteDifferenceHessian:
@@ -38,7 +47,8 @@ class FiniteDifferenceHessian:
     ----------
     gradient : the gradient of the objective.
     scheme : "central" (two gradients), "forward" (one, against the cached base gradient), "fourth" (four).
-    step : "auto", or a number: eps, the length of the step along v / |v|.
+    step : "auto" (chosen per vector from measured noise and curvature: step_size.py), or a number: eps, the length of
+        the step along v / |v|.
 
     """
 
@@ -47,8 +57,8 @@ class FiniteDifferenceHessian:
         self.space: VectorSpace = gradient.model.space
         self.theta0 = gradient.model.read_parameters()
         self.records: list[ProductRecord] = []
-        norm = self.space.wrap(self.theta0).norm()
-        self.theta_rms = norm / math.sqrt(self.space.size)
+        theta_rms = self.space.wrap(self.theta0).norm() / math.sqrt(self.space.size)
+        self.controller = StepController(scheme, theta_rms, self.space.dtype)
         self.base: Vector | None = None
         gradient.routing.recording = True
         try:
@@ -72,52 +82,73 @@ class FiniteDifferenceHessian:
         spread = concentration(v)
         if spread.norm == 0.0:
             return self.space.zeros()
-        eps = self.step
-        if isinstance(eps, str):
-            eps = scaled_step(spread, self.theta_rms, self.scheme, self.space.dtype)
-        flips = self.gradient.routing.num_flips
+        routing, controller = self.gradient.routing, self.controller
+        flips, spent = routing.num_flips, controller.calibration_gradients
+        began = time.perf_counter()
         try:
-            if self.scheme == "forward":
-                assert self.base is not None
-                realised, result = self._shifted(v, eps / spread.norm)
-                result.axpy_(-1.0, self.base)
-                gradients = 1
-            else:
-                realised, result = self._difference(v, eps / spread.norm)
-                gradients = 2
-            self._check_realised(realised, eps)
-            result.scale_(1.0 / (realised if self.scheme == "forward" else 2 * realised))
-            if self.scheme == "fourth":
-                double, wide = self._difference(v, 2 * eps / spread.norm)
-                result.scale_(4 / 3).axpy_(-1 / (6 * double), wide)
-                gradients = 4
+            eps = self._choose_step(v, spread) if isinstance(self.step, str) else self.step
+            calibration_s = time.perf_counter() - began
+            realised, result, gradients = self._quotient(v, eps, spread.norm)
         finally:
             self.gradient.model.write_parameters(self.theta0)
+        controller.product_gradients += gradients
+        error = None
+        if isinstance(self.step, str):
+            error = controller.predicted_error(spread, eps, result.norm() / spread.norm)
         self.records.append(
-            ProductRecord(eps, realised * spread.norm / eps, gradients, self.gradient.routing.num_flips - flips)
-        )
+            ProductRecord(eps, realised, gradients, controller.calibration_gradients - spent, calibration_s,
+                          routing.num_flips - flips, error)
+        )  # fmt: skip
         return result
 
-    def _shifted(self, v: Vector, factor: float) -> tuple[float, Vector]:
-        """Return the realised factor <theta - theta_0, v> / |v|^2 and the gradient at theta = theta_0 + factor v."""
+    def _choose_step(self, v: Vector, spread: Concentration) -> float:
+        """Return eps for ``v``, after a calibration where the controller wants one. Collective: yes."""
+        if self.controller.wants_calibration(spread):
+            self.controller.calibrate(spread, lambda eps: self._shifted(v, eps / spread.norm, spread.norm), self._base)
+        return self.controller.step(spread)
+
+    def _base(self) -> Vector:
+        """Return a copy of the gradient at theta_0, which only "forward" keeps."""
+        if self.base is not None:
+            return self.base.copy()
+        self.gradient.model.write_parameters(self.theta0)
+        return self.gradient()[1]
+
+    def _quotient(self, v: Vector, eps: float, norm: float) -> tuple[float, Vector, int]:
+        """Return the realised share of ``eps``, the product, and the gradients spent."""
+        if self.scheme == "forward":
+            assert self.base is not None
+            realised, result = self._shifted(v, eps / norm, norm)
+            self._check_realised(realised, eps)
+            result.axpy_(-1.0, self.base).scale_(norm / realised)
+            return realised / eps, result, 1
+        realised, result = self._difference(v, eps / norm, norm)
+        self._check_realised(realised, eps)
+        result.scale_(norm / realised)
+        if self.scheme == "central":
+            return realised / eps, result, 2
+        double, wide = self._difference(v, 2 * eps / norm, norm)
+        # Richardson: the error of order eps^2 cancels
+        return realised / eps, result.scale_(4 / 3).axpy_(-norm / (3 * double), wide), 4
+
+    def _shifted(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
+        """Return the realised step <theta - theta_0, v> / |v| and the gradient at theta = theta_0 + factor v."""
         model = self.gradient.model
         model.write_parameters(self.theta0, v.data, factor)
-        moved = torch.zeros(2, dtype=torch.float64, device=v.data.device)
+        moved = torch.zeros(1, dtype=torch.float64, device=v.data.device)
         for now, before, direction in zip(
             model.local_parameters, model.pieces_of(self.theta0), model.pieces_of(v.data), strict=True
         ):
-            d = direction.double()
-            moved[0] += torch.sum((now.double() - before.double()) * d)
-            moved[1] += torch.sum(d * d)
-        along, square = self.space.sum(moved, "realised step").tolist()
+            moved += kernels.dot((now - before).flatten(), direction.flatten())  # the difference is exact: near equals
+        along = float(self.space.sum(moved, "realised step"))
         _, gradient = self.gradient()
-        return along / square, gradient
+        return along / norm, gradient
 
-    def _difference(self, v: Vector, factor: float) -> tuple[float, Vector]:
-        """Return half the realised distance (in units of v) and g(theta_0 + factor v) - g(theta_0 - factor v)."""
-        forth, plus = self._shifted(v, factor)
-        back, minus = self._shifted(v, -factor)
-        return 0.5 * (forth - back), plus.axpy_(-1.0, minus)
+    def _difference(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
+        """Return half the realised distance and half of g(theta_0 + factor v) - g(theta_0 - factor v)."""
+        forth, plus = self._shifted(v, factor, norm)
+        back, minus = self._shifted(v, -factor, norm)
+        return 0.5 * (forth - back), plus.axpy_(-1.0, minus).scale_(0.5)
 
     def _check_realised(self, realised: float, eps: float) -> None:
         if not (math.isfinite(realised) and realised > 0):

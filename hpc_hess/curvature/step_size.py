@@ -1,21 +1,40 @@
-"""The finite-difference step of one vector.
+"""The finite-difference step of one vector, chosen from measured noise and curvature.
 
-Measured on SmolLM2-135M (README, numbers): the best central step is 0.6 for a random unit vector and 3e-4 to 1e-3 for
-the dominant eigenvector, which lives on 500 of 134 M entries. What the two share is the change of a typical entry,
-eps / sqrt(participation), relative to the typical parameter.
+No constant works: on SmolLM2-135M the best central step is 0.6 for a random unit vector and 3e-4 to 1e-3 for the
+dominant eigenvector, which lives on 500 of 134 M entries. A calibration evaluates gradients at theta + k h v / |v|,
+k = -2..2, and takes from them
+
+* the noise sigma of a gradient, from the fourth difference (ECNoise: Moré and Wild, "Estimating computational noise",
+  SIAM J. Sci. Comput. 33, 2011, eq. 2.3: sigma^2 = 4!^2 / 8! |difference|^2). It holds everything that changes from
+  point to point: rounding inside the gradient, and the rounding of the parameters when the step is stored;
+* the derivative that the scheme truncates (second for "forward", third for the others);
+
+and balances the two. Between calibrations the change of a typical entry, eps / sqrt(participation), is kept; a vector
+whose participation is far from every calibrated one is calibrated anew, while that costs less than half a run.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from hpc_hess.parallel.vector import Vector
 
-# change of a typical entry over the typical parameter, per scheme, for float32: between truncation and rounding
-_RELATIVE = {"forward": 1.5e-4, "central": 5e-4, "fourth": 2e-3}
+# change of a typical entry over the typical parameter where the first calibration starts
+_START = {"forward": 1.5e-4, "central": 5e-4, "fourth": 2e-3}
+_ORDER = {"forward": 2, "central": 3, "fourth": 5}
+_NOISE_STENCIL = {-2: 1, -1: -4, 0: 6, 1: -4, 2: 1}
+_STENCIL = {
+    "forward": {-1: 1, 0: -2, 1: 1},  # h^2 g''
+    "central": {-2: -0.5, -1: 1, 1: -1, 2: 0.5},  # h^3 g'''
+    "fourth": {-2: -0.5, -1: 1, 1: -1, 2: 0.5},
+}
+_MAX_ROUNDS = 3
+CALIBRATION_GRADIENTS = 5
 
 
 @dataclass(frozen=True)
@@ -37,11 +56,167 @@ def concentration(v: Vector) -> Concentration:
     return Concentration(math.sqrt(second), second * second / fourth if fourth > 0 else 0.0)
 
 
-def scaled_step(v: Concentration, theta_rms: float, scheme: str, dtype: torch.dtype) -> float:
-    """Return eps, in units of the unit vector v / |v|: a typical entry moves by a fixed share of a typical parameter.
+@dataclass(frozen=True)
+class Calibration:
+    """What one calibration found. Norms are Euclidean, steps in units of the unit vector.
 
-    The share is the scheme's for float32, and shrinks with the unit roundoff u as u^(1/2), u^(1/3), u^(1/5).
+    ``derivative``: norm of the truncated derivative of the gradient along the vector; ``excess``: the predicted error
+    over its noise part, at the chosen step.
     """
-    order = {"forward": 2, "central": 3, "fourth": 5}[scheme]
-    shrink = (torch.finfo(dtype).eps / torch.finfo(torch.float32).eps) ** (1 / order)
-    return _RELATIVE[scheme] * shrink * max(theta_rms, 1e-6) * math.sqrt(v.participation)
+
+    participation: float
+    step: float
+    noise: float
+    derivative: float
+    product_norm: float
+    excess: float
+
+    @property
+    def relative_error(self) -> float:
+        """Predicted relative error of the product at the chosen step, for the calibrated vector."""
+        return self.excess * self.noise / self.product_norm if self.product_norm > 0 else math.inf
+
+
+@dataclass
+class Differences:
+    """Norms measured around theta_0 with spacing ``h``: gradient noise, truncated derivative, product, and contrast.
+
+    ``contrast`` is the stencil of the derivative over what noise alone would make of it: below 1 nothing was resolved.
+    """
+
+    h: float
+    sigma: float
+    derivative: float
+    product_norm: float
+    contrast: float
+
+
+def measure(shifted: Callable[[float], tuple[float, Vector]], base: Vector, h: float, scheme: str) -> Differences:
+    """Evaluate the stencils. ``shifted(a)`` gives the realised step and the gradient at theta_0 + a v / |v|.
+
+    ``base`` is the gradient at theta_0 and is overwritten. Four gradients; three work vectors. Collective: yes.
+    """
+    stencil = _STENCIL[scheme]
+    fourth = base.copy().scale_(_NOISE_STENCIL[0])
+    truncated = base.scale_(stencil.get(0, 0.0))
+    slope: Vector | None = None
+    drift = {"noise": 0.0, "stencil": 0.0}  # realised steps are not exactly k h: a first-derivative residue
+    span = 0.0
+    for k in (1, -1, 2, -2):
+        realised, gradient = shifted(k * h)
+        fourth.axpy_(_NOISE_STENCIL[k], gradient)
+        drift["noise"] += _NOISE_STENCIL[k] * realised
+        if k in stencil:
+            truncated.axpy_(stencil[k], gradient)
+            drift["stencil"] += stencil[k] * realised
+        if abs(k) == 1:
+            span += math.copysign(realised, realised * k)
+            slope = gradient if slope is None else slope.axpy_(-1.0, gradient)
+    assert slope is not None
+    slope.scale_(1.0 / span)  # H v / |v|
+    fourth.axpy_(-drift["noise"], slope)
+    truncated.axpy_(-drift["stencil"], slope)
+    sigma = fourth.norm() / math.sqrt(sum(c * c for c in _NOISE_STENCIL.values()))
+    found = truncated.norm()
+    floor = sigma * math.sqrt(sum(c * c for c in stencil.values()))
+    order = 2 if scheme == "forward" else 3
+    resolved = math.sqrt(max(found**2 - floor**2, (0.1 * floor) ** 2))
+    return Differences(h, sigma, resolved / h**order, slope.norm(), found / floor if floor > 0 else math.inf)
+
+
+def balance(d: Differences, scheme: str) -> tuple[float, float, float]:
+    """Return (step, noise coefficient, excess): where truncation and noise together are least.
+
+    The noise part of the product's error is ``noise coefficient * sigma / step``; ``excess`` multiplies it to the whole.
+    """
+    sigma, tiny = max(d.sigma, 1e-300), 1e-300
+    if scheme == "forward":  # (g2 e / 2)^2 + 2 (sigma / e)^2
+        coefficient, slope, power = math.sqrt(2), d.derivative / 2, 1
+    elif scheme == "central":  # (g3 e^2 / 6)^2 + (sigma / e)^2 / 2
+        coefficient, slope, power = math.sqrt(0.5), d.derivative / 6, 2
+    else:  # (g5 e^4 / 30)^2 + (0.95 sigma / e)^2, with g5 from the length scale sqrt(|Hv| / g3)
+        coefficient = math.sqrt(130) / 12
+        slope, power = d.derivative**2 / max(d.product_norm, tiny) / 30, 4
+    step = (coefficient * sigma / (math.sqrt(power) * max(slope, tiny))) ** (1 / (power + 1))
+    return step, coefficient, math.sqrt(1 + 1 / power)
+
+
+@dataclass
+class StepController:
+    """Chooses steps along a run; its state is what a bitwise resume needs.
+
+    ``reach``: a calibration serves vectors whose participation is within this factor of its own.
+    """
+
+    scheme: str
+    theta_rms: float
+    dtype: torch.dtype
+    reach: float = 8.0
+    calibrations: list[Calibration] = field(default_factory=list)
+    calibration_gradients: int = 0
+    product_gradients: int = 0
+
+    def nearest(self, v: Concentration) -> Calibration | None:
+        """Return the calibration with the closest participation."""
+        return min(self.calibrations, key=lambda c: abs(math.log(c.participation / v.participation)), default=None)
+
+    def wants_calibration(self, v: Concentration) -> bool:
+        """Whether ``v`` should be calibrated: far from every calibrated vector, and within the budget."""
+        near = self.nearest(v)
+        if near is None:
+            return True
+        ratio = v.participation / near.participation
+        affordable = self.calibration_gradients <= 0.5 * self.product_gradients + 2 * CALIBRATION_GRADIENTS
+        return affordable and not 1 / self.reach <= ratio <= self.reach
+
+    def step(self, v: Concentration) -> float:
+        """Return eps for ``v`` from the nearest calibration, or the rule of thumb before the first."""
+        near = self.nearest(v)
+        if near is not None:
+            return near.step * math.sqrt(v.participation / near.participation)
+        # the unit roundoff enters as its square, cube or fifth root
+        shrink = (torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps) ** (1 / _ORDER[self.scheme])
+        return _START[self.scheme] * shrink * max(self.theta_rms, 1e-6) * math.sqrt(v.participation)
+
+    def predicted_error(self, v: Concentration, step: float, product_norm: float) -> float | None:
+        """Return the predicted relative error of a product of norm ``product_norm`` (of the unit vector)."""
+        near = self.nearest(v)
+        if near is None or product_norm == 0:
+            return None
+        return near.excess * near.noise * (near.step / step) / product_norm
+
+    def calibrate(
+        self, v: Concentration, shifted: Callable[[float], tuple[float, Vector]], base: Callable[[], Vector]
+    ) -> Calibration:
+        """Measure around theta_0 along the vector of ``v`` until the step it gives is the spacing used. Collective."""
+        h = self.step(v)
+        for _ in range(_MAX_ROUNDS):
+            found = measure(shifted, base(), h, self.scheme)
+            self.calibration_gradients += CALIBRATION_GRADIENTS
+            step, coefficient, excess = balance(found, self.scheme)
+            if found.contrast < 1.05:  # nothing but noise at this spacing: the derivative is an upper bound
+                h = min(step, 4 * h)
+                continue
+            if not h / 4 <= step <= 4 * h:  # the fourth difference is only noise near or below the best step
+                h = step
+                continue
+            break
+        calibration = Calibration(
+            v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess
+        )
+        self.calibrations.append(calibration)
+        return calibration
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what a resume needs, JSON-able and exact."""
+        return {
+            "calibrations": [asdict(c) for c in self.calibrations],
+            "calibration_gradients": self.calibration_gradients,
+            "product_gradients": self.product_gradients,
+        }
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`to_state` gave."""
+        self.calibrations = [Calibration(**c) for c in state["calibrations"]]
+        self.calibration_gradients = state["calibration_gradients"]
+        self.product_gradients = state["product_gradients"]

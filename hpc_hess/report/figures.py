@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from hpc_hess.linalg.quadrature import Density, Ritz, density, density_symlog, ritz, symlog
@@ -25,6 +25,7 @@ from hpc_hess.report.style import (
     NEGATIVE,
     POSITIVE,
     STYLE,
+    label_powers,
     linear_threshold,
     probe_style,
     say,
@@ -70,6 +71,7 @@ def write_figures(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
 def _save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Plot:
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     figure.savefig(png, dpi=160)
+    figure.set_layout_engine("none")  # the layout just found serves again
     figure.savefig(svg, metadata={"Date": None})
     return Plot(name, title, caption, png, svg)
 
@@ -134,7 +136,7 @@ def _draw_density(axes: Axes, shape: Density, x: Float, signed: bool) -> None:
         axes.fill_between(x, low, high, color=MUTED, alpha=0.4, linewidth=0)
     axes.plot(x, curve, color=INK)
     axes.set_ylim(floor, peak * 4)
-    axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    label_powers(axes, 9)
     axes.set_xlim(float(x[0]), float(x[-1]))
 
 
@@ -155,8 +157,8 @@ def _draw_rug(axes: Axes, parts: list[Ritz], place: Callable[[Any], Float]) -> N
     axes.scatter(place(values), shown, c=list(colours), s=11, zorder=3, linewidths=0)
     axes.set_yscale("log")
     axes.set_ylim(floor, 6.0)
-    axes.yaxis.set_major_locator(mpl.ticker.LogLocator(numticks=4))
-    axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+    label_powers(axes, 4)
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("weight")
 
 
@@ -166,7 +168,7 @@ def _mark_ends(top: Axes, rug: Axes, low: float, high: float, place: Callable[[A
         at = float(place(value))
         for axes in (top, rug):
             axes.axvline(at, color=colour, linestyle=(0, (4, 3)), linewidth=1.0, alpha=0.9)
-        name, align = (r"$\lambda_{\min}$", "left") if side == 0 else (r"$\lambda_{\max}$", "right")
+        name, align = ("λ min", "left") if side == 0 else ("λ max", "right")
         label = f"{name} = {minus(number(value))}"
         top.text(side, 1.02, label, transform=top.transAxes, ha=align, va="bottom", color=colour)
 
@@ -200,9 +202,9 @@ def _recurrence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
         upper.plot(np.arange(1, len(alpha) + 1), place(alpha), **look)
         lower.plot(np.arange(1, len(beta) + 1), np.where(beta > 0, beta, np.nan), **look)
     upper.axhline(0, color=MUTED, linewidth=0.8)
-    upper.set_ylabel(r"$\alpha_j$ (diagonal of T)")
-    lower.set_ylabel(r"$\beta_j$ (off-diagonal)")
-    lower.set_xlabel("Lanczos step j")
+    upper.set_ylabel("\u03b1 (diagonal of T)")
+    lower.set_ylabel("β (off-diagonal)")
+    lower.set_xlabel("Lanczos step")
     if len(positive):
         set_log(lower, float(positive.min()), float(positive.max()))
     else:
@@ -230,7 +232,7 @@ def _convergence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
     figure = _figure(8.4, 5.4)
     grid = figure.subplots(2, 2, sharex=True, height_ratios=[1.5, 1])
     histories = [_history(p["alpha"], p.get("beta") or []) for p in probes]
-    for column, name in enumerate((r"smallest Ritz value $\theta_{\min}$", r"largest Ritz value $\theta_{\max}$")):
+    for column, name in enumerate(("smallest Ritz value", "largest Ritz value")):
         values, misfit = grid[0][column], grid[1][column]
         seen = []
         for k, (steps, rows) in enumerate(histories):
@@ -253,7 +255,7 @@ def _convergence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
             say(misfit, "no residual above rounding")
         _step_axis(misfit, max(len(p["alpha"]) for p in probes))
     grid[0][0].set_ylabel("eigenvalue λ")
-    grid[1][0].set_ylabel("residual / |θ|")
+    grid[1][0].set_ylabel("residual / |Ritz value|")
     _legend(figure, grid[0][1], len(probes))
     caption = (
         "Extreme Ritz values over the steps; an eigenvalue lies within the band (± residual norm). "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hpc_hess.linalg.quadrature import symlog
@@ -85,8 +85,19 @@ def decade_ticks(low: float, high: float, linear: float, most: int = 11) -> Deca
     return DecadeTicks([v for v, _ in ticks], [t for _, t in ticks], [m for m in minor if low <= m <= high])
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def _power(exponent: int) -> str:
-    return str(10**exponent) if 0 <= exponent <= 2 else f"$10^{{{exponent}}}$"
+    """Spell a power of ten in plain characters: mathtext takes a third of the time of a figure."""
+    return str(10**exponent) if 0 <= exponent <= 2 else "10" + str(exponent).translate(_RAISED)
+
+
+def label_powers(axes: Axes, most: int = 6) -> None:
+    """Label powers of ten, and nothing between them, on a logarithmic y axis."""
+    axes.yaxis.set_major_locator(LogLocator(numticks=most))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _power(round(float(np.log10(y)))) if y > 0 else ""))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def set_symlog(axes: Axes, which: str, low: float, high: float, linear: float) -> Callable[[Any], NDArray[np.float64]]:
@@ -105,8 +116,7 @@ def set_log(axes: Axes, low: float, high: float) -> None:
     pad = max(0.06 * (b - a), (2.0 - (b - a)) / 2)
     axes.set_yscale("log")
     axes.set_ylim(10 ** (a - pad), 10 ** (b + pad))
-    axes.yaxis.set_major_locator(LogLocator(numticks=6))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    label_powers(axes)
 
 
 def probe_style(k: int, num_probes: int, num_points: int) -> dict[str, Any]:

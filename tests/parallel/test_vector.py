@@ -47,7 +47,7 @@ def _work(world: World, table: str, dtype: torch.dtype) -> dict[str, Any]:
     got["coefficients"], got["remaining"] = coefficients.numpy(), remaining
     got["w"] = send(w)
     got["inner"] = [basis[j].dot(w) for j in range(1, 5)]
-    got["window"] = basis.orthogonalise_(vectors[1].copy(), 3, 5)[0].numpy()
+    got["window"] = basis.orthogonalise_(from_global(space, _whole(7, space.size)), 3, 5)[0].numpy()
     got["combined"] = send(basis.combine(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), first=2))
     probe = space.zeros()
     fill(probe.data, *space.shard.global_intervals, seed=4, probe=2, distribution="rademacher")

@@ -12,13 +12,11 @@ from tests.unit.report_case import llm_like, make_events, make_result
 pytestmark = pytest.mark.filterwarnings("error")  # a figure that warns is drawn badly
 
 CASES = {
-    "llm": (llm_like(), 20, 1),
+    "many steps, two probes": (llm_like(), 70, 2),
     "tiny values, three steps": (llm_like(1e-11), 3, 1),
-    "huge values": (llm_like(1e9), 70, 2),
-    "more probes than colours": (llm_like(), 6, 9),
+    "huge values, more probes than colours": (llm_like(1e9), 6, 9),
     "positive only": (np.append(np.linspace(0.5, 1, 300), 40.0), 10, 3),
-    "one step": (llm_like(), 1, 1),
-    "multiple of the identity": (np.full(50, 2.0), 5, 1),
+    "multiple of the identity, one step": (np.full(50, 2.0), 5, 1),
     "zero": (np.zeros(50), 3, 1),
 }
 

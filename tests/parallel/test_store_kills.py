@@ -1,0 +1,134 @@
+"""kill -9 at random instants, creation included: the store opens, loses at most the step in flight, and goes on."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.reader import read_store
+from tests.quick import run_quickly, start_ranks
+from tests.store_toys import advance, check_state, coefficients, create, reopen, store_exists, whole_row
+
+SHAPES = {"w": (300, 400), "b": (7,)}
+OPTIONS = {"probes": 2, "steps": 8, "rows": 9}
+
+
+def job(world: World, run_dir: str, notes: str) -> None:
+    """Create or resume and run to the end, noting each completed step in a file of its own."""
+    path, note = Path(run_dir), Path(notes)
+    note.touch()
+    exists = store_exists(path, world)
+    store = reopen(path, world, SHAPES) if exists else create(path, world, SHAPES, **OPTIONS)
+    check_state(store)
+    while not (store.state.finished and store.state.probe == 1):
+        state = store.state
+        after = (state.probe + 1, 1) if state.finished else (state.probe, state.step + 1)
+        advance(store, after if after[1] < OPTIONS["steps"] else (after[0] + 1, 0))
+        if world.rank == 0:
+            note.write_text(f"{store.state.probe} {store.state.step}")
+    check_state(store)
+    store.close()
+
+
+def committed(run_dir: Path) -> tuple[int, int]:
+    """What is on disk is consistent, by value; return how far it is."""
+    if not (run_dir / "krylov.h5").exists():
+        return 0, 0
+    with read_store(run_dir) as view:
+        state = view.state
+        # the shared basis of a finished probe may be half overwritten: no commit needs it then
+        assert view.verify() == []
+        for row in state.rows:
+            expected = whole_row(view.schema.num_params, state.probe, row)
+            assert (view.probes[state.probe].basis[row] == expected).all()
+        for k in range(state.probe + 1):
+            n = state.lengths[k]
+            assert (view.probes[k].alpha == coefficients(k, n)[0]).all()
+            assert (view.probes[k].beta == coefficients(k, n)[1]).all()
+        return state.probe, state.step
+
+
+def wait_for(path: Path, processes, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert all(p.is_alive() for p in processes)
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("victims", ["all", "one"])
+def test_killed_at_random_instants(tmp_path, victims):
+    rng = random.Random(5)
+    run_dir, notes = tmp_path / "run", tmp_path / "notes"
+    start = time.monotonic()
+    run_quickly(job, 2, str(run_dir), str(notes))
+    whole_s = min(time.monotonic() - start, 3.0)
+    opened = broken_off = created = 0
+    for kill in range(10):
+        if kill % 2 == 0 or committed(run_dir) == (1, 8):  # every other kill hits a new run, its creation if early
+            shutil.rmtree(run_dir)
+        existed = (run_dir / "krylov.h5").exists()
+        notes.unlink(missing_ok=True)
+        processes, pipes = start_ranks(job, 2, str(run_dir), str(notes))
+        wait_for(notes, processes)
+        time.sleep(rng.uniform(0, 0.03) if kill % 4 == 0 else rng.uniform(0, whole_s))
+        doomed = processes if victims == "all" else [processes[rng.randrange(2)]]
+        for process in doomed:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        start = time.monotonic()
+        for process in processes:
+            process.join(20)
+        assert not any(p.is_alive() for p in processes), "a surviving rank hangs"
+        for pipe in pipes:
+            pipe.close()
+        done = tuple(int(n) for n in notes.read_text().split()) or (0, 0)
+        reached = committed(run_dir)
+        assert reached >= done, "a completed step was lost"
+        opened += existed
+        created += (run_dir / "krylov.h5").exists() and not existed
+        broken_off += reached < (1, 8)
+    assert broken_off >= 4, "the kills came too late to mean anything"
+    run_quickly(job, 2, str(run_dir), str(notes))
+    assert committed(run_dir) == (1, 8)
+    names = {p.name for p in run_dir.iterdir()}
+    assert names == {"krylov.h5", "krylov.ranks", "run.lock"}
+    assert len(list(run_dir.glob("krylov.ranks/*"))) == 1
+
+
+def rebuild_job(world: World, run_dir: str, notes: str) -> None:
+    Path(notes).touch()
+    reopen(Path(run_dir), world, SHAPES).close()
+
+
+def test_killed_while_a_new_generation_is_built(tmp_path):
+    """A resume on other ranks is killed while it copies: the old store is still there, or the new one is."""
+    rng = random.Random(7)
+    run_dir, notes = tmp_path / "run", tmp_path / "notes"
+    run_quickly(first_half, 1, str(run_dir))
+    for kill in range(6):
+        notes.unlink(missing_ok=True)
+        processes, pipes = start_ranks(rebuild_job, 1 + (kill + 1) % 2, str(run_dir), str(notes))
+        wait_for(notes, processes)
+        time.sleep(rng.uniform(0, 0.15))
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        for process, pipe in zip(processes, pipes, strict=True):
+            process.join(20)
+            pipe.close()
+        assert committed(run_dir) == (0, 6)
+    run_quickly(job, 2, str(run_dir), str(notes))
+    assert committed(run_dir) == (1, 8)
+    assert len(list(run_dir.glob("krylov.ranks/*"))) == 1
+
+
+def first_half(world: World, run_dir: str) -> None:
+    store = create(Path(run_dir), world, SHAPES, **OPTIONS)
+    advance(store, (0, 6))
+    store.close()
