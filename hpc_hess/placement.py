@@ -37,6 +37,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory of this process on its device now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
 def place_basis(world: World, space: VectorSpace, lanczos: LanczosSection) -> torch.device:
     """Choose device or host memory for the basis. Collective: yes.
 

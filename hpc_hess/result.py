@@ -45,6 +45,7 @@ class Tally:
     checkpoint_s: float = 0.0
     slowest_step_s: float = 0.0
     peak_bytes: int = 0
+    baseline_bytes: int = 0  # resident before anything is loaded
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
     steps: dict[str, int] = field(default_factory=dict)  # completed steps of each finished probe
 
@@ -121,7 +122,7 @@ def make_result(
         "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
                    "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,
                    "products": tally.products, "calibration_gradients": tally.calibration_gradients},
-        "memory": {"peak_bytes": tally.peak_bytes},
+        "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
         "versions": _versions(),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from hpc_hess.linalg.lanczos import Lanczos, basis_rows
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.vector import Basis, VectorSpace
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import peak_bytes, place_basis
+from hpc_hess.placement import peak_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, check_repeatable, load_problem
 from hpc_hess.report.page import write_report
 from hpc_hess.report.progress import Progress, make_progress
@@ -43,6 +43,7 @@ def run(config: Config, world: World) -> int:
     """
     world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
+    baseline_bytes = used_bytes(world.device)
     total = config.lanczos.steps * config.lanczos.probes
     with (
         make_progress(world.rank == 0, total) as progress,
@@ -62,6 +63,7 @@ def run(config: Config, world: World) -> int:
         basis = Basis(problem.model.space, rows, basis_device)
         events = EventLog(out if world.rank == 0 else None)
         loop = _Loop(config, world, problem, store, events, progress, stopper, basis)
+        loop.tally.baseline_bytes = baseline_bytes
         reason = loop.run()
         if reason:
             state = store.state

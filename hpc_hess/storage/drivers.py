@@ -68,8 +68,7 @@ class OneFile:
 
     def __init__(self, path: Path, schema: Schema, shard: Shard, comm: Any) -> None:
         self._comm = comm
-        options = {} if comm is None else {"driver": "mpio", "comm": comm}
-        self._file: Any = open_file(path, "r+", **options)
+        self._file: Any = open_file(path, "r+", comm)
         self._bases = [self._file[f"probes/{k}/basis"] for k in range(schema.bases)]
         # every rank opens the same data sets, in the same order
         small = SmallData(self._file, schema)

@@ -22,13 +22,14 @@ basis is a virtual data set over krylov.ranks/GENERATION/rank-RRRRR.h5, each hol
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5p, h5s, h5t
+from h5py import h5d, h5f, h5p, h5s, h5t
 
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout, Parameter
@@ -41,8 +42,7 @@ FILE = "krylov.h5"
 TEMPORARY = "krylov.h5.tmp"
 RANKS = "krylov.ranks"
 # HDF5 2.x writes a newer format by default; these bounds let 1.10 and 2.x open each other's files.
-LIBVER = ("earliest", "v110")
-_ALIGN = {"alignment_threshold": 1 << 20, "alignment_interval": 4096}
+_LIBVER = (h5f.LIBVER_EARLIEST, h5f.LIBVER_V110)
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,32 @@ class Header:
         return Layout(shapes, self.schema.num_shards, dims)
 
 
-def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
-    """Open an HDF5 file with pinned format bounds; ``mode`` is "x", "r" or "r+", since "w" truncates a locked file.
+def open_file(path: Path, mode: str, comm: Any = None) -> h5py.File:
+    """Open an HDF5 file; ``mode`` is "x", "r" or "r+", since "w" truncates a file before it fails.
 
     Without HDF5's own locks: run.lock keeps a second writer out (also with MPI, where HDF5 has none), and a run that is
-    going on can be read.
+    going on can be read. Without its sieve buffer: a small write on a full disk then fails at once, instead of in the
+    flush, after which HDF5 can neither write nor close the file and crashes.
     """
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
+    access.set_libver_bounds(*_LIBVER)
+    access.set_sieve_buf_size(0)
+    if comm is not None:
+        access.set_fapl_mpio(comm, _mpi_info())
+    elif hasattr(access, "set_file_locking"):
+        access.set_file_locking(False, True)
+    name = os.fsencode(path)
     if mode == "x":
-        options |= _ALIGN
-    if options.get("driver") != "mpio":
-        options["locking"] = False
-    return h5py.File(path, mode, libver=LIBVER, **options)
+        access.set_alignment(1 << 20, 4096)
+        return h5py.File(h5f.create(name, h5f.ACC_EXCL, fapl=access))
+    return h5py.File(h5f.open(name, {"r": h5f.ACC_RDONLY, "r+": h5f.ACC_RDWR}[mode], fapl=access))
+
+
+def _mpi_info() -> Any:
+    from mpi4py import MPI
+
+    return MPI.Info()
 
 
 def _new(group: Any, name: str, dtype: Any, shape: tuple[int, ...], fill: Any = None, data: Any = None) -> None:

@@ -14,7 +14,6 @@ from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from hpc_hess.storage.schema import LIBVER
 from hpc_hess.storage.store import Store
 from tests.store_toys import (
     SHAPES,
@@ -428,6 +427,3 @@ def test_a_damaged_row_stops_a_rebuild_and_leaves_the_store(tmp_path):
     assert before.keys() == after.keys()
     assert all((before[p] == after[p]).all() for p in before)
 
-
-def test_files_keep_the_format_that_older_hdf5_reads():
-    assert LIBVER == ("earliest", "v110")

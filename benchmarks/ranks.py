@@ -1,0 +1,69 @@
+"""The same alpha and beta on 1, 2, 3 and 4 ranks: every toy architecture, float64 and float32."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import write
+from hpc_hess.config import make_config
+from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.parallel.vector import Basis
+from hpc_hess.parallel.world import World
+from hpc_hess.problem import load_problem
+from hpc_hess.report.progress import Progress
+from tests.spawn import run_ranks
+from tests.toys import TOYS, toy_directory
+
+STEPS = 10
+
+
+def recurrences(world: World, folder: str, dtype: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Return alpha and beta of every toy. Collective: yes."""
+    world.make_mesh(1)
+    found = {}
+    for name in TOYS:
+        config = make_config({
+            "model": {"source": f"{folder}/{name}", "master_dtype": dtype, "compute_dtype": dtype},
+            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 13, "sequences": 5},
+        })  # fmt: skip
+        problem = load_problem(config, world, Progress(0))
+        operator = FiniteDifferenceHessian(problem.gradient)
+        space = problem.model.space
+        process = Lanczos(operator, Basis(space, STEPS), STEPS)
+        start = space.zeros()
+        probes.fill(start.data, *space.shard.global_intervals, seed=0, probe=0, distribution="rademacher")
+        process.start(start)
+        while not process.finished:
+            process.step()
+        found[name] = (process.alpha, process.beta)
+    return found
+
+
+def main() -> None:
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TOYS:
+            toy_directory(name, Path(folder) / name)
+        np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, 96, 200))
+        for dtype, bound in (("float64", 1e-8), ("float32", 1e-3)):
+            runs = {n: run_ranks(recurrences, n, folder, dtype, timeout_s=1200)[0] for n in (1, 2, 3, 4)}
+            for name in TOYS:
+                alpha, beta = (np.array(x) for x in runs[1][name])
+                scale = max(np.abs(alpha).max(), beta.max())
+                row: dict[str, Any] = {"model": name, "dtype": dtype, "asked": bound}
+                for n in (2, 3, 4):
+                    a, b = (np.array(x) for x in runs[n][name])
+                    row[f"{n} ranks"] = float(max(np.abs(a - alpha).max(), np.abs(b - beta).max()) / scale)
+                rows.append(row)
+    write("ranks", "alpha, beta against one rank, relative to max|T|, first 10 steps, central differences", rows,
+          {"steps": STEPS, "tokens": "5 x 13", "step": "auto"})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
