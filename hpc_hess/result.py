@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from hpc_hess.config import Config
-from hpc_hess.curvature.finite_difference import ProductRecord
+from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.linalg.quadrature import ritz, trace
 from hpc_hess.parallel.world import World, describe
 from hpc_hess.problem import Problem

@@ -21,7 +21,6 @@ from hpc_hess.parallel.vector import Basis, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import peak_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, check_repeatable, load_problem
-from hpc_hess.report.page import write_report
 from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.screen import print_summary
 from hpc_hess.result import RESULT_NAME, Tally, make_result, to_json, write_aside
@@ -73,6 +72,8 @@ def run(config: Config, world: World) -> int:
         result = make_result(config, world, problem, loop.tally, loop.recurrences())
     if world.rank == 0:
         write_aside(out / RESULT_NAME, to_json(result))
+        from hpc_hess.report.page import write_report  # matplotlib: not on the other ranks
+
         report = write_report(out)
         print_summary(result, out, report)
     world.barrier("finish")

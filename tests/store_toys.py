@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.store import Store, store_exists
@@ -109,13 +113,52 @@ def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **chang
 
 
 def main() -> None:
-    """mpirun -n P python -m tests.store_toys RUN DRIVER [PROBE STEP]: as ``run``, over MPI where there is MPI."""
+    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full]: as ``run``, over MPI where there is MPI."""
     world = World.join(device="cpu", timeout_s=60)
-    stop = (int(sys.argv[3]), int(sys.argv[4])) if len(sys.argv) > 3 else None
-    state = run(world, sys.argv[1], stop, driver=sys.argv[2])
-    if world.rank == 0:
-        print(json.dumps(state))
+    run_dir, driver, stop = Path(sys.argv[1]), sys.argv[2], (int(sys.argv[3]), int(sys.argv[4]))
+    code = 0
+    try:
+        if sys.argv[5:] == ["full"]:
+            fill_up(world, run_dir)
+        state = run(world, str(run_dir), stop, driver=driver)
+        if world.rank == 0:
+            print(json.dumps(state))
+    except HpcHessError as error:
+        code = error.exit_code
+        print(f"rank {world.rank}: {error}", flush=True)
     world.leave()
+    sys.exit(code)
+
+
+def fill_up(world: World, run_dir: Path) -> None:
+    """Give back what is reserved for row 4 and after of the one file, then fill its small disk."""
+    if world.rank == 0:
+        path = run_dir / "krylov.h5"
+        with h5py.File(path, "r") as file:
+            basis = file["probes/0/basis"]
+            start, stop = basis.id.get_offset() + 4 * basis.shape[1] * 4, basis.id.get_offset() + basis.nbytes
+        punch_hole(path, start, stop)
+        fill(run_dir.parent)
+    world.barrier("the disk is full")
+
+
+def punch_hole(path: Path, start: int, stop: int) -> None:
+    """Give the whole pages between two offsets of a file back to the disk."""
+    start, stop = -(-start // 4096) * 4096, stop // 4096 * 4096
+    assert start < stop
+    hole = ["fallocate", "--punch-hole", "--offset", str(start), "--length", str(stop - start)]
+    subprocess.run([*hole, str(path)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write a file until the disk is full; return its path."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+    return filler
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ class StreamedOperator:
                 sweeps = Sweeps(self._split, self._exchange, self._settings)
                 sweeps.run(self._batches, self._scale)
                 self._exchange.finish()
+                for k in group:
+                    sweeps.health.note("the tangents of a weight gradient", [results[k].data.sum()])
                 self._require_finite(sweeps)
         self.num_products += len(vectors)
         return results

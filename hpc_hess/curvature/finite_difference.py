@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.curvature.step_size import Concentration, StepController, concentration
 from hpc_hess.errors import NumericsError
 from hpc_hess.model.gradient import Gradient
@@ -21,23 +21,6 @@ from hpc_hess.parallel import kernels
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
 Scheme = Literal["forward", "central", "fourth"]
-
-
-@dataclass
-class ProductRecord:
-    """What one product did.
-
-    ``step`` along the unit vector, the ``realised`` share of it, ``gradients`` of the product and of a ``calibration``
-    before it with its seconds, expert ``flips``, and the ``predicted_error`` relative to the product (None for a step given by number).
-    """
-
-    step: float
-    realised: float
-    gradients: int
-    calibration: int
-    calibration_s: float
-    flips: int
-    predicted_error: float | None
 
 
 class FiniteDifferenceHessian:
@@ -96,8 +79,10 @@ class FiniteDifferenceHessian:
         if isinstance(self.step, str):
             error = controller.predicted_error(spread, eps, result.norm() / spread.norm)
         self.records.append(
-            ProductRecord(eps, realised, gradients, controller.calibration_gradients - spent, calibration_s,
-                          routing.num_flips - flips, error)
+            ProductRecord(
+                eps, realised, gradients, controller.calibration_gradients - spent, calibration_s,
+                routing.num_flips - flips, error,
+            )
         )  # fmt: skip
         return result
 

@@ -124,7 +124,7 @@ class _Sweep:
         if W:
             pull = self._keeping(self._function(0, full), W, V, (), ())[2]
             tangents, _, _ = pull(bars_dot, bars)
-            self._add(0, tangents)
+            self._add(tangents)
 
     def _push(self, stage: int, x: Several, x_dot: Several, *, keep: bool) -> tuple[Several, Several]:
         full, W, V = self._fetch(stage, ahead=stage + 1)
@@ -146,7 +146,8 @@ class _Sweep:
             x, x_dot = (self._from_host(t) for t in self.kept.pop(stage))
             pull = self._keeping(self._function(stage, full), W, V, x, x_dot)[2]
         tangents, x_bar_dot, x_bar = pull(bar_dot, bar)
-        self._add(stage, tangents)
+        self._note(stage, x_bar_dot, "the way back through ")
+        self._add(tangents)
         return x_bar_dot, x_bar
 
     def _head(self, x: Several, x_dot: Several) -> tuple[Several, Several | None]:
@@ -183,7 +184,8 @@ class _Sweep:
         shared = tangents.keys() & total.keys()
         if not total:  # this micro-batch predicts nothing; the ranks' collectives must match all the same
             total = {n: torch.zeros_like(v) for n, v in V2.items() if n not in tangents}
-        self._add(stage, {**tangents, **total, **{n: tangents[n] + total[n] for n in sorted(shared)}})
+        self._note(stage, x_bar_dot, "the way back through ")
+        self._add({**tangents, **total, **{n: tangents[n] + total[n] for n in sorted(shared)}})
         return x_bar_dot, x_bar
 
     def _chunk(self) -> int:
@@ -230,9 +232,8 @@ class _Sweep:
         if stage is not None and stage not in self.pulls:
             self.exchange.prefetch(self.split.names_of(stage))
 
-    def _add(self, stage: int, tangents: Tensors) -> None:
+    def _add(self, tangents: Tensors) -> None:
         names = list(tangents)
-        self._note(stage, tuple(tangents.values()), "the way back through ")
         self.port.collect(lambda ts: self.exchange.add(dict(zip(names, ts, strict=True))), list(tangents.values()))
 
     def _note(self, stage: int, tensors: Several, way: str = "") -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from hpc_hess.errors import ModelError
 from hpc_hess.model.conversion import model_tensors
-from hpc_hess.model.lazy import Computed, Lazy, Stored
+from hpc_hess.model.lazy import Computed, Lazy
+from hpc_hess.model.stored import SafetensorsFiles
 
 _COMPARED_ROWS = 16
 
@@ -23,7 +21,7 @@ class SafetensorsReader:
     Parameters
     ----------
     directory : holds ``model.safetensors``, or ``model.safetensors.index.json`` with the files it names.
-    skeleton : the model, not yet sharded; gives names, shapes and the architecture's conversion table.
+    skeleton : the model, before or after sharding; gives names, shapes and the architecture's conversion table.
 
     Raises
     ------
@@ -34,8 +32,8 @@ class SafetensorsReader:
 
     def __init__(self, directory: Path, skeleton: nn.Module) -> None:
         self._directory = directory
-        self._handles: dict[str, Any] = {}
-        self._tensors = model_tensors(self._open_all(), skeleton)
+        self._files = SafetensorsFiles(directory)
+        self._tensors = model_tensors(self._files.tensors(), skeleton)
         self._tie(skeleton)
         self._check(skeleton)
 
@@ -63,50 +61,8 @@ class SafetensorsReader:
 
     def close(self) -> None:
         """Unmap the files."""
-        self._handles.clear()
+        self._files.close()
         self._tensors.clear()
-
-    def _open_all(self) -> dict[str, Lazy]:
-        stored: dict[str, Lazy] = {}
-        for file, keys in self._files().items():
-            handle = self._open(file)
-            present = set(handle.keys())
-            for key in present if keys is None else keys:
-                if key not in present:
-                    raise ModelError(f"{self._directory / file} has no tensor '{key}', which the index says it holds")
-                stored[key] = Stored(tuple(handle.get_slice(key).get_shape()), partial(handle.get_slice, key))
-        return stored
-
-    def _files(self) -> dict[str, list[str] | None]:
-        """Return file name -> its tensors by the index, or None for all of them."""
-        index = self._directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"cannot read {index}: {error}") from None
-            files: dict[str, list[str] | None] = {}
-            for key, file in table.items():
-                tensors = files.setdefault(file, [])
-                assert tensors is not None
-                tensors.append(key)
-            return files
-        if (self._directory / "model.safetensors").is_file():
-            return {"model.safetensors": None}
-        return {file.name: None for file in sorted(self._directory.glob("*.safetensors"))}
-
-    def _open(self, file: str) -> Any:
-        from safetensors import safe_open
-
-        if file not in self._handles:
-            path = self._directory / file
-            if not path.is_file():
-                raise ModelError(f"{path} is missing, although the index of the checkpoint names it")
-            try:
-                self._handles[file] = safe_open(str(path), framework="pt", device="cpu")
-            except Exception as error:
-                raise ModelError(f"{path} is not a valid safetensors file ({error}): download it again") from None
-        return self._handles[file]
 
     def _tie(self, skeleton: nn.Module) -> None:
         """Find each tied parameter under whichever of its names the checkpoint has; refuse names that disagree."""

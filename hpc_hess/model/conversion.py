@@ -23,8 +23,7 @@ class _NotLazyError(Exception):
 def model_tensors(stored: Mapping[str, Lazy], model: nn.Module) -> dict[str, Lazy]:
     """Return the model's tensors by name in its state dict, as far as ``stored`` has them.
 
-    ``model`` must not be sharded or wrapped yet: the table is looked up by its class. Tensors the model does not know
-    are left out. Collective: no.
+    ``model`` may be sharded. Tensors the model does not know are left out. Collective: no.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -56,7 +55,14 @@ def _transforms(model: nn.Module) -> list[Any]:
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return list(get_model_conversion_mapping(model)) if isinstance(model, PreTrainedModel) else []
+    if not isinstance(model, PreTrainedModel):
+        return []
+    sharded = type(model)  # fully_shard gives the model a class of its own, FSDPxxx, which the table does not list
+    model.__class__ = next(c for c in sharded.__mro__ if not c.__name__.startswith("FSDP"))
+    try:
+        return list(get_model_conversion_mapping(model))
+    finally:
+        model.__class__ = sharded
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:

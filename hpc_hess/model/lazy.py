@@ -25,20 +25,6 @@ class Lazy(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file; ``open_slice`` returns safetensors' slice object."""
-
-    shape: tuple[int, ...]
-    open_slice: Callable[[], Any]
-
-    def read(self, box: Box) -> torch.Tensor:
-        """Read the box and nothing else."""
-        stored = self.open_slice()
-        tensor: torch.Tensor = stored[tuple(slice(low, high) for low, high in box)] if box else stored[:]
-        return tensor.reshape([high - low for low, high in box])
-
-
-@dataclass(frozen=True)
 class Resident:
     """A tensor that is in memory already."""
 

@@ -19,7 +19,8 @@ class RandomWeights:
 
     Norm weights, biases and the like take the constants that the model's initialiser gives them, the rest is normal
     with the initialiser's mean and spread (of uniform variables, the same mean and spread). Drawn in float32 and the
-    same for every master dtype.
+    same for every master dtype. ``guessed`` names the parameters whose start could not be learnt (decay rates of state
+    space models, which are computed): matrices are normal there, vectors zero.
 
     Parameters
     ----------
@@ -34,6 +35,7 @@ class RandomWeights:
         self._parameters = {p.name: p for p in Layout(shapes).parameters}
         known = getattr(skeleton, "initial", {})
         spread = float(getattr(getattr(skeleton, "config", None), "initializer_range", 0.02))
+        self.guessed = [name for name in shapes if known.get(name, UNKNOWN).kind == "unknown"]
         self._initial = {name: _plausible(known.get(name, UNKNOWN), shape, spread) for name, shape in shapes.items()}
 
     def read(self, name: str, dim: int, low: int, high: int) -> torch.Tensor:

@@ -91,6 +91,10 @@ class _Watch:
             names = split.names_of_block[block]
             own = {name: t.detach().requires_grad_() for name, t in self.fetch(names).items()}
             self.names.update({id(t): name for name, t in own.items()})
+            # a block depends on parameters of the prologue through these tensors only
+            for i in (boundary, *call.extras):
+                leaves[i] = leaves[i].detach().requires_grad_()
+            args, kwargs = tree_unflatten(leaves, structure)
             with substituted(split.places, own):
                 out, out_structure = tree_flatten(plain_forward(split.blocks[block])(*args, **kwargs))
             used = {self.names[i] for t in out for i in _sources(t) if i in self.names}

@@ -36,7 +36,7 @@ class WeightReader(Protocol):
 
 
 def open_reader(source: Source, section: ModelSection, skeleton: nn.Module) -> WeightReader:
-    """Return the reader of ``source``; call it before the skeleton is sharded. Collective: no.
+    """Return the reader of ``source``; the skeleton may be sharded already. Collective: no.
 
     Raises
     ------

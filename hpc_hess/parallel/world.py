@@ -229,14 +229,14 @@ class World:
         """Show ``error`` once for the whole job and return the exit code. Never waits for other ranks."""
         code = error.exit_code if isinstance(error, HpcHessError) else 1
         text = str(error) if isinstance(error, HpcHessError) else f"{type(error).__name__}: {error}"
-        if self._first_to_fail(text, secondary=isinstance(error, CollectiveError)):
+        if self._first_to_fail(secondary=isinstance(error, CollectiveError)):
             where = f" [rank {self.rank}]" if self.size > 1 else ""
             if debug or not isinstance(error, HpcHessError):
                 traceback.print_exception(error)
             print(f"hpc-hess: error{where}: {text}", file=sys.stderr, flush=True)
         return code
 
-    def _first_to_fail(self, text: str, *, secondary: bool) -> bool:
+    def _first_to_fail(self, *, secondary: bool) -> bool:
         """Elect one rank to speak. A rank that only noticed another's end waits a moment for that one to speak."""
         if not self.connected or self.size == 1:
             return True
@@ -246,7 +246,7 @@ class World:
                 import time
 
                 time.sleep(1.0 + 0.1 * self.rank)
-            return store.compare_set(_FAILURE_KEY, "", text).decode() == text
+            return store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
         except (RuntimeError, UnicodeDecodeError):
             return not secondary or self.rank == 1  # rank 0, which serves the store, is gone
 

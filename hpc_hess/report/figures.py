@@ -113,7 +113,7 @@ def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
         smoothing = f"Gaussian smoothing of width {number(width, 2)} decades"
         title = "Spectral density, symmetric-log axis"
         note = f"the axis is linear for |λ| below {number(linear, 2)} and logarithmic beyond"
-    _draw_density(top, shape, x, signed=bool((values < 0).any()))
+    _draw_density(top, shape, x, values)
     _draw_rug(rug, parts, place)
     _mark_ends(top, rug, float(values.min()), float(values.max()), place)
     figure.align_ylabels()
@@ -122,29 +122,24 @@ def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
     return _save(figure, folder, "density" if kind == "linear" else "density_symlog", title, caption)
 
 
-def _draw_density(axes: Axes, shape: Density, x: Float, signed: bool) -> None:
+def _draw_density(axes: Axes, shape: Density, x: Float, nodes: Float) -> None:
     peak = float(shape.mean.max())
-    floor = min(max(_lowest_bump(shape.mean) / 10, peak * _FLOOR), peak * 1e-3)
+    # every Ritz value stays in sight, unless its weight is rounding
+    floor = float(np.interp(nodes, shape.grid, shape.mean).min()) / 10
+    floor = min(max(floor, peak * _FLOOR), peak * 1e-3)
     under = floor * 1e-3  # out of sight, so that steep flanks are drawn to the axis
     curve = np.maximum(shape.mean, under)
     axes.set_yscale("log")
     for colour, side in ((NEGATIVE, shape.grid <= 0), (POSITIVE, shape.grid >= 0)):
-        shade = colour if signed else POSITIVE
+        shade = colour if nodes.min() < 0 else POSITIVE  # smoothing alone makes no negative curvature
         axes.fill_between(x, under, curve, where=side, color=shade, alpha=0.16, linewidth=0)
     if shape.spread is not None:
         low, high = (np.maximum(shape.mean + sign * shape.spread, under) for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=MUTED, alpha=0.4, linewidth=0)
+        axes.fill_between(x, low, high, color=MUTED, alpha=0.28, linewidth=0)
     axes.plot(x, curve, color=INK)
     axes.set_ylim(floor, peak * 4)
     label_powers(axes, 9)
-    axes.set_xlim(float(x[0]), float(x[-1]))
-
-
-def _lowest_bump(curve: Float) -> float:
-    """Return the lowest local maximum: every Ritz value stays visible."""
-    inner = curve[1:-1]
-    peaks = inner[(inner >= curve[:-2]) & (inner > curve[2:]) & (inner > 0)]
-    return float(peaks.min()) if len(peaks) else float(curve.max())
+    axes.set_xlim(float(x[0]) + 2 * shape.width, float(x[-1]) - 2 * shape.width)  # three widths beyond the ends
 
 
 def _draw_rug(axes: Axes, parts: list[Ritz], place: Callable[[Any], Float]) -> None:
@@ -287,4 +282,6 @@ def _timing(steps: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
     _step_axis(axes, len(steps))
     if axes.lines:
         axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _save(figure, folder, "timing", "Time per step", "Wall time on rank 0 of each completed step's three parts.")
+    return _save(
+        figure, folder, "timing", "Time per step", "Wall time of the parts of each completed step, on the slowest rank."
+    )

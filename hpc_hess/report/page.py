@@ -7,6 +7,7 @@ import os
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,13 +76,20 @@ def render(run: RunFiles, plots: Sequence[Plot]) -> str:
         facts=[(name, rows) for name, rows in _facts(run) if rows],
         settings=_settings(run.config_text),
         commands=_commands(run),
-        run_name=run.path.resolve().name,
+        run_name=_run_name(run),
     )
 
 
 def minus_signs(text: str) -> str:
     """Use true minus signs before digits, and leave hyphens in words alone."""
     return "".join(minus(c) if c == "-" and text[i + 1 : i + 2].isdigit() else c for i, c in enumerate(text))
+
+
+def _run_name(run: RunFiles) -> str:
+    """Return the directory's name, with the time of the last event where one is known."""
+    times = [e["time"] for e in run.events if isinstance(e.get("time"), int | float)]
+    when = f", {datetime.fromtimestamp(times[-1], UTC):%Y-%m-%d %H:%M} UTC" if times else ""
+    return f"Run {run.path.resolve().name}{when}"
 
 
 def _kind(result: Mapping[str, Any]) -> str:
@@ -111,7 +119,11 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
         Row("λ max", number(high), residual_text(above, scale)),
         Row("λ min", number(low), residual_text(below, scale)),
         Row("Trace", number(trace.get("mean")), spread),
-        Row("Parameters", count(num_params).split(" (")[-1].rstrip(")"), f"{num_params:,}" if num_params else ""),
+        Row(
+            "Parameters",
+            count(num_params).split(" (")[-1].rstrip(")"),
+            f"{num_params:,}" if (num_params or 0) >= 1e6 else "",
+        ),
         Row("Lanczos", plural(result.get("steps"), "step"), plural(len(result.get("probes") or []), "probe")),
     ]
     hvp_s = _table(result.get("timing")).get("hvp_s")

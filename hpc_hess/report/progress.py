@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -170,6 +171,7 @@ def make_progress(enabled: bool, total_steps: int, done: int = 0, stream: IO[str
     if not enabled:
         return Progress(total_steps, done)
     out = stream if stream is not None else sys.stdout
-    if out.isatty():
+    # mpirun gives its ranks a pseudo-terminal even where its own output is a log file
+    if out.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ:
         return _Bar(total_steps, done, out)
     return _Lines(total_steps, done, out)

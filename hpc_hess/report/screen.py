@@ -102,7 +102,12 @@ def inspect_run(run_dir: str | Path, verify: bool = False, stream: IO[str] | Non
     for problem in problems:
         print(_line("problem", printable(problem, out)), file=out)
     if not problems:
-        print(_line("verified", f"{plural(rows, 'committed basis row')}, every checksum holds"), file=out)
+        found = (
+            f"{plural(rows, 'committed basis row')}, every checksum holds"
+            if rows
+            else "no basis row is needed any more"
+        )
+        print(_line("verified", found), file=out)
     return 2 if problems else 0
 
 

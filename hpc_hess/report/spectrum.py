@@ -114,7 +114,7 @@ def _bulk_clause(result: Mapping[str, Any], scale: float) -> str:
 def warnings(result: Mapping[str, Any]) -> list[str]:
     """Return what a reader should know before quoting the numbers: unconverged ends, one probe, product error."""
     found = []
-    for name, value, residual in zip(("λ_min", "λ_max"), extremes(result), extreme_residuals(result), strict=True):
+    for name, value, residual in zip(("λ min", "λ max"), extremes(result), extreme_residuals(result), strict=True):
         if value and residual is not None and residual > 0.01 * abs(value):
             share = 100 * residual / abs(value)
             found.append(
@@ -128,5 +128,5 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
         )
     name = str((result.get("operator") or {}).get("name") or "")
     if name in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
-        found.append(f"λ_min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
+        found.append(f"λ min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
     return found

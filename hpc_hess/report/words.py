@@ -9,19 +9,18 @@ from typing import IO, Any
 NONE = "n/a"
 
 
-def number(value: Any, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     """Format a scalar with ``digits`` significant digits: ``-1396``, ``0.2641``, ``3.2e-05``; ``n/a`` for None."""
     if value is None:
         return NONE
-    if isinstance(value, bool | str):
-        return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else value
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e6):
-        return f"{int(value):,}" if abs(value) >= 1e5 else str(int(value))
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
+    value = float(value)
+    if not math.isfinite(value):
         return str(value)
-    return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+    if value.is_integer() and abs(value) < 1e6:
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.0f}"
+    short = f"{value:.{digits}g}"
+    # %g writes 130 to two digits as 1.3e+02
+    return f"{float(short):.0f}" if "e+" in short and abs(float(short)) < 1e4 else short
 
 
 def minus(text: str) -> str:
@@ -103,7 +102,10 @@ def printable(text: str, stream: IO[str]) -> str:
 
 #: key in ``errors`` -> (label, what it means)
 ERROR_TERMS: dict[str, tuple[str, str]] = {
-    "hvp_relative": ("Product, relative error", "‖Hv - reference‖ / ‖reference‖, on sampled vectors"),
+    "hvp_relative": (
+        "Product, relative error",
+        "‖error of Hv‖ / ‖Hv‖, largest over the products; predicted from measured noise",
+    ),
     "hvp_predicted": ("Product, predicted error", "rounding plus truncation, as expected when the step was chosen"),
     "symmetry": ("Asymmetry", "largest |u·Hv - v·Hu| over Krylov vectors, relative to the largest |λ|; exact: 0"),
     "linearity": ("Nonlinearity", "‖H(u + v) - Hu - Hv‖ relative to the products; exact: 0"),

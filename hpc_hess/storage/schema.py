@@ -161,14 +161,14 @@ def create_master(
         slots = schema.slots
         _new(file, "commit", np.uint8, (2, slots.commit_stride), 0, ledger.commit)
         _new(file, "extra", np.uint8, (2, slots.extra_stride), 0, ledger.extra)
-        probes = file.create_group("probes")
-        for k in range(schema.probes):
-            group = probes.create_group(str(k))
+        groups = [file.create_group(f"probes/{k}") for k in range(schema.probes)]
+        for k, group in enumerate(groups):
             _new(group, "alpha", np.float64, (schema.steps,), np.nan, ledger.alpha[k])
             _new(group, "beta", np.float64, (schema.steps,), np.nan, ledger.beta[k])
             _new(group, "checksum", np.uint64, (schema.rows,), 0, ledger.checksum[k])
+        for k, group in enumerate(groups):  # last: the small things lie together at the beginning
             if schema.basis_index(k) != k:
-                group["basis"] = probes["0/basis"]  # a hard link
+                group["basis"] = groups[0]["basis"]  # a hard link
             elif schema.driver == "mpio":
                 _new(group, "basis", schema.dtype, (schema.rows, schema.num_params))
             else:

@@ -77,7 +77,14 @@ def _run(world: World, case: tuple[torch.dtype, int | str, str]) -> tuple[list[f
     return state.alpha, state.beta
 
 
-def _on_ranks(world: World, replicate: int) -> tuple[list[tuple[list[float], list[float]]], list[dict[str, int]]]:
+Answer = tuple[list[tuple[list[float], list[float]]], list[dict[str, int]]]
+
+
+def _on_ranks(world: World, replicates: list[int]) -> list[Answer]:
+    return [_on_mesh(world, replicate) for replicate in replicates]
+
+
+def _on_mesh(world: World, replicate: int) -> Answer:
     world.make_mesh(replicate)
     results = [_run(world, case) for case in CASES]
     # what each step says to the other ranks, beyond the product
@@ -97,9 +104,15 @@ def _on_ranks(world: World, replicate: int) -> tuple[list[tuple[list[float], lis
     return results, per_step
 
 
-@pytest.mark.parametrize(("num_ranks", "replicate"), [(2, 1), (3, 1), (4, 1), (4, 2)])
-def test_alpha_and_beta_do_not_depend_on_the_ranks(num_ranks: int, replicate: int) -> None:
-    answers = run_ranks(_on_ranks, num_ranks, replicate)
+@pytest.mark.parametrize(("num_ranks", "replicates"), [(2, [1]), (3, [1]), (4, [1, 2])])
+def test_alpha_and_beta_do_not_depend_on_the_ranks(num_ranks: int, replicates: list[int]) -> None:
+    """4 ranks also as 2 replicas of 2 shards."""
+    everything = run_ranks(_on_ranks, num_ranks, replicates)
+    for place, replicate in enumerate(replicates):
+        _check([answers[place] for answers in everything], replicate)
+
+
+def _check(answers: list[Answer], replicate: int) -> None:
     for case, setting in enumerate(CASES):
         alone_alpha, alone_beta = _run(World.alone(), setting)
         largest = max(np.abs(alone_alpha).max(), np.abs(alone_beta).max())

@@ -12,9 +12,9 @@ import pytest
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.lock import RunLock
-from tests.quick import run_quickly, start_ranks
-from tests.store_toys import advance, check_state, create, local_row, reopen
 from tests.parallel.test_store_kills import wait_for
+from tests.quick import run_quickly, start_ranks
+from tests.store_toys import advance, check_state, create, fill, local_row, punch_hole, reopen
 
 ALONE = World.alone()
 
@@ -95,16 +95,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def fill(disk: Path) -> Path:
-    filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12):
-            with pytest.raises(OSError, match="No space left"):
-                while True:
-                    file.write(b"x" * size)
-    return filler
-
-
 WIDE = {"w": (2, 100_000)}  # a row of 400 kB a rank: written directly
 NARROW = {"w": (2, 50)}  # a row of 200 B a rank: buffered by HDF5 until it is flushed
 
@@ -116,9 +106,9 @@ def row_on_a_full_disk(world: World, run_dir: str, shapes: dict) -> tuple[str, l
     before = store.state
     if world.rank == 1:  # give back what was reserved for this rank's next rows, as if nothing could be reserved
         file = next(path.glob("krylov.ranks/*/rank-00001.h5"))
-        offset = store._driver._bases[0].id.get_offset() + 4 * store._shard.size * 4
-        hole = ["fallocate", "--punch-hole", "--offset", str(offset - offset % 4096 + 4096), "--length", "100000000"]
-        subprocess.run([*hole, str(file)], check=True)
+        basis = store._driver._bases[0]
+        start = basis.id.get_offset()
+        punch_hole(file, start + 4 * store._shard.size * 4, start + basis.nbytes)
         fill(path.parent)
     world.barrier("the disk is full")
     with pytest.raises(StoreError) as caught:
@@ -186,9 +176,8 @@ def test_a_small_row_on_a_full_disk_is_not_lost_silently(small_disk):
     store = create(small_disk / "run", ALONE, {"w": (1, 3000)}, rows=6)
     advance(store, (0, 2))
     file = next((small_disk / "run").glob("krylov.ranks/*/rank-00000.h5"))
-    offset = store._driver._bases[0].id.get_offset() + 3 * 12000
-    command = ["fallocate", "--punch-hole", "--offset", str(offset - offset % 4096 + 4096), "--length", "100000000"]
-    subprocess.run([*command, str(file)], check=True)
+    basis = store._driver._bases[0]
+    punch_hole(file, basis.id.get_offset() + 3 * 12000, basis.id.get_offset() + basis.nbytes)
     filler = fill(small_disk)
     with pytest.raises(StoreError, match="is full"):
         advance(store)

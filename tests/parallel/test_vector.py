@@ -55,9 +55,12 @@ def _work(world: World, table: str, dtype: torch.dtype) -> dict[str, Any]:
     return got
 
 
-def _on_ranks(world: World, replicate: int) -> list[dict[str, Any]]:
-    world.make_mesh(replicate)
-    return [_work(world, table, dtype) for table in TABLES for dtype in (torch.float64, torch.float32)]
+def _on_ranks(world: World, replicates: list[int]) -> list[list[dict[str, Any]]]:
+    answers = []
+    for replicate in replicates:
+        world.make_mesh(replicate)
+        answers.append([_work(world, *case) for case in _cases()])
+    return answers
 
 
 def _cases() -> list[tuple[str, torch.dtype]]:
@@ -84,16 +87,18 @@ def _check(ranks: list[dict[str, Any]], alone: dict[str, Any], dtype: torch.dtyp
                     np.testing.assert_array_equal(a, b, err_msg=f"{key} differs between replicas")
 
 
-@pytest.mark.parametrize(("num_ranks", "replicate"), [(2, 1), (3, 1), (4, 1), (4, 2)])
-def test_any_number_of_ranks_equals_one_process(num_ranks: int, replicate: int) -> None:
-    answers = run_ranks(_on_ranks, num_ranks, replicate)
+@pytest.mark.parametrize(("num_ranks", "replicates"), [(2, [1]), (3, [1]), (4, [1, 2])])
+def test_any_number_of_ranks_equals_one_process(num_ranks: int, replicates: list[int]) -> None:
+    """4 ranks also as 2 replicas of 2 shards."""
+    answers = run_ranks(_on_ranks, num_ranks, replicates)
     for case, (table, dtype) in enumerate(_cases()):
         alone = _work(World.alone(), table, dtype)
-        ranks = [answer[case] for answer in answers]
-        _check(ranks, alone, dtype, num_ranks // replicate)
-        if table == "one row":
+        for place, replicate in enumerate(replicates):
             shards = num_ranks // replicate
-            assert [rank["local"] for rank in ranks] == ([40] + [0] * (shards - 1)) * replicate
+            ranks = [answer[place][case] for answer in answers]
+            _check(ranks, alone, dtype, shards)
+            if table == "one row":
+                assert [rank["local"] for rank in ranks] == ([40] + [0] * (shards - 1)) * replicate
 
 
 def test_one_process_against_numpy() -> None:

@@ -72,7 +72,7 @@ def make_result(eigenvalues: np.ndarray, steps: int = 12, probes: int = 1, **mor
 
 def make_events(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The events of such a run."""
-    events: list[dict[str, Any]] = [{"event": "start", "probe": 0}]
+    events: list[dict[str, Any]] = [{"event": "start", "probe": 0, "time": 1.75e9}]
     for k, probe in enumerate(result.get("probes", [])):
         for j in range(len(probe["alpha"])):
             times = {"hvp_s": 13.0 + j % 3, "lanczos_s": 0.1 + 0.01 * j, "checkpoint_s": 0.5}

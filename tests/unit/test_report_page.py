@@ -175,7 +175,7 @@ def test_story_follows_the_data():
 
 
 def test_warnings_name_what_a_reader_should_know():
-    assert any("λ_min has not converged" in w for w in warnings(make_result(llm_like(), 3)))
+    assert any("λ min has not converged" in w for w in warnings(make_result(llm_like(), 3)))
     assert warnings(make_result(llm_like(), 14)) == []
     noisy = make_result(llm_like(), 14, errors={"hvp_relative": 0.22})
     assert ["22 %" in w for w in warnings(noisy)] == [True]
@@ -184,8 +184,9 @@ def test_warnings_name_what_a_reader_should_know():
 
 
 def test_words():
-    assert [number(x) for x in (None, -1396.04, 0.00012346, 3, 2.0, 1234567, float("nan"))] == [
-        "n/a", "-1396", "0.0001235", "3", "2", "1,234,567", "nan"]  # fmt: skip
+    assert [number(x) for x in (None, -1396.04, 0.00012346, 3, 2.0, 123456, float("nan"))] == [
+        "n/a", "-1396", "0.0001235", "3", "2", "123,456", "nan"]  # fmt: skip
+    assert [number(x, 2) for x in (130.4, -1396.0, 2.5e7, 0.13)] == ["130", "-1396", "2.5e+07", "0.13"]
     assert [duration(x) for x in (None, 0.0123, 5.0, 99.96, 245.4, 11220, 187200)] == [
         "n/a", "12.3 ms", "5 s", "1 min 40 s", "4 min 05 s", "3 h 07 min", "2 d 04 h"]  # fmt: skip
     assert [size(x) for x in (None, 512, 1536, 3 << 30, 1 << 50)] == ["n/a", "512 B", "1.5 KiB", "3 GiB", "1 PiB"]

@@ -33,7 +33,7 @@ def test_summary_of_one_probe_and_of_little_else():
     stream = io.StringIO()
     print_summary(make_result(llm_like(), 3), "runs/toy", None, stream)
     assert "one probe: no error estimate" in stream.getvalue()
-    assert "caution      λ_min has not converged" in stream.getvalue()
+    assert "caution      λ min has not converged" in stream.getvalue()
     print_summary({}, "runs/toy", None, stream)
     assert "None" not in stream.getvalue()
 

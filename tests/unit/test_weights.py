@@ -130,6 +130,18 @@ def test_prefix_missing_and_legacy_names(tmp_path: Path) -> None:
     assert torch.equal(reader.read(name, 1, 5, 9), saved[name][:, 5:9])
 
 
+def test_table_is_found_for_a_sharded_model(tmp_path: Path) -> None:
+    """fully_shard renames the class; GPT-NeoX's renaming of the head is listed by class."""
+    saved = dict(toy_directory("gpt_neox", tmp_path).named_parameters())
+    chosen = section(tmp_path)
+    skeleton = build_skeleton(resolve_source(chosen), chosen)
+    plain = type(skeleton)
+    skeleton.__class__ = type(f"FSDP{plain.__name__}", (plain,), {})
+    reader = open_reader(resolve_source(chosen), chosen, skeleton)
+    assert torch.equal(reader.read("lm_head.weight", 0, 3, 9), saved["lm_head.weight"][3:9])
+    assert type(skeleton).__name__ == f"FSDP{plain.__name__}"
+
+
 def test_tied_weight_under_its_other_name(tmp_path: Path) -> None:
     saved = dict(toy_directory("llama", tmp_path).named_parameters())
     embedding = "model.embed_tokens.weight"
@@ -248,6 +260,7 @@ def test_random_weights_do_not_depend_on_the_cut(name: str, random_toy) -> None:
 def test_random_weights_follow_the_initialiser(random_toy) -> None:
     skeleton, reader = random_toy("gpt2", n_embd=64, n_head=4, vocab_size=500)
     read = {n: reader.read(n, 0, 0, p.shape[0]) for n, p in skeleton.named_parameters()}
+    assert reader.guessed == []
     assert torch.equal(read["transformer.h.0.ln_1.weight"], torch.ones(64))
     assert torch.equal(read["transformer.h.0.attn.c_attn.bias"], torch.zeros(192))
     embedding = read["transformer.wte.weight"]

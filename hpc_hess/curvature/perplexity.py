@@ -1,0 +1,24 @@
+"""The Hessian of perplexity exp(L), from that of the mean loss L (Ilin 2025 names the quantity).
+
+d2 exp(L) = exp(L) (d2 L + dL dL^T): a factor and a rank-one term.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.parallel.vector import Vector, VectorSpace
+
+
+class PerplexityHessian:
+    """exp(L) (H + g g^T) for an operator H, the loss L and its gradient g at the same parameters."""
+
+    def __init__(self, hessian: LinearOperator, loss: float, gradient: Vector) -> None:
+        self.space: VectorSpace = hessian.space
+        self._hessian, self._factor, self._gradient = hessian, math.exp(loss), gradient
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return the product as a new Vector. Collective: yes."""
+        product = self._hessian.matvec(v)
+        return product.axpy_(self._gradient.dot(v), self._gradient).scale_(self._factor)

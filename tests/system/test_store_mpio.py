@@ -1,0 +1,140 @@
+"""The store over MPI: one file written by all ranks of a real mpirun, gone on with by either driver."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.reader import read_store
+from tests.parallel.test_store_kills import committed as committed_toy
+from tests.spawn import clean_environment
+from tests.store_toys import advance, check_state, create, reopen, whole_row
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    shutil.which("mpirun") is None or not h5py.get_config().mpi, reason="needs mpirun and h5py built with MPI"
+)
+
+
+def command(ranks: int, *args: object) -> list[str]:
+    words = ["mpirun", "-n", str(ranks), sys.executable, "-m", "tests.store_toys", *map(str, args)]
+    if Path(os.path.realpath(shutil.which("mpirun"))).name in ("orterun", "prterun"):  # Open MPI
+        words[1:1] = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    return words
+
+
+def environment() -> dict[str, str]:
+    return clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def mpirun(ranks: int, *args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def state_of(done: subprocess.CompletedProcess) -> list:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def verified(run_dir: Path, driver: str) -> None:
+    with read_store(run_dir) as view:
+        assert view.schema.driver == driver
+        assert view.verify() == []
+        probe = view.state.probe
+        for row in view.state.rows:
+            assert (view.probes[probe].basis[row] == whole_row(view.schema.num_params, probe, row)).all()
+
+
+def test_one_file_and_rank_files_take_turns(tmp_path):
+    run = tmp_path / "run"
+    assert state_of(mpirun(2, run, "mpio", 0, 2)) == [0, 2, False]
+    verified(run, "mpio")
+    assert not (run / "krylov.ranks").exists()
+    store = reopen(run, World.alone())  # one process without MPI writes the same file
+    check_state(store)
+    advance(store, (0, 4))
+    store.close()
+    verified(run, "mpio")
+    assert state_of(mpirun(2, run, "files", 1, 1)) == [1, 1, False]
+    verified(run, "files")
+    assert state_of(mpirun(3, run, "mpio", 1, 3)) == [1, 3, False]
+    verified(run, "mpio")
+    assert not (run / "krylov.ranks").exists()
+    assert state_of(mpirun(2, run, "auto", 9, 9)) == [1, 6, True]
+    verified(run, "mpio")
+
+
+def test_a_store_begun_as_rank_files_goes_on_over_mpi(tmp_path):
+    run = tmp_path / "run"
+    store = create(run, World.alone(), keep_basis=True)
+    advance(store, (1, 2))
+    store.close()
+    assert state_of(mpirun(2, run, "mpio", 9, 9)) == [1, 6, True]
+    verified(run, "mpio")
+    with read_store(run) as view:
+        assert [len(p.rows) for p in view.probes] == [6, 6]
+
+
+def test_killed_at_random_instants(tmp_path):
+    """mpio takes no lock of its own and has no descriptor to sync: the protocol alone must hold."""
+    rng = random.Random(3)
+    run = tmp_path / "run"
+    for kill in range(4):
+        if kill == 2:
+            shutil.rmtree(run)
+        before = committed_toy(run)
+        process = subprocess.Popen(
+            command(2, run, "mpio", 9, 9), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 60
+        while not (run / "run.lock").exists() or not (run / "run.lock").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        pid = int((run / "run.lock").read_text().split("pid ")[1].split(",")[0])  # rank 0
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(pid if kill % 2 else process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert committed_toy(run) >= before
+    assert state_of(mpirun(2, run, "mpio", 9, 9)) == [1, 6, True]
+    verified(run, "mpio")
+
+
+def test_two_jobs_over_mpi(tmp_path):
+    run = tmp_path / "run"
+    store = create(run, World.alone())
+    done = mpirun(2, run, "mpio", 9, 9)
+    assert done.returncode == 2
+    lines = [line for line in done.stdout.splitlines() if "another job is using" in line]
+    assert len(lines) == 2
+    assert f"pid {os.getpid()}" in lines[0]
+    store.close()
+
+
+def test_a_full_disk_over_mpi(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        run = disk / "run"
+        assert state_of(mpirun(2, run, "mpio", 0, 3)) == [0, 3, False]
+        start = time.monotonic()
+        done = mpirun(2, run, "mpio", 9, 9, "full")
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert time.monotonic() - start < 60
+        assert "rank 0: the disk of" in done.stdout
+        assert "rank 1: the disk of" in done.stdout
+        (disk / "filler").unlink()
+        assert state_of(mpirun(2, run, "mpio", 9, 9)) == [1, 6, True]
+        verified(run, "mpio")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
