@@ -62,11 +62,14 @@ class DataSection(_Section):
 class OperatorSection(_Section):
     """Which matrix is multiplied with vectors, and how."""
 
-    kind: Literal["hessian", "gauss_newton", "residual", "fisher"] = "hessian"
+    kind: Literal["hessian", "gauss_newton", "residual", "fisher", "perplexity"] = "hessian"
     method: Literal["finite_difference", "exact"] = "finite_difference"
     scheme: Literal["forward", "central", "fourth"] = "central"
     step: Literal["auto"] | float = "auto"
     routing: Literal["frozen", "free"] = "frozen"
+    keep_state: bool = False
+    boundaries: Literal["device", "host"] = "device"
+    check: bool = True
 
 
 class LanczosSection(_Section):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from hpc_hess.config import Config
 from hpc_hess.errors import NumericsError
-from hpc_hess.model.data import Samples, load_samples, micro_batches
+from hpc_hess.model.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CausalLMObjective
 from hpc_hess.model.routing import Routing
@@ -30,7 +32,9 @@ class Problem:
     source: Source
     samples: Samples
     model: ShardedModel
+    objective: CausalLMObjective
     gradient: Gradient
+    plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -51,9 +55,10 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         source = resolve_source(config.model)
         skeleton = build_skeleton(source, config.model)
         samples = load_samples(config.data, config.model, source)
-    for note in samples.notes:
+    for note in filter(None, [*samples.notes, idle_ranks_note(len(samples), world.size)]):
         progress.note(note)
     progress.phase(f"loading {source.name}")
+    plain = copy.deepcopy(skeleton) if world.size > 1 else None
     model = shard_model(
         skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
         master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
@@ -68,7 +73,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         checkpoint_blocks(model.module)
     batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
     objective = CausalLMObjective(batches, samples.num_tokens, world.device)
-    return Problem(source, samples, model, Gradient(model, objective, routing))
+    return Problem(source, samples, model, objective, Gradient(model, objective, routing), plain)
 
 
 def release_memory() -> None:
