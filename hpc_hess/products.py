@@ -112,5 +112,6 @@ def build_operator(config: Config, problem: Problem, loss: float, gradient: Vect
     if section.method == "exact":
         inner = _Exact(exact_operator(config, problem, section.kind))
     else:
-        inner = _Differences(FiniteDifferenceHessian(problem.gradient, section.scheme, section.step))
+        differences = FiniteDifferenceHessian(problem.gradient, section.scheme, section.step, (loss, gradient))
+        inner = _Differences(differences)
     return _Perplexity(inner, loss, gradient) if section.kind == "perplexity" else inner

@@ -61,7 +61,8 @@ class Tally:
     def note_product(self, record: ProductRecord) -> None:
         """Count one product."""
         self.products += 1
-        self.step_min, self.step_max = min(self.step_min, record.step), max(self.step_max, record.step)
+        if record.step is not None:
+            self.step_min, self.step_max = min(self.step_min, record.step), max(self.step_max, record.step)
         self.realised_error = max(self.realised_error, abs(record.realised - 1))
         self.predicted_error = max(self.predicted_error, record.predicted_error or 0.0)
         self.calibration_gradients += record.calibration
@@ -115,8 +116,8 @@ def make_result(
             "symmetry": tally.asymmetry / largest,
             "repeat": tally.repeat,
             "realised_step": tally.realised_error,
-            "step_min": tally.step_min,
-            "step_max": tally.step_max,
+            "step_min": tally.step_min if tally.step_max else None,
+            "step_max": tally.step_max or None,
             "expert_flips": tally.flips,
         },
         "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,

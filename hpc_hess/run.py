@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from hpc_hess.config import Config
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, basis_rows
@@ -20,6 +19,7 @@ from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.vector import Basis, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import peak_bytes, place_basis, used_bytes
+from hpc_hess.products import CurvatureOperator, build_operator
 from hpc_hess.problem import Problem, check_repeatable, load_problem
 from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.screen import print_summary
@@ -145,6 +145,7 @@ class _Loop:
         self.events, self.progress, self.stopper, self.basis = events, progress, stopper, basis
         self.space: VectorSpace = problem.model.space
         self.tally = Tally.from_json(store.state.extra)
+        self.operator: CurvatureOperator
 
     def run(self) -> str:
         """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
@@ -153,11 +154,11 @@ class _Loop:
             self.progress.note("this run is already finished: rewriting its report")
             return ""
         self.progress.resume_at(sum(state.lengths))
-        operator = self._operator()
+        self.operator = self._operator()
         first = state.probe + 1 if state.finished else max(state.probe, 0)
         for probe in range(first, lanczos.probes):
             self.progress.phase(f"probe {probe + 1}/{lanczos.probes}")
-            process = Lanczos(operator, self.basis, lanczos.steps, lanczos.reorthogonalise)
+            process = Lanczos(self.operator, self.basis, lanczos.steps, lanczos.reorthogonalise)
             if probe == state.probe and not state.finished and state.step > 0:
                 self._restore(process, probe)
             else:
@@ -169,20 +170,23 @@ class _Loop:
                 self._step(process, probe)
         return ""
 
-    def _operator(self) -> FiniteDifferenceHessian:
+    def _operator(self) -> CurvatureOperator:
         """Build the operator at theta_0: base gradient, repeatability. Collective: yes."""
-        config = self.config.operator
         self.progress.phase("gradient at theta_0")
         began = time.perf_counter()
-        operator = FiniteDifferenceHessian(self.problem.gradient, config.scheme, config.step)
-        gradient_s = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
-        if self.tally.operator_state:
-            operator.controller.from_state(self.tally.operator_state)
-        self.tally.loss, self.tally.gradient_norm = operator.base_loss, operator.base_gradient_norm
+        loss, gradient = self.problem.gradient.at_theta0()
+        norm = gradient.norm()
+        seconds = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
+        self.progress.note(f"loss {loss:.6f}, |gradient| {norm:.4g}, one gradient {seconds:.1f} s")
+        self.events.write("gradient", seconds=seconds, loss=loss, norm=norm)
+        self.tally.loss, self.tally.gradient_norm = loss, norm
         self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
-        self.events.write("gradient", seconds=gradient_s, loss=operator.base_loss, norm=operator.base_gradient_norm)
-        self.progress.note(f"loss {operator.base_loss:.6f}, |gradient| {operator.base_gradient_norm:.4g}, "
-                           f"one gradient {gradient_s:.1f} s")  # fmt: skip
+        self.progress.phase("preparing the product")
+        operator = build_operator(self.config, self.problem, loss, gradient)
+        if self.tally.operator_state:
+            operator.from_state(self.tally.operator_state)
+        for note in operator.notes:
+            self.progress.note(note)
         return operator
 
     def _start(self, process: Lanczos, probe: int) -> None:
@@ -207,8 +211,6 @@ class _Loop:
         self.progress.note(f"going on with probe {probe + 1} after step {step}")
 
     def _step(self, process: Lanczos, probe: int) -> None:
-        operator = process.operator
-        assert isinstance(operator, FiniteDifferenceHessian)
         clock = [time.perf_counter()]
         product = process.product()
         clock.append(time.perf_counter())
@@ -216,9 +218,9 @@ class _Loop:
         clock.append(time.perf_counter())
         if not process.finished:
             self._write_row(probe, process.step_count)
-        record = operator.records[-1]
+        record = self.operator.last_record()
         self.tally.note_product(record)
-        self.tally.operator_state = operator.controller.to_state()
+        self.tally.operator_state = self.operator.to_state()
         self.tally.asymmetry = max(self.tally.asymmetry, process.asymmetry)
         if process.finished:
             self.tally.steps[str(probe)] = process.step_count

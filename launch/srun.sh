@@ -9,6 +9,7 @@ arguments=(--kill-on-bad-exit=1 --export=ALL)
 [ -z "$nodes" ] || arguments+=(--nodes "$nodes")
 if [ -n "$ranks" ]; then
     arguments+=(--ntasks "$ranks")
+    [ -z "$nodes" ] || [ $((ranks % nodes)) != 0 ] || arguments+=(--ntasks-per-node $((ranks / nodes)))
 elif [ -z "${SLURM_NTASKS:-}" ] && [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
     arguments+=(--ntasks-per-node "$SLURM_GPUS_ON_NODE")
 fi
@@ -38,5 +39,6 @@ filter=$!
 forward srun "${arguments[@]}" ${SRUN_ARGS:-} "$PYTHON" -m hpc_hess run "$@" || code=$?
 exec 2>&3 3>&-
 wait "$filter" || true
-[ "$code" = 0 ] || code=$( { grep -vx 1 "$codes" || echo "$code"; } | head -n 1) # 1: a rank that lost the others
+# a rank that only lost the others ends with 1: another code says why
+[ "$code" = 0 ] || code=$( { grep -vx 1 "$codes" || cat "$codes"; echo "$code"; } | head -n 1)
 exit "$code"

@@ -5,7 +5,7 @@
 #   eval "$(slurm/local_cluster.sh env)"   let sbatch, srun, squeue in this shell talk to it
 #   slurm/local_cluster.sh status | down
 #
-# Each node is a slurmd with a host name, a /run/slurm-pmix and an /etc/hosts of its own, 8 GPUs that are only
+# Each node is a slurmd with a host name, a PMIx directory and an /etc/hosts of its own, 8 GPUs that are only
 # counted, and as many CPUs as a script may ask for; all share this machine's cores. Nothing outside the state
 # directory is written.  HPC_HESS_SLURM_DIR and HPC_HESS_SLURM_PORT move the state and the ports.
 set -euo pipefail
@@ -88,7 +88,7 @@ CONF
     [ "$nodes" -gt 1 ] || sed -i "s/node\[1-1\]/node1/; s/Port=$((port + 1))-$((port + 1))/Port=$((port + 1))/" "$dir/etc/slurm.conf"
     mkdir -p "$dir/gpus" && touch "$dir/gpus/"{0..7} # empty files: Slurm counts only GPUs that are files
     echo "Name=gpu File=$dir/gpus/[0-7]" >"$dir/etc/gres.conf"
-    echo "PMIxCliTmpDirBase=/run/slurm-pmix" >"$dir/etc/mpi.conf"
+    echo "PMIxCliTmpDirBase=$dir/pmix" >"$dir/etc/mpi.conf"
     echo "CgroupAutomount=no" >"$dir/etc/cgroup.conf"
     {
         echo "127.0.0.1 localhost $host"
@@ -100,9 +100,9 @@ CONF
 start_node() {
     local name=$1
     alive "$name" slurmd && return 0
-    mkdir -p "$dir/spool/$name" /run/slurm-pmix
+    mkdir -p "$dir/spool/$name" "$dir/pmix"
     unshare --mount --uts --propagation private sh -c '
-        hostname "$1" && mount -t tmpfs none /run/slurm-pmix && mount --bind "$2/etc/hosts" /etc/hosts && exec slurmd -N "$1"
+        hostname "$1" && mount -t tmpfs none "$2/pmix" && mount --bind "$2/etc/hosts" /etc/hosts && exec slurmd -N "$1"
     ' sh "$name" "$dir" </dev/null >>"$dir/log/$name.out" 2>&1 || die "slurmd of $name did not start: see $dir/log/$name.log"
 }
 

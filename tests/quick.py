@@ -20,7 +20,9 @@ def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tup
     pipes = []
     for rank in range(num_ranks):
         receiver, sender = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=spawn._child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
+        process = CONTEXT.Process(
+            target=spawn._child, args=(sender, rank, num_ranks, port, function, args), daemon=True
+        )
         process.start()
         sender.close()
         processes.append(process)

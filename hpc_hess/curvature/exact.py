@@ -14,6 +14,7 @@ from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.record import record
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.model.splice import differentiable_kernels
@@ -64,9 +65,11 @@ class StreamedOperator:
         self._model, self._scale = model, 1.0 / objective.num_tokens
         self._batches = [_on_device(b, objective.device) for b in objective.micro_batches]
         self._exchange = Exchange(model, compute_dtype)
+        if plain is not None:
+            _move_buffers(plain, model.space.device)
         self._split = SplitModel(plain if plain is not None else model.module)
         self._settings = replace(settings or Settings(), kind=self.kind)
-        with differentiable_kernels(self._split.module) as notes:
+        with differentiable_kernels(self._split.module) as notes, honest_casts(self._exchange.dtype):
             boundaries = record(self._split, self._batches[0], self._exchange.parameters)
             choice = choose_way(self._split, self._batches[0], boundaries, self._exchange.parameters)
         self.notes = [*notes, *choice.notes]
@@ -95,7 +98,7 @@ class StreamedOperator:
         """
         results = [self.space.zeros() for _ in vectors]
         groups = [range(len(vectors))] if self._settings.lock_step else [[k] for k in range(len(vectors))]
-        with differentiable_kernels(self._split.module):
+        with differentiable_kernels(self._split.module), honest_casts(self._exchange.dtype):
             for group in groups:
                 self._exchange.begin([vectors[k].data for k in group], [results[k].data for k in group])
                 sweeps = Sweeps(self._split, self._exchange, self._settings)
@@ -122,6 +125,13 @@ class ExactHessian(StreamedOperator):
     """Hessian of the mean loss."""
 
     kind = "hessian"
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for owner in module.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device != device:
+                owner._buffers[key] = buffer.to(device)
 
 
 def _on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

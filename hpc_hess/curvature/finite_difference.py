@@ -32,27 +32,24 @@ class FiniteDifferenceHessian:
     scheme : "central" (two gradients), "forward" (one, against the cached base gradient), "fourth" (four).
     step : "auto" (chosen per vector from measured noise and curvature: step_size.py), or a number: eps, the length of
         the step along v / |v|.
+    base : loss and gradient at theta_0 from ``gradient.at_theta0()``, where they are known already.
 
     """
 
-    def __init__(self, gradient: Gradient, scheme: Scheme = "central", step: float | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self, gradient: Gradient, scheme: Scheme = "central", step: float | Literal["auto"] = "auto",
+        base: tuple[float, Vector] | None = None,
+    ) -> None:  # fmt: skip
         self.gradient, self.scheme, self.step = gradient, scheme, step
         self.space: VectorSpace = gradient.model.space
         self.theta0 = gradient.model.read_parameters()
         self.records: list[ProductRecord] = []
         theta_rms = self.space.wrap(self.theta0).norm() / math.sqrt(self.space.size)
         self.controller = StepController(scheme, theta_rms, self.space.dtype)
-        self.base: Vector | None = None
-        gradient.routing.recording = True
-        try:
-            self.base_loss, base = gradient()
-        finally:
-            gradient.routing.recording = False
-        self.base_gradient_norm = base.norm()
-        if not math.isfinite(self.base_gradient_norm):
+        self.base_loss, gradient_0 = base or gradient.at_theta0()
+        if not math.isfinite(gradient_0.norm()):
             raise NumericsError("the gradient is not finite at the model's parameters")
-        if scheme == "forward":
-            self.base = base
+        self.base: Vector | None = gradient_0 if scheme == "forward" else None
 
     def matvec(self, v: Vector) -> Vector:
         """Return H v (same dtype as v). Collective: yes.

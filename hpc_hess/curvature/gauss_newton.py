@@ -1,4 +1,4 @@
-"""The two parts of the Hessian: Gauss-Newton, from the loss's own curvature, and the residual, from the model's."""
+"""The two parts of the Hessian, Gauss-Newton and the residual, and the empirical Fisher matrix."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ class Residual(StreamedOperator):
     """Hessian minus Gauss-Newton: the loss's gradient at the logits times the logits' second derivative."""
 
     kind = "residual"
+
+
+class EmpiricalFisher(StreamedOperator):
+    """Mean over predicted tokens of the outer product of their loss gradients: positive semi-definite."""
+
+    kind = "fisher"

@@ -174,9 +174,12 @@ class StepController:
         near = self.nearest(v)
         if near is not None:
             return near.step * math.sqrt(v.participation / near.participation)
+        return self._rule_of_thumb(v, self.scheme)
+
+    def _rule_of_thumb(self, v: Concentration, scheme: str) -> float:
         # the unit roundoff enters as its square, cube or fifth root
-        shrink = (torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps) ** (1 / _ORDER[self.scheme])
-        return _START[self.scheme] * shrink * max(self.theta_rms, 1e-6) * math.sqrt(v.participation)
+        shrink = (torch.finfo(self.dtype).eps / torch.finfo(torch.float32).eps) ** (1 / _ORDER[scheme])
+        return _START[scheme] * shrink * max(self.theta_rms, 1e-6) * math.sqrt(v.participation)
 
     def predicted_error(self, v: Concentration, step: float, product_norm: float) -> float | None:
         """Return the predicted relative error of a product of norm ``product_norm`` (of the unit vector)."""
@@ -188,17 +191,23 @@ class StepController:
     def calibrate(
         self, v: Concentration, shifted: Callable[[float], tuple[float, Vector]], base: Callable[[], Vector]
     ) -> Calibration:
-        """Measure around theta_0 along the vector of ``v`` until the step it gives is the spacing used. Collective."""
-        h = self.step(v)
+        """Measure around theta_0 along the vector of ``v`` until the spacing used suits it. Collective: yes.
+
+        The spacing is the step it gives; for "fourth", whose step is far wider, the step that "central" would take:
+        there the fourth difference is noise, at the step of "fourth" it is all derivative.
+        """
+        spacing = "central" if self.scheme == "fourth" else self.scheme
+        h = self.step(v) if spacing == self.scheme else self._rule_of_thumb(v, spacing)
         for _ in range(_MAX_ROUNDS):
             found = measure(shifted, base(), h, self.scheme)
             self.calibration_gradients += CALIBRATION_GRADIENTS
             step, coefficient, excess = balance(found, self.scheme)
+            best = balance(found, spacing)[0]
             if found.contrast < 1.05:  # nothing but noise at this spacing: the derivative is an upper bound
-                h = min(step, 4 * h)
+                h = min(best, 4 * h)
                 continue
-            if not h / 4 <= step <= 4 * h:  # the fourth difference is only noise near or below the best step
-                h = step
+            if not h / 4 <= best <= 4 * h:  # the fourth difference is only noise near or below the best step
+                h = best
                 continue
             break
         calibration = Calibration(

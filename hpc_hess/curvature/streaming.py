@@ -9,6 +9,7 @@ With L the loss, z the logits, J = dz/dtheta, g = dL/dz and H_L = d2L/dz2, the c
     hessian       (g, H_L z_dot)   all of d2L/dtheta2 v
     gauss_newton  (-, H_L z_dot)   J^T H_L J v
     residual      (g, 0)           hessian - gauss_newton
+    fisher        (-, F z_dot)     mean over tokens of the outer product of their loss gradients
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import MicroBatch, shifted_targets
 
-Kind = Literal["hessian", "gauss_newton", "residual"]
+Kind = Literal["hessian", "gauss_newton", "residual", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Sweep:
     def __init__(self, sweeps: Sweeps, batch: MicroBatch, scale: float, port: One | Mapped) -> None:
         self.split, self.exchange, self.settings = sweeps.split, sweeps.exchange, sweeps.settings
         self.health, self.batch, self.scale, self.port = sweeps.health, batch, scale, port
-        self.gauss_newton = self.settings.kind == "gauss_newton"
+        self.gauss_newton = self.settings.kind in ("gauss_newton", "fisher")
         self.kept: dict[int, tuple[Several, Several]] = {}
         self.pulls: dict[int, tuple[Pull, list[str]]] = {}
 
@@ -175,6 +176,8 @@ class _Sweep:
             g, g_dot = loss_cotangents(z, z_dot, targets[predicted[chunk]], self.scale)
             if self.settings.kind == "residual":
                 g_dot = torch.zeros_like(g_dot)
+            elif self.settings.kind == "fisher":  # g is scale times a token's own gradient
+                g_dot = g * ((g * z_dot).sum(-1, keepdim=True) / self.scale)
             tangents, h_bar_dot, h_bar = back((g_dot,), None if self.gauss_newton else (g,))
             total = {n: total[n].add_(t) if n in total else t for n, t in tangents.items()}
             parts.append((h_bar_dot, h_bar))

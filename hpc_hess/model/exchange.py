@@ -19,6 +19,9 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from hpc_hess.model.shard import ShardedModel
 
 Tensors = dict[str, torch.Tensor]
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Exchange:
         self.sharded = model.sharded and model.world.shard_size > 1
         self._ranks, self._rank = (model.world.shard_size, model.world.shard_rank) if self.sharded else (1, 0)
         self._group = model.world.mesh.get_group("shard") if self.sharded else None
+        self._replicas = model.world.mesh.get_group("replicate") if model.world.num_replicas > 1 else None
         places = {piece.parameter.name: (piece.start, piece.stop) for piece in model.shard.pieces}
         self._pieces = {n: _piece(p, places.get(n)) for n, p in model.module.named_parameters()}
         self._directions: list[torch.Tensor] = []
@@ -119,9 +123,7 @@ class Exchange:
             slot[: value.numel()].copy_(value.reshape(-1))
         everyone = torch.empty(self._ranks * mine.numel(), dtype=self.dtype, device=mine.device)
         # as bytes: not every backend knows every dtype
-        work = dist.all_gather_into_tensor(
-            everyone.view(torch.uint8), mine.view(torch.uint8), group=self._group, async_op=True
-        )
+        work = _all_gather(everyone.view(torch.uint8), mine.view(torch.uint8), group=self._group, async_op=True)
         return work, everyone
 
     def _unpack(self, names: list[str], buffer: torch.Tensor) -> tuple[Tensors, Tensors]:
@@ -157,12 +159,15 @@ class Exchange:
                 everyone[rank, offset : offset + part.numel()].view(part.shape).copy_(part)
             offset += size
         mine = torch.empty(sum(sizes), dtype=everyone.dtype, device=everyone.device)
-        work = dist.reduce_scatter_tensor(mine, everyone.view(-1), group=self._group, async_op=True)
+        work = _reduce_scatter(mine, everyone.view(-1), group=self._group, async_op=True)
         self._reductions.append((work, mine, everyone, names))
 
     def finish(self) -> None:
-        """Wait until every tangent has been added. Collective: yes."""
+        """Wait until every tangent has been added, of other replicas too. Collective: yes."""
         self._finish_reductions()
+        if self._replicas is not None:
+            for result in self._results:
+                dist.all_reduce(result, group=self._replicas)
         self._directions, self._results = [], []
 
     def _finish_reductions(self) -> None:

@@ -65,6 +65,14 @@ class Gradient:
             self.seconds.append(time.perf_counter() - began)
         return loss, out
 
+    def at_theta0(self) -> tuple[float, Vector]:
+        """Return (loss, gradient) and record the experts' routing, which perturbed gradients then repeat. Collective."""
+        self.routing.recording = True
+        try:
+            return self()
+        finally:
+            self.routing.recording = False
+
     def _check_losses(self, losses: torch.Tensor, ids: list[int]) -> None:
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         first = min((ids[i] for i in bad), default=math.inf)

@@ -21,7 +21,7 @@ from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.blocks import bounded, overlaps, read_blocks, regular_blocks
 from hpc_hess.storage.checksum import combine, partial_checksum
 from hpc_hess.storage.commit import Ledger
-from hpc_hess.storage.disk import remove, rename_durably, require_space, reserve, sync_directory
+from hpc_hess.storage.disk import damaged_row, remove, rename_durably, require_space, reserve, sync_directory
 from hpc_hess.storage.drivers import open_driver
 from hpc_hess.storage.schema import (
     FILE,
@@ -98,14 +98,6 @@ class RowSource:
             file.close()
 
 
-def rows_to_keep(header: Header, rows: tuple[int, ...], probe: int) -> list[tuple[int, int]]:
-    """Return (probe, row) of every row that the next generation needs: all committed ones with keep_basis."""
-    current = [(probe, row) for row in rows]
-    if not header.schema.keep_basis:
-        return current
-    return [(p, int(row)) for p in range(probe) for row in np.flatnonzero(header.ledger.checksum[p])] + current
-
-
 def build(
     run_dir: Path, schema: Schema, *, layout: Layout, shard: Shard, world: World, comm: Any, attributes: dict[str, Any],
     ledger: Ledger, source: Header | None = None, rows: list[tuple[int, int]] | None = None,
@@ -177,10 +169,7 @@ def _copy_rows(
                     new.write_row(schema.basis_index(probe), row, values)
             total, _ = sum_checksums(world, part, False, name)
             if total != int(source.ledger.checksum[probe, row]):
-                raise StoreError(
-                    f"basis row {row} of probe {probe} in {run_dir / FILE} is damaged (its checksum does not match): "
-                    "restore the run from a copy, or start anew in another run.out"
-                )
+                raise damaged_row(run_dir / FILE, probe, row)
         with attempt(world, run_dir, name):
             if new is not None:
                 new.sync_rows()

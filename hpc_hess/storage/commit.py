@@ -134,3 +134,10 @@ def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
             'anew in another run.out or with run.resume = "never"'
         )
     return Committed(lengths=(0,) * slots.probes)  # nothing, or a first record that was torn
+
+
+def kept_rows(state: Committed, ledger: Ledger, keep_basis: bool, probe: int) -> tuple[int, ...]:
+    """Return the basis rows of ``probe`` that are committed and not given up: of a finished one all, if it is kept."""
+    if probe < state.probe or (probe == state.probe and state.finished and keep_basis):
+        return tuple(int(row) for row in np.flatnonzero(ledger.checksum[probe])) if keep_basis else ()
+    return state.rows if probe == state.probe else ()

@@ -109,3 +109,11 @@ def explain(error: BaseException, path: Path, doing: str) -> StoreError:
         f"{path} cannot be used ({doing}: {reason}): restore it from a copy, or start anew in another run.out or with "
         'run.resume = "never"'
     )
+
+
+def damaged_row(path: Path, probe: int, row: int) -> StoreError:
+    """Return the error for a row whose data is not what was written."""
+    return StoreError(
+        f"basis row {row} of probe {probe} in {path} is damaged (its checksum does not match): restore the run from a "
+        'copy, or start anew in another run.out or with run.resume = "never"'
+    )

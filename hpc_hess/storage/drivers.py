@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Shard
 from hpc_hess.parallel.world import World
-from hpc_hess.storage.blocks import bounded, read_blocks, write_blocks
+from hpc_hess.storage.blocks import Block, bounded, read_blocks, write_blocks
 from hpc_hess.storage.schema import Schema, blocks_of_file, open_file, open_rank_file
+
+_LARGE = 16 << 20  # bytes of a rank's row from which its pages are dropped once they are on disk
 
 
 class SmallData:
@@ -63,72 +65,99 @@ class Driver(Protocol):
         """Close all files. Collective over the ranks of replica 0 with MPI."""
 
 
-class OneFile:
-    """krylov.h5 holds everything: opened by all ranks over MPI, or by a single process without it."""
+class _Rows:
+    """Rows of open basis data sets (none on a rank that owns nothing), moved in bounded calls."""
 
-    def __init__(self, path: Path, schema: Schema, shard: Shard, comm: Any) -> None:
-        self._comm = comm
-        self._file: Any = open_file(path, "r+", comm)
-        self._bases = [self._file[f"probes/{k}/basis"] for k in range(schema.bases)]
-        # every rank opens the same data sets, in the same order
-        small = SmallData(self._file, schema)
-        self.small = small if shard.index == 0 else None
-        self._keep = small
-        itemsize = np.dtype(schema.dtype).itemsize
-        self._blocks = bounded(blocks_of_file(schema, shard.file_intervals, shard.size), itemsize)
-
-    def write_row(self, basis: int, row: int, values: NDArray) -> None:
-        """Write this rank's part of a row. Collective: no."""
-        write_blocks(self._bases[basis], row, self._blocks, values)
-
-    def read_row(self, basis: int, row: int, out: NDArray) -> None:
-        """Read this rank's part of a row. Collective: no."""
-        read_blocks(self._bases[basis], row, self._blocks, out)
-
-    def sync_rows(self) -> None:
-        """Flush and sync. Collective over the communicator."""
-        self._file.flush()
-        if self._comm is None:
-            os.fsync(self._file.id.get_vfd_handle())
-
-    sync_small = sync_rows
-
-    def close(self) -> None:
-        """Close the file. Collective over the communicator."""
-        self._file.close()
-
-
-class RankFiles:
-    """One file a rank for its part of the basis; the head rank holds krylov.h5 with the small data as well."""
-
-    def __init__(self, path: Path, schema: Schema, shard: Shard) -> None:
-        self.small: SmallData | None = None
-        self._master: Any = None
-        self._file: Any = open_rank_file(path.parent, schema, shard.index, shard.size, "r+")
-        try:
-            self._bases = [self._file[f"basis/{k}"] for k in range(schema.bases if shard.size else 0)]
-            if shard.index == 0:
-                self._master = open_file(path, "r+")
-                self.small = SmallData(self._master, schema)
-        except BaseException:
-            self.close()
-            raise
-        itemsize = np.dtype(schema.dtype).itemsize
-        self._blocks = bounded(blocks_of_file(schema, shard.file_intervals, shard.size), itemsize)
+    def __init__(self, path: Path, bases: list[Any], blocks: list[Block], itemsize: int) -> None:
+        self._bases, self._blocks = bases, bounded(blocks, itemsize)
+        self._written: tuple[int, int] | None = None
+        self._handle = -1
+        if sum(b.size for b in blocks) * itemsize >= _LARGE:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def write_row(self, basis: int, row: int, values: NDArray) -> None:
         """Write this rank's part of a row. Collective: no."""
         if self._bases:
             write_blocks(self._bases[basis], row, self._blocks, values)
+            self._written = basis, row
 
     def read_row(self, basis: int, row: int, out: NDArray) -> None:
         """Read this rank's part of a row. Collective: no."""
         if self._bases:
             read_blocks(self._bases[basis], row, self._blocks, out)
 
+    def _forget(self) -> None:
+        """Drop the pages of a large row that is on disk from memory, which the model needs more than the basis does.
+
+        The next row reuses them: on a machine with little free memory it is then written several times faster.
+        """
+        if self._handle >= 0 and self._written is not None:
+            basis, row = self._written
+            dataset = self._bases[basis]
+            first, last = self._blocks[0], self._blocks[-1]
+            size = dataset.dtype.itemsize
+            start = dataset.id.get_offset() + (row * dataset.shape[1] + first.start) * size
+            length = (last.start + (last.count - 1) * last.stride + last.length - first.start) * size
+            os.posix_fadvise(self._handle, start, length, os.POSIX_FADV_DONTNEED)
+        self._written = None
+
+    def _close_handle(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+class OneFile(_Rows):
+    """krylov.h5 holds everything: opened by all ranks over MPI, or by a single process without it."""
+
+    def __init__(self, path: Path, schema: Schema, shard: Shard, comm: Any) -> None:
+        self._comm = comm
+        self._file: Any = open_file(path, "r+", comm)
+        bases = [self._file[f"probes/{k}/basis"] for k in range(schema.bases)]
+        self._small = SmallData(self._file, schema)  # with MPI every rank opens the same data sets, in the same order
+        self.small = self._small if shard.index == 0 else None
+        blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
+        super().__init__(path, bases, blocks, np.dtype(schema.dtype).itemsize)
+
+    def sync_rows(self) -> None:
+        """Flush and sync. Collective over the communicator."""
+        self.sync_small()
+        self._forget()
+
+    def sync_small(self) -> None:
+        """Flush and sync. Collective over the communicator."""
+        self._file.flush()
+        if self._comm is None:
+            os.fsync(self._file.id.get_vfd_handle())
+
+    def close(self) -> None:
+        """Close the file. Collective over the communicator."""
+        self._close_handle()
+        self._file.close()
+
+
+class RankFiles(_Rows):
+    """One file a rank for its part of the basis; the head rank holds krylov.h5 with the small data as well."""
+
+    def __init__(self, path: Path, schema: Schema, shard: Shard) -> None:
+        self.small: SmallData | None = None
+        self._master: Any = None
+        self._file: Any = open_rank_file(path.parent, schema, shard.index, shard.size, "r+")
+        bases = [self._file[f"basis/{k}"] for k in range(schema.bases if shard.size else 0)]
+        blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
+        super().__init__(schema.rank_file(path.parent, shard.index), bases, blocks, np.dtype(schema.dtype).itemsize)
+        if shard.index == 0:
+            try:
+                self._master = open_file(path, "r+")
+                self.small = SmallData(self._master, schema)
+            except BaseException:
+                self.close()
+                raise
+
     def sync_rows(self) -> None:
         """Flush and sync this rank's file. Collective: no."""
         _sync(self._file)
+        self._forget()
 
     def sync_small(self) -> None:
         """Flush and sync krylov.h5 on the head rank. Collective: no."""
@@ -137,6 +166,7 @@ class RankFiles:
 
     def close(self) -> None:
         """Close this rank's files. Collective: no."""
+        self._close_handle()
         self._file.close()
         if self._master is not None:
             self._master.close()

@@ -13,8 +13,8 @@ from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.build import build, rows_to_keep, sweep
-from hpc_hess.storage.commit import Committed, Ledger, encode, newest
+from hpc_hess.storage.build import build, sweep
+from hpc_hess.storage.commit import Committed, Ledger, encode, kept_rows, newest
 from hpc_hess.storage.disk import remove, sync_directory
 from hpc_hess.storage.schema import FILE, Header, Schema
 
@@ -80,8 +80,9 @@ def rebuild(
     schema = replace(
         old, driver=driver, generation="" if driver == "mpio" else generation, num_shards=world.shard_size, **sizes
     )
-    ledger = _grown(header.ledger, old, schema, state)
-    rows = rows_to_keep(header, state.rows, state.probe)
+    kept = [kept_rows(state, header.ledger, old.keep_basis, k) for k in range(old.probes)]
+    rows = [(k, row) for k in range(old.probes) for row in kept[k]]
+    ledger = _grown(header.ledger, old, schema, state, kept[state.probe])
     build(
         run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=header.attributes,
         ledger=ledger, source=header, rows=rows,
@@ -92,14 +93,14 @@ def rebuild(
     return Header(schema, header.attributes, {}, ledger)
 
 
-def _grown(old: Ledger, before: Schema, after: Schema, state: Committed) -> Ledger:
+def _grown(old: Ledger, before: Schema, after: Schema, state: Committed, kept: tuple[int, ...]) -> Ledger:
     """Return the ledger of the new generation: the same numbers, with checksums of the rows that are copied only."""
     ledger = Ledger.empty(after.slots, after.steps)
     ledger.alpha[: before.probes, : before.steps] = old.alpha
     ledger.beta[: before.probes, : before.steps] = old.beta
     ledger.checksum[: before.probes, : before.rows] = old.checksum
     dropped = np.ones(after.rows, bool)
-    dropped[list(state.rows)] = False
+    dropped[list(kept)] = False
     ledger.checksum[state.probe, dropped] = 0
     if state.sequence:
         # in both slots: a single record that does not hold would look like a store that was never committed

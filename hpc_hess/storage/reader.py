@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hpc_hess.errors import StoreError
 from hpc_hess.storage.blocks import Block, bounded, read_blocks
 from hpc_hess.storage.checksum import combine, partial_checksum
-from hpc_hess.storage.commit import Committed, newest
+from hpc_hess.storage.commit import Committed, kept_rows, newest
 from hpc_hess.storage.disk import explain
 from hpc_hess.storage.schema import FILE, Schema, header_of, open_file, open_rank_file
 
@@ -82,9 +82,7 @@ class StoreView:
         ledger, state, out = self._header.ledger, self.state, []
         for k in range(self.schema.probes):
             n = state.lengths[k]
-            rows = state.rows if k == state.probe else ()
-            if k < state.probe and self.schema.keep_basis:
-                rows = tuple(int(r) for r in np.flatnonzero(ledger.checksum[k]))
+            rows = kept_rows(state, ledger, self.schema.keep_basis, k)
             basis = self._file[f"probes/{k}/basis"]
             out.append(
                 StoredProbe(ledger.alpha[k, :n].copy(), ledger.beta[k, :n].copy(), basis, ledger.checksum[k], rows)

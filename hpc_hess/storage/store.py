@@ -23,6 +23,7 @@ from hpc_hess.storage.agree import attempt, explained
 from hpc_hess.storage.build import build, sum_checksums, sweep
 from hpc_hess.storage.checksum import partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger
+from hpc_hess.storage.disk import damaged_row
 from hpc_hess.storage.drivers import Driver, choose_driver, open_driver
 from hpc_hess.storage.journal import Journal, Plan, write_plan
 from hpc_hess.storage.lock import RunLock
@@ -199,31 +200,35 @@ class Store:
             self._world.raise_together(error, "write a basis row")
         self._journal.end_row(probe, row, total)
 
-    def read_row(self, probe: int, row: int, out: NDArray | None = None) -> NDArray:
-        """Return this rank's shard of a row, in ``out`` (flat, contiguous) if given. Collective: yes."""
-        self._journal.check_row(probe, row)
+    def read_row(self, probe: int, row: int, out: NDArray | None = None, *, verify: bool = True) -> NDArray:
+        """Return this rank's shard of a row, in ``out`` (flat, contiguous) if given. Collective: yes.
+
+        Raises
+        ------
+        StoreError : it cannot be read, or (unless ``verify`` is False) it is not what was written.
+
+        """
         values = np.empty(self._shard.size, self.schema.dtype) if out is None else out
-        with attempt(self._world, self._path, "read a basis row"):
-            if self._driver is not None:
-                self._driver.read_row(self.schema.basis_index(probe), row, values)
+        checksum = self._read(probe, row, values)
+        if verify and checksum != self._journal.checksum(probe, row):
+            raise damaged_row(self._path, probe, row)
         share_with_replicas(self._world, values)
         return values
 
-    def verify_rows(self, probe: int, rows: list[int] | range | tuple[int, ...]) -> list[int]:
+    def verify_rows(self, probe: int, rows: Iterable[int]) -> list[int]:
         """Return those of ``rows`` whose data does not match their checksum. Collective: yes."""
         values = np.empty(self._shard.size if self._driver else 0, self.schema.dtype)
-        bad = []
-        for row in rows:
-            self._journal.check_row(probe, row)
-            part = 0
-            with attempt(self._world, self._path, "verify a basis row"):
-                if self._driver is not None:
-                    self._driver.read_row(self.schema.basis_index(probe), row, values)
-                    part = partial_checksum(values, *self._shard.file_intervals)
-            total, _ = sum_checksums(self._world, part, False, "verify a basis row")
-            if total != self._journal.checksum(probe, row):
-                bad.append(row)
-        return bad
+        return [row for row in rows if self._read(probe, row, values) != self._journal.checksum(probe, row)]
+
+    def _read(self, probe: int, row: int, out: NDArray) -> int:
+        """Read this rank's part of a row and return the whole row's checksum."""
+        self._journal.check_row(probe, row)
+        part = 0
+        with attempt(self._world, self._path, "read a basis row"):
+            if self._driver is not None:
+                self._driver.read_row(self.schema.basis_index(probe), row, out)
+                part = partial_checksum(out, *self._shard.file_intervals)
+        return sum_checksums(self._world, part, False, "read a basis row")[0]
 
     # -- commits -------------------------------------------------------------------------------------------------
 

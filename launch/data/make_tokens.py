@@ -1,7 +1,8 @@
 """Write the token files that models without a tokenizer run on (the toy and the random 70 B shape); numbers, no text.
 
-``toy_tokens.npy``: 4,096 bytes of northanger_abbey.txt, one token a byte. ``llama3_tokens.npy``: 65,536 random ids below
-128,000 with Zipf's frequencies, so that the loss meets rare and frequent tokens as it does in text.
+``toy_tokens.npy``: 4,096 bytes of northanger_abbey.txt, one token a byte.
+``llama3_tokens.npy``: 65,536 random ids below 128,000 with Zipf's frequencies, so that the loss meets rare and frequent
+tokens as it does in text.
 """
 
 from __future__ import annotations

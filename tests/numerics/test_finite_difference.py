@@ -131,7 +131,7 @@ def test_products_of_every_architecture(name: str) -> None:
     other = curvlinops_product(name, v.data)
     assert float((exact - other).norm() / other.norm()) < 1e-12  # two oracles that share nothing but the model
     before = v.data.clone()
-    for step in ("auto", 1e-3):
+    for step in ("auto", 1e-4):
         product = FiniteDifferenceHessian(gradient, "central", step).matvec(v)  # type: ignore[arg-type]
         assert error_of(product, exact) < 1e-6, step
         assert error_of(product, other) < 1e-6, step
@@ -139,7 +139,7 @@ def test_products_of_every_architecture(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize(("scheme", "bound"), [("forward", 1e-5), ("central", 1e-8), ("fourth", 1e-9)])
+@pytest.mark.parametrize(("scheme", "bound"), [("forward", 1e-5), ("central", 1e-8), ("fourth", 1e-10)])
 @pytest.mark.parametrize("kind", ["normal", "sign"])
 def test_each_scheme_reaches_its_accuracy(name: str, scheme: Scheme, bound: float, kind: str) -> None:
     model, gradient, _ = build(name)

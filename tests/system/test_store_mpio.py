@@ -37,7 +37,9 @@ def environment() -> dict[str, str]:
 
 
 def mpirun(ranks: int, *args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
 
 
 def state_of(done: subprocess.CompletedProcess) -> list:
@@ -97,7 +99,8 @@ def test_killed_at_random_instants(tmp_path):
         )
         deadline = time.monotonic() + 60
         while not (run / "run.lock").exists() or not (run / "run.lock").read_text():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.002)
         pid = int((run / "run.lock").read_text().split("pid ")[1].split(",")[0])  # rank 0
         time.sleep(rng.uniform(0, 0.05))

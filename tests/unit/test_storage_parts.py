@@ -60,7 +60,8 @@ def test_checksum_does_not_depend_on_the_cut(dtype, cuts):
     parts = []
     for rank in range(3):
         mine = owner == rank
-        values = np.concatenate([x[s : s + n] for s, n in zip(starts[mine], lengths[mine], strict=True)] or [x[:0]])
+        pieces = [x[s : s + n] for s, n in zip(starts[mine], lengths[mine], strict=True)]
+        values = np.concatenate(pieces or [x[:0]])
         parts.append(partial_checksum(values, starts[mine] + start, lengths[mine]))
     assert combine(parts) == whole
 
@@ -77,8 +78,14 @@ def test_checksum_sees_every_kind_of_damage(dtype):
         y = x.copy()
         y.view(f"u{x.itemsize}")[31_000] ^= np.array(1, f"u{x.itemsize}") << np.array(bit, f"u{x.itemsize}")
         assert total(y) != good, f"bit {bit}"
-    for change in (lambda y: -y, lambda y: np.roll(y, 1), lambda y: np.r_[y[32768:65536], y[:32768], y[65536:]],
-                   lambda y: np.r_[y[:4096], 0 * y[4096:5120], y[5120:]], lambda y: np.r_[y[1], y[0], y[2:]]):  # fmt: skip
+    changes = [
+        lambda y: -y,
+        lambda y: np.roll(y, 1),
+        lambda y: np.r_[y[32768:65536], y[:32768], y[65536:]],
+        lambda y: np.r_[y[:4096], 0 * y[4096:5120], y[5120:]],
+        lambda y: np.r_[y[1], y[0], y[2:]],
+    ]
+    for change in changes:
         assert total(change(x).astype(dtype)) != good
 
 
