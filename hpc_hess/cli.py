@@ -1,4 +1,4 @@
-"""The command line: ``hpc-hess run | inspect | report``."""
+"""The command line: ``hpc-hess run | check | inspect | report``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (other), 2 (bad input), 3 (numerics), 75 (stopped, run again)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command == "run":
-        return _run(args)
+    if args.command in ("run", "check"):
+        return _spmd(args)
     try:
         return int(args.function(args))
     except HpcHessError as error:
@@ -33,9 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="compute a spectrum, or go on with one (alone, torchrun, mpirun or srun)")
-    run.add_argument("config", help="TOML file; every key has a default")
-    run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                     help="override one key; may be repeated")  # fmt: skip
+    check = commands.add_parser("check", help="measure how far the products of a configuration can be trusted")
+    for command in (run, check):
+        command.add_argument("config", help="TOML file; every key has a default")
+        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                             help="override one key; may be repeated")  # fmt: skip
     run.add_argument("--resume", choices=["auto", "never", "must"], help="short for --set run.resume=...")
 
     inspect = commands.add_parser("inspect", help="show what a run directory holds")
@@ -47,19 +49,25 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     report.set_defaults(function=_report)
 
-    for command in (run, inspect, report):
+    for command in (run, check, inspect, report):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def _spmd(args: argparse.Namespace) -> int:
     # heavy imports only where they are needed: --help answers at once
     from hpc_hess.config import Config, load_config
     from hpc_hess.parallel.world import World
-    from hpc_hess.run import run
+
+    if args.command == "run":
+        from hpc_hess.run import run as command
+    else:
+        from hpc_hess.check import check as command
 
     config, error = Config(), None
-    overrides = args.overrides + ([f'run.resume="{args.resume}"'] if args.resume else [])
+    overrides = list(args.overrides)
+    if args.command == "run" and args.resume:
+        overrides.append(f'run.resume="{args.resume}"')
     try:
         config = load_config(args.config, overrides)
     except HpcHessError as caught:
@@ -73,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
         return (error or caught).exit_code
     try:
         world.raise_together(error, "read the configuration")
-        code = run(config, world)
+        code = command(config, world)
     except BaseException as caught:  # every rank must end, and the first to fail says why
         code = world.fail(caught, debug=args.debug)
         sys.stdout.flush()

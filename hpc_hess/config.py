@@ -127,7 +127,8 @@ class Config(_Section):
 # Keys a resumed run may change: they move work around without changing the function or the vectors.
 _NOT_IDENTITY = [
     ("parallel", "device"), ("parallel", "timeout_s"), ("parallel", "replicate"), ("lanczos", "basis_memory"),
-    ("model", "activation_checkpointing"), ("data", "micro_batch"), ("lanczos", "probes"),
+    ("model", "activation_checkpointing"), ("data", "micro_batch"), ("lanczos", "probes"), ("operator", "check"), ("operator", "keep_state"),
+    ("operator", "boundaries"),
 ]  # fmt: skip
 
 

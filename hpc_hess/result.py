@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_hess.check import RitzCheck
 from hpc_hess.config import Config
 from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.linalg.quadrature import ritz, trace
@@ -38,6 +39,8 @@ class Tally:
     realised_error: float = 0.0
     predicted_error: float = 0.0
     calibration_gradients: int = 0
+    error_probe: float | None = None  # against the exact product, on the first probe
+    ritz_check: dict[str, float] = field(default_factory=dict)  # RitzCheck of the extreme Ritz pair
     flips: int = 0
     products: int = 0
     hvp_s: float = 0.0
@@ -112,7 +115,7 @@ def make_result(
         "lambda_min": min(float(q.values[0]) for q in quadratures),
         "trace": {"mean": estimate.mean, "stderr": estimate.stderr},
         "errors": {
-            "hvp_relative": tally.predicted_error or None,
+            **_product_errors(tally),
             "symmetry": tally.asymmetry / largest,
             "repeat": tally.repeat,
             "realised_step": tally.realised_error,
@@ -127,6 +130,20 @@ def make_result(
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
         "versions": _versions(),
     }  # fmt: skip
+
+
+def _product_errors(tally: Tally) -> dict[str, Any]:
+    """Measured where the exact product was at hand, else predicted by the step controller."""
+    if tally.error_probe is None:
+        return {"hvp_relative": tally.predicted_error or None, "hvp_relative_is": "predicted"}
+    errors: dict[str, Any] = {"hvp_relative": tally.error_probe, "hvp_relative_is": "measured",
+                              "hvp_relative_probe": tally.error_probe, "hvp_relative_predicted": tally.predicted_error}  # fmt: skip
+    if tally.ritz_check:
+        check = RitzCheck(**tally.ritz_check)
+        errors["hvp_relative_ritz"] = check.product_error
+        errors["hvp_relative"] = max(tally.error_probe, check.product_error)
+        errors["ritz"] = tally.ritz_check
+    return errors
 
 
 def to_json(result: dict[str, Any]) -> str:

@@ -6,21 +6,24 @@ import contextlib
 import json
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpc_hess.check import check_ritz, relative_difference
 from hpc_hess.config import Config
-from hpc_hess.errors import StoreError
+from hpc_hess.curvature.exact import StreamedOperator
+from hpc_hess.errors import ModelError, StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, basis_rows
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.vector import Basis, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import peak_bytes, place_basis, used_bytes
-from hpc_hess.products import CurvatureOperator, build_operator
 from hpc_hess.problem import Problem, check_repeatable, load_problem
+from hpc_hess.products import CurvatureOperator, build_operator, exact_operator
 from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.screen import print_summary
 from hpc_hess.result import RESULT_NAME, Tally, make_result, to_json, write_aside
@@ -146,6 +149,8 @@ class _Loop:
         self.space: VectorSpace = problem.model.space
         self.tally = Tally.from_json(store.state.extra)
         self.operator: CurvatureOperator
+        self._exact_product: StreamedOperator | None = None
+        self._checking = config.operator.check and config.operator.method == "finite_difference"
 
     def run(self) -> str:
         """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
@@ -211,11 +216,17 @@ class _Loop:
         self.progress.note(f"going on with probe {probe + 1} after step {step}")
 
     def _step(self, process: Lanczos, probe: int) -> None:
-        clock = [time.perf_counter()]
+        began = time.perf_counter()
         product = process.product()
-        clock.append(time.perf_counter())
+        hvp_s = time.perf_counter() - began
+        if probe == 0 and process.step_count == 0 and self._exact() is not None:
+            self.tally.error_probe = relative_difference(product, self._exact().matvec(self.basis[0]))
+        began = time.perf_counter()
         process.advance(product)
-        clock.append(time.perf_counter())
+        lanczos_s = time.perf_counter() - began
+        if process.finished and probe == self.config.lanczos.probes - 1:
+            self._check_ritz(process)
+        began = time.perf_counter()
         if not process.finished:
             self._write_row(probe, process.step_count)
         record = self.operator.last_record()
@@ -225,13 +236,11 @@ class _Loop:
         if process.finished:
             self.tally.steps[str(probe)] = process.step_count
         self._commit(process, probe)
-        clock.append(time.perf_counter())
+        spans = [hvp_s - record.calibration_s, lanczos_s, time.perf_counter() - began]
+        hvp_s, lanczos_s, checkpoint_s = (self.world.max_over_ranks(span, "step time") for span in spans)
         self.tally.gradient_s = self.world.max_over_ranks(
             statistics.median(self.problem.gradient.seconds), "gradient time"
         )
-        spans = [b - a for a, b in zip(clock, clock[1:], strict=False)]
-        spans[0] -= record.calibration_s
-        hvp_s, lanczos_s, checkpoint_s = (self.world.max_over_ranks(span, "step time") for span in spans)
         self.tally.note_times(hvp_s, lanczos_s, checkpoint_s)
         self.events.write(
             "step", probe=probe, step=process.step_count, hvp_s=hvp_s, lanczos_s=lanczos_s, checkpoint_s=checkpoint_s,
@@ -241,6 +250,22 @@ class _Loop:
         )  # fmt: skip
         values = ritz(process.alpha, process.beta).values
         self.progress.step(probe=probe, step=process.step_count, hvp_s=hvp_s, ritz_min=values[0], ritz_max=values[-1])
+
+    def _exact(self) -> StreamedOperator | None:
+        """The exact product to check finite differences with, built on first use; None where there is none."""
+        if self._exact_product is None and self._checking:
+            try:
+                self._exact_product = exact_operator(self.config, self.problem)
+            except ModelError as error:
+                self.progress.note(f"products are not checked against the exact one: {error}")
+                self._checking = False
+        return self._exact_product
+
+    def _check_ritz(self, process: Lanczos) -> None:
+        """Measure the extreme Ritz pair with the exact product; needs the whole basis."""
+        if self.config.lanczos.reorthogonalise == "full" and self._exact() is not None:
+            self.progress.phase("checking the extreme Ritz vector")
+            self.tally.ritz_check = asdict(check_ritz(self._exact(), process))
 
     def _write_row(self, probe: int, vector: int) -> None:
         self.store.write_row(probe, vector % self.basis.capacity, self.basis[vector].data.cpu().numpy())

@@ -62,13 +62,15 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this clone's program, insta
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}   # a model or data set is a path; no rank asks a hub
 
-# forward COMMAND...: run it and return its exit code; signals sent to this script go to it, not past it
+# forward SIGNAL COMMAND...: run it and return its exit code. A request to stop (TERM, USR1) reaches it as SIGNAL; the ranks
+# then commit and end by themselves. INT and HUP end it.
 forward() {
-    local child code again=yes
+    local stop=$1 child code again=yes
+    shift
     "$@" &
     child=$!
-    trap 'again=yes; kill -TERM $child 2>/dev/null' TERM INT HUP
-    trap 'again=yes; kill -USR1 $child 2>/dev/null' USR1
+    trap 'again=yes; kill -$stop $child 2>/dev/null' TERM USR1
+    trap 'again=yes; kill -TERM $child 2>/dev/null' INT HUP
     while [ -n "$again" ]; do # a trapped signal ends a wait, not the command
         again= code=0
         wait "$child" || code=$?

@@ -127,7 +127,7 @@ def measure(shifted: Callable[[float], tuple[float, Vector]], base: Vector, h: f
 def balance(d: Differences, scheme: str) -> tuple[float, float, float]:
     """Return (step, noise coefficient, excess): where truncation and noise together are least.
 
-    The noise part of the product's error is ``noise coefficient * sigma / step``; ``excess`` multiplies it to the whole.
+    The noise part of the product's error is ``noise coefficient * sigma / step``; times ``excess`` it is the whole.
     """
     sigma, tiny = max(d.sigma, 1e-300), 1e-300
     if scheme == "forward":  # (g2 e / 2)^2 + 2 (sigma / e)^2

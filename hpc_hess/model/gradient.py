@@ -38,7 +38,8 @@ class Gradient:
 
         Raises
         ------
-        NumericsError : the loss or the gradient is not finite; names the first sample whose loss is not.
+        NumericsError : the loss is not finite; names the first sample whose loss is not.
+        CollectiveError : another rank died or hangs.
 
         """
         model = self.model
@@ -51,8 +52,9 @@ class Gradient:
         try:
             for index in range(min(self.objective.num_micro_batches, micro_batches or 1 << 62)):
                 self.routing.micro_batch = index
-                contribution = self.objective.contribution(model.module, index)
-                contribution.total.backward()
+                with model.world.guard("gradient"):
+                    contribution = self.objective.contribution(model.module, index)
+                    contribution.total.backward()
                 parts.append(contribution.per_sample.double())
                 ids.extend(contribution.sample_ids)
         finally:

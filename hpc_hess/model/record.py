@@ -6,7 +6,7 @@ no activations: autograd's graph is built with empty hands, only to see which te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -136,11 +136,30 @@ class World:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            first = str(error).strip().split("\n", 1)[0]
-            raise CollectiveError(
-                f"rank {self.rank}: the collective '{name}' did not complete: another rank died, hangs, or was stopped "
-                f"({first})"
-            ) from error
+            raise self._incomplete(name, error) from error
+
+    @contextlib.contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """Name the collectives inside library code, such as FSDP's. Every error that is not theirs passes unchanged.
+
+        Raises
+        ------
+        CollectiveError : a collective in the block did not complete.
+
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no class of its own
+                raise
+            raise self._incomplete(name, error) from error
+
+    def _incomplete(self, name: str, error: Exception) -> CollectiveError:
+        first = str(error).strip().split("\n", 1)[0]
+        return CollectiveError(
+            f"rank {self.rank}: the collective '{name}' did not complete: another rank died, hangs, or was stopped "
+            f"({first})"
+        )
 
     @property
     def shards_only(self) -> bool:

@@ -19,7 +19,13 @@ from hpc_hess.parallel.world import World
 from tests.sharded import from_global
 from tests.spawn import run_ranks
 
-SHAPES: dict[str, tuple[int, ...]] = {"embed": (37, 20), "experts": (3, 12, 16), "norm": (5,), "scalar": (), "w": (41, 11)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed": (37, 20),
+    "experts": (3, 12, 16),
+    "norm": (5,),
+    "scalar": (),
+    "w": (41, 11),
+}
 STEPS = 12
 
 
@@ -137,7 +143,9 @@ def test_one_process_finds_the_prescribed_spectrum() -> None:
     """The operator the ranks share is the one it is said to be."""
     state = lanczos(World.alone(), torch.float64, "full")
     space = state.operator.space
-    matrix = torch.stack([state.operator.matvec(space.wrap(row)).data for row in torch.eye(space.size, dtype=torch.float64)])
+    matrix = torch.stack(
+        [state.operator.matvec(space.wrap(row)).data for row in torch.eye(space.size, dtype=torch.float64)]
+    )
     torch.testing.assert_close(matrix, matrix.T, atol=1e-12, rtol=0)
     values = torch.linalg.eigvalsh(matrix)
     torch.testing.assert_close(values, spectrum(space.size).sort().values, atol=1e-11, rtol=0)

@@ -81,10 +81,14 @@ def test_agreement_and_errors_together() -> None:
 def test_a_world_of_one_never_communicates() -> None:
     world = World.alone()
     assert world.sum_over_ranks(torch.ones(2), "sum").tolist() == [1.0, 1.0]
-    assert (world.max_over_ranks(-3.5, "max"), world.all_true(False, "all"), world.any_true(True, "any")) == (-3.5, False, True)
+    assert (world.max_over_ranks(-3.5, "max"), world.all_true(False, "all"), world.any_true(True, "any")) == (
+        -3.5,
+        False,
+        True,
+    )
     assert (world.broadcast("x", "b"), world.gather("x", "g")) == ("x", ["x"])
     world.barrier("nobody")
-    with pytest.raises(DataError, match="^alone$"), world.together("t"):
+    with pytest.raises(DataError, match=r"^alone$"), world.together("t"):
         raise DataError("alone")
     world.leave()
 
@@ -189,5 +193,5 @@ def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_gpu_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LaunchError, match='parallel.device = "cuda" but torch sees no GPU'):
+    with pytest.raises(LaunchError, match=r'parallel\.device = "cuda" but torch sees no GPU'):
         World.join(device="cuda")

@@ -107,9 +107,11 @@ def test_the_reader_shows_layout_attributes_and_probes(tmp_path):
 
 def test_a_selection_compacts_the_file(tmp_path):
     layout = Layout(SHAPES, 1, selected={"b", "w"})
-    attributes = {"config": {"model": {"source": "x" * 100_000}}, "model": "fp", "tokens": 3, "scale": 0.5, "no": None}
-                      attributes={}) as store:  # fmt: skip
-        store.write_row(0, 0, local_row(layout.shard(0), 0, 0))
+    shard = layout.shard(0)
+    with Store.create(
+        tmp_path, layout=layout, shard=shard, world=WORLD, driver="files", probes=1, steps=2, rows=2, attributes={}
+    ) as store:
+        store.write_row(0, 0, local_row(shard, 0, 0))
         store.commit(0, 0, NONE, NONE)
     with read_store(tmp_path) as view:
         assert [(p.name, p.offset, p.global_offset) for p in view.layout] == [("b", 0, 6), ("w", 700, 777)]
@@ -294,7 +296,7 @@ def test_a_newer_format_is_refused(tmp_path):
 
 
 def test_mpio_needs_mpi(tmp_path):
-    with pytest.raises(StoreError, match='"mpio" cannot work here: .*store.driver = "files"'):
+    with pytest.raises(StoreError, match=r'"mpio" cannot work here: .*store.driver = "files"'):
         create(tmp_path, WORLD, driver="mpio")
     assert not (tmp_path / "krylov.h5").exists()
 

@@ -1,0 +1,158 @@
+"""How far the products of a run can be trusted: measured against the exact product, in every run and by ``check``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+
+from hpc_hess.config import Config
+from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.errors import ModelError, NumericsError
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.world import World
+from hpc_hess.problem import Problem, check_repeatable, load_problem
+from hpc_hess.products import exact_operator
+from hpc_hess.report.progress import Progress, make_progress
+
+_SWEEP = [10.0**k for k in np.arange(-5, 0.75, 0.5)]
+
+
+@dataclass(frozen=True)
+class RitzCheck:
+    """An extreme Ritz pair (theta, y) against the exact product: y^T H y and |H y - theta y|.
+
+    |H y - theta y| bounds the distance of theta to an eigenvalue of H, whatever product found it.
+    """
+
+    theta: float
+    rayleigh: float
+    residual: float
+    lanczos_residual: float
+
+    @property
+    def product_error(self) -> float:
+        """The part of the residual that the product's error explains, relative to theta."""
+        return math.sqrt(max(self.residual**2 - self.lanczos_residual**2, 0.0)) / abs(self.theta)
+
+
+def relative_difference(product: Vector, reference: Vector) -> float:
+    """Return |product - reference| / |reference|. Collective: yes."""
+    return product.copy().axpy_(-1.0, reference).norm() / reference.norm()
+
+
+def extreme_ritz_vector(process: Lanczos) -> tuple[Vector, float, float]:
+    """Return the Ritz vector of largest |theta|, theta and its Lanczos residual. Needs every basis vector."""
+    values, vectors = eigh_tridiagonal(np.array(process.alpha), np.array(process.beta[:-1]))
+    i = int(np.abs(values).argmax())
+    y = process.basis.combine(torch.from_numpy(np.ascontiguousarray(vectors[:, i])))
+    return y.scale_(1.0 / y.norm()), float(values[i]), abs(process.beta[-1] * float(vectors[-1, i]))
+
+
+def check_ritz(exact: LinearOperator, process: Lanczos) -> RitzCheck:
+    """Measure the extreme Ritz pair of a finished process with the exact product. Collective: yes."""
+    y, theta, residual = extreme_ritz_vector(process)
+    product = exact.matvec(y)
+    rayleigh = y.dot(product)
+    return RitzCheck(theta, rayleigh, product.axpy_(-theta, y).norm(), residual)
+
+
+def start_vector(space: VectorSpace, seed: int, probe: int, distribution: str) -> Vector:
+    """Return the unit start vector of a probe. Collective: yes."""
+    v = space.zeros()
+    probes.fill(v.data, *space.shard.global_intervals, seed=seed, probe=probe, distribution=distribution)
+    return v.scale_(1.0 / v.norm())
+
+
+def check(config: Config, world: World) -> int:
+    """Measure the configuration's products and write check.json and check.png to its run directory. Collective: yes.
+
+    Determinism, symmetry, linearity; every scheme against the exact product on a probe and on the extreme Ritz vector
+    of a short Lanczos run; a sweep over steps on both.
+    """
+    world.make_mesh(config.parallel.replicate)
+    with make_progress(world.rank == 0, 1) as progress:
+        problem = load_problem(config, world, progress)
+        found = _measure(config, problem, progress)
+    if world.rank == 0:
+        from hpc_hess.report.check_page import check_text, write_check_figure
+
+        out = Path(config.run.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "check.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figure = write_check_figure(found, out)
+        print(check_text(found))
+        print(f"written to {out / 'check.json'} and {figure}")
+    world.barrier("finish")
+    return 0
+
+
+def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, Any]:
+    space, lanczos = problem.model.space, config.lanczos
+    progress.phase("gradient at theta_0")
+    base = problem.gradient.at_theta0()
+    found: dict[str, Any] = {"loss": base[0], "gradient_norm": base[1].norm(), "num_params": space.size,
+                             "repeat": check_repeatable(problem.gradient)}  # fmt: skip
+    progress.phase("exact product")
+    try:
+        exact: LinearOperator | None = exact_operator(config, problem)
+    except ModelError as error:
+        exact = None
+        progress.note(f"no exact product to compare with: {error}")
+    u, v = (start_vector(space, lanczos.seed, k, lanczos.distribution) for k in (0, 1))
+    differences = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
+    operator = exact if config.operator.method == "exact" and exact is not None else differences
+    progress.phase("symmetry and linearity")
+    hu, hv = operator.matvec(u), operator.matvec(v)
+    scale = max(hu.norm(), hv.norm())
+    found["symmetry"] = abs(u.dot(hv) - v.dot(hu)) / scale
+    both = operator.matvec(u.copy().axpy_(2.0, v))
+    found["linearity"] = both.axpy_(-1.0, hu).axpy_(-2.0, hv).norm() / scale
+    progress.phase("a short Lanczos run")
+    steps = min(lanczos.steps, 10)
+    process = Lanczos(operator, Basis(space, steps), steps)
+    process.start(u.copy())
+    while not process.finished:
+        process.step()
+    y, theta, residual = extreme_ritz_vector(process)
+    gram = max(abs(process.basis[i].dot(process.basis[j])) for i in range(process.step_count) for j in range(i))
+    found |= {"theta": theta, "theta_residual": residual, "orthogonality_loss": gram, "lanczos_steps": steps}
+    if exact is None:
+        return found
+    found["ritz"] = asdict(check_ritz(exact, process))
+    found["vectors"] = [
+        _compare(problem, base, exact, name, vector, progress) for name, vector in (("probe", u), ("Ritz vector", y))
+    ]
+    return found
+
+
+def _compare(
+    problem: Problem, base: tuple[float, Vector], exact: LinearOperator, name: str, v: Vector, progress: Progress
+) -> dict[str, Any]:
+    """Every scheme with its own step, and central differences over a sweep of steps, against the exact product."""
+    reference = exact.matvec(v)
+    schemes, sweep = [], []
+    for scheme in ("forward", "central", "fourth"):
+        progress.phase(f"{name}: {scheme}")
+        operator = FiniteDifferenceHessian(problem.gradient, scheme, "auto", base)  # type: ignore[arg-type]
+        error = relative_difference(operator.matvec(v), reference)
+        record = operator.records[-1]
+        schemes.append({"scheme": scheme, "step": record.step, "error": error, "predicted": record.predicted_error,
+                        "gradients": record.gradients, "calibration": record.calibration})  # fmt: skip
+    for eps in _SWEEP:
+        progress.phase(f"{name}: eps {eps:.0e}")
+        operator = FiniteDifferenceHessian(problem.gradient, "central", eps, base)
+        try:
+            sweep.append({"step": eps, "error": relative_difference(operator.matvec(v), reference)})
+        except NumericsError:  # the step underflows, or the loss overflows: nothing to plot there
+            continue
+    return {"name": name, "schemes": schemes, "sweep": sweep}
