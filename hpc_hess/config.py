@@ -80,7 +80,7 @@ class LanczosSection(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     reorthogonalise: Literal["full", "none"] | int = "full"
-    basis_memory: Literal["auto", "device", "host", "disk"] = "auto"
+    basis_memory: Literal["auto", "device", "host"] = "auto"
 
 
 class StoreSection(_Section):
@@ -126,9 +126,9 @@ class Config(_Section):
 
 # Keys a resumed run may change: they move work around without changing the function or the vectors.
 _NOT_IDENTITY = [
-    ("parallel", "device"), ("parallel", "timeout_s"), ("parallel", "replicate"), ("lanczos", "basis_memory"),
-    ("model", "activation_checkpointing"), ("data", "micro_batch"), ("lanczos", "probes"), ("operator", "check"), ("operator", "keep_state"),
-    ("operator", "boundaries"),
+    ("model", "activation_checkpointing"), ("data", "micro_batch"), ("parallel", "device"), ("parallel", "timeout_s"),
+    ("parallel", "replicate"), ("operator", "check"), ("operator", "keep_state"), ("operator", "boundaries"),
+    ("lanczos", "basis_memory"), ("lanczos", "probes"),
 ]  # fmt: skip
 
 

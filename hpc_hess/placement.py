@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -23,10 +24,8 @@ def host_bytes_free() -> int:
     """Bytes of host memory this node can still give, the control group's limit included."""
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):
-        pass  # no control group, or "max"
     return free
 
 

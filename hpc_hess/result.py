@@ -88,6 +88,8 @@ def make_result(
     estimate = trace(quadratures, space.size)
     largest = max(float(np.abs(q.values).max()) for q in quadratures) or 1.0
     count = max(tally.products, 1)
+    errors = _product_errors(tally)
+    product_error = errors["hvp_relative"] or 0.0
     return {
         "format": FORMAT,
         "num_params": space.size,
@@ -108,14 +110,16 @@ def make_result(
         "probes": [
             {"seed": config.lanczos.seed, "probe": k, "alpha": alpha.tolist(), "beta": beta.tolist(),
              "ritz_values": q.values.tolist(), "ritz_weights": q.weights.tolist(),
-             "ritz_residuals": q.residuals.tolist()}
+             "ritz_residuals": q.residuals.tolist(),
+             # an eigenvalue lies this close: Lanczos residual plus the product's error
+             "ritz_errors": (q.residuals + product_error * np.abs(q.values)).tolist()}
             for k, ((alpha, beta), q) in enumerate(zip(recurrences, quadratures, strict=True))
         ],
         "lambda_max": max(float(q.values[-1]) for q in quadratures),
         "lambda_min": min(float(q.values[0]) for q in quadratures),
         "trace": {"mean": estimate.mean, "stderr": estimate.stderr},
         "errors": {
-            **_product_errors(tally),
+            **errors,
             "symmetry": tally.asymmetry / largest,
             "repeat": tally.repeat,
             "realised_step": tally.realised_error,
@@ -136,8 +140,10 @@ def _product_errors(tally: Tally) -> dict[str, Any]:
     """Measured where the exact product was at hand, else predicted by the step controller."""
     if tally.error_probe is None:
         return {"hvp_relative": tally.predicted_error or None, "hvp_relative_is": "predicted"}
-    errors: dict[str, Any] = {"hvp_relative": tally.error_probe, "hvp_relative_is": "measured",
-                              "hvp_relative_probe": tally.error_probe, "hvp_relative_predicted": tally.predicted_error}  # fmt: skip
+    errors: dict[str, Any] = {
+        "hvp_relative": tally.error_probe, "hvp_relative_is": "measured", "hvp_relative_probe": tally.error_probe,
+        "hvp_relative_predicted": tally.predicted_error,
+    }  # fmt: skip
     if tally.ritz_check:
         check = RitzCheck(**tally.ritz_check)
         errors["hvp_relative_ritz"] = check.product_error

@@ -219,8 +219,8 @@ class _Loop:
         began = time.perf_counter()
         product = process.product()
         hvp_s = time.perf_counter() - began
-        if probe == 0 and process.step_count == 0 and self._exact() is not None:
-            self.tally.error_probe = relative_difference(product, self._exact().matvec(self.basis[0]))
+        if probe == 0 and process.step_count == 0 and (exact := self._exact()) is not None:
+            self.tally.error_probe = relative_difference(product, exact.matvec(self.basis[0]))
         began = time.perf_counter()
         process.advance(product)
         lanczos_s = time.perf_counter() - began
@@ -263,9 +263,9 @@ class _Loop:
 
     def _check_ritz(self, process: Lanczos) -> None:
         """Measure the extreme Ritz pair with the exact product; needs the whole basis."""
-        if self.config.lanczos.reorthogonalise == "full" and self._exact() is not None:
+        if self.config.lanczos.reorthogonalise == "full" and (exact := self._exact()) is not None:
             self.progress.phase("checking the extreme Ritz vector")
-            self.tally.ritz_check = asdict(check_ritz(self._exact(), process))
+            self.tally.ritz_check = asdict(check_ritz(exact, process))
 
     def _write_row(self, probe: int, vector: int) -> None:
         self.store.write_row(probe, vector % self.basis.capacity, self.basis[vector].data.cpu().numpy())
@@ -282,10 +282,9 @@ class _Loop:
 
     def recurrences(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return every finished probe's alpha and beta from the store (a breakdown ends a probe early)."""
-        return [
-            tuple(part[: self.tally.steps[str(probe)]] for part in self.store.recurrence(probe))
-            for probe in range(self.config.lanczos.probes)
-        ]  # type: ignore[misc]
+        steps = [self.tally.steps[str(probe)] for probe in range(self.config.lanczos.probes)]
+        stored = [self.store.recurrence(probe) for probe in range(self.config.lanczos.probes)]
+        return [(alpha[:count], beta[:count]) for (alpha, beta), count in zip(stored, steps, strict=True)]
 
 
 def _as_tensor(values: np.ndarray, space: VectorSpace) -> Any:

@@ -27,8 +27,8 @@ from hpc_hess.parallel.vector import Vector
 # change of a typical entry over the typical parameter where the first calibration starts
 _START = {"forward": 1.5e-4, "central": 5e-4, "fourth": 2e-3}
 _ORDER = {"forward": 2, "central": 3, "fourth": 5}
-_NOISE_STENCIL = {-2: 1, -1: -4, 0: 6, 1: -4, 2: 1}
-_STENCIL = {
+_NOISE_STENCIL: dict[int, float] = {-2: 1, -1: -4, 0: 6, 1: -4, 2: 1}
+_STENCIL: dict[str, dict[int, float]] = {
     "forward": {-1: 1, 0: -2, 1: 1},  # h^2 g''
     "central": {-2: -0.5, -1: 1, 1: -1, 2: 0.5},  # h^3 g'''
     "fourth": {-2: -0.5, -1: 1, 1: -1, 2: 0.5},

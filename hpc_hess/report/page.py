@@ -15,7 +15,15 @@ import jinja2
 
 from hpc_hess.report.figures import Plot, write_figures
 from hpc_hess.report.rundir import RunFiles, read_run, step_events
-from hpc_hess.report.spectrum import extreme_residuals, extremes, model_name, quadratures, story, warnings
+from hpc_hess.report.spectrum import (
+    extreme_residuals,
+    extremes,
+    interval_text,
+    model_name,
+    quadratures,
+    story,
+    warnings,
+)
 from hpc_hess.report.words import (
     ERROR_TERMS,
     NONE,
@@ -24,7 +32,6 @@ from hpc_hess.report.words import (
     minus,
     number,
     plural,
-    residual_text,
     size,
     trace_text,
 )
@@ -116,8 +123,8 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
         error = trace.get("stderr")
         spread = "one probe: no error estimate" if error is None else f"± {number(error, 2)} (standard error)"
     cards = [
-        Row("λ max", number(high), residual_text(above, scale)),
-        Row("λ min", number(low), residual_text(below, scale)),
+        Row("λ max", number(high), interval_text(result, high, above, scale)),
+        Row("λ min", number(low), interval_text(result, low, below, scale)),
         Row("Trace", number(trace.get("mean")), spread),
         Row(
             "Parameters",

@@ -10,8 +10,8 @@ from typing import IO, Any
 
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.report.rundir import RunFiles, read_run
-from hpc_hess.report.spectrum import extreme_residuals, extremes, model_name, story, warnings
-from hpc_hess.report.words import count, duration, number, plural, printable, residual_text, size, trace_text
+from hpc_hess.report.spectrum import extreme_residuals, extremes, interval_text, model_name, story, warnings
+from hpc_hess.report.words import count, duration, number, plural, printable, size, trace_text
 from hpc_hess.storage.reader import StoreView, read_store
 from hpc_hess.storage.schema import FILE
 
@@ -34,7 +34,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     head += f", {plural(result.get('steps'), 'step')}, {plural(len(result.get('probes') or []), 'probe')}"
     lines = [head]
     for label, value, residual in (("lambda max", high, above), ("lambda min", low, below)):
-        text = residual_text(residual, scale)
+        text = interval_text(result, value, residual, scale)
         lines.append(_line(label, number(value, 6) + (f"  ({text})" if text else "")))
     lines.append(_line("trace", trace_text(result.get("trace"))))
     lines.append(_line("spectrum", story(result)))

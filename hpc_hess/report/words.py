@@ -104,9 +104,13 @@ def printable(text: str, stream: IO[str]) -> str:
 ERROR_TERMS: dict[str, tuple[str, str]] = {
     "hvp_relative": (
         "Product, relative error",
-        "‖error of Hv‖ / ‖Hv‖, largest over the products; predicted from measured noise",
+        "‖error of Hv‖ / ‖Hv‖, largest of those below; it widens every eigenvalue's interval",
     ),
-    "hvp_predicted": ("Product, predicted error", "rounding plus truncation, as expected when the step was chosen"),
+    "hvp_relative_is": ("How it is known", "measured against the exact product, or predicted from measured noise"),
+    "hvp_relative_probe": ("Product on the first probe", "relative error, against the exact product"),
+    "hvp_relative_ritz": ("Product on the extreme Ritz vector", "relative error, against the exact product"),
+    "hvp_relative_predicted": ("Product, predicted error", "largest over the run, from measured noise and curvature"),
+    "ritz": ("Extreme Ritz pair (θ, y)", "yᵀHy and ‖Hy - θy‖ with the exact product: the latter bounds θ's error"),
     "symmetry": ("Asymmetry", "largest |u·Hv - v·Hu| over Krylov vectors, relative to the largest |λ|; exact: 0"),
     "linearity": ("Nonlinearity", "‖H(u + v) - Hu - Hv‖ relative to the products; exact: 0"),
     "repeat": ("Repeatability", "relative difference of two gradients at the same point; 0: bitwise equal"),

@@ -16,7 +16,7 @@ from hpc_hess.parallel.layout import Int64
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # words per table: 256 KiB of multipliers, which stay in cache
 _GOLDEN = 0x9E3779B97F4A7C15
-_SHORT = 2048  # below this mean interval length, gather multipliers instead of slicing the table
+_SHORT = 128  # below this mean interval length, gather multipliers instead of slicing the table
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -11,7 +11,17 @@ from hpc_hess.curvature.streaming import Settings
 from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.model.loss import CallableObjective, shifted_targets
 from hpc_hess.model.shard import whole_model
-from tests.numerics.exact_case import ToyBlock, ToyLM, case, error, micro_batches, objective, reference, vectors, widened
+from tests.numerics.exact_case import (
+    ToyBlock,
+    ToyLM,
+    case,
+    error,
+    micro_batches,
+    objective,
+    reference,
+    vectors,
+    widened,
+)
 from tests.toys import toy_model
 
 

@@ -18,10 +18,7 @@ CHAIN = [1, 1, 2, 2, 3, 3, 1, 3, 2, 1]
 def visit(world: World, run_dir: str, shapes: dict, keep_basis: bool, tour: int) -> dict:
     """One member of the chain: open, check, do one more step."""
     path = Path(run_dir)
-    if store_exists(path, world):
-        store = reopen(path, world, shapes)
-    else:
-        store = create(path, world, shapes, keep_basis=keep_basis)
+    store = reopen(path, world, shapes) if store_exists(path, world) else create(path, world, shapes, keep_basis=keep_basis)
     check_state(store)
     stop = divmod(tour + 1, 6)
     advance(store, stop)

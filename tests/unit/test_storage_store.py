@@ -13,7 +13,9 @@ import torch
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
+from hpc_hess.storage.commit import Ledger
 from hpc_hess.storage.reader import read_store
+from hpc_hess.storage.schema import Schema, create_master
 from hpc_hess.storage.store import Store
 from tests.store_toys import (
     SHAPES,
@@ -440,3 +442,24 @@ def test_a_damaged_row_stops_a_rebuild_and_leaves_the_store(tmp_path):
     after = contents(tmp_path)
     assert before.keys() == after.keys()
     assert all((before[p] == after[p]).all() for p in before)
+
+
+def test_seventy_billion_entries_fit_in_a_virtual_basis(tmp_path):
+    """HDF5 stores no irregular selection beyond 2**32 entries: every mapping must be a regular block."""
+    shapes = {f"layers.{k:02d}.experts": (128, 4096, 1400) for k in range(96)}
+    layout = Layout(shapes, 6, dict.fromkeys(shapes, 1))
+    schema = Schema(
+        run_id="r", driver="files", generation="g", num_shards=6, num_params=layout.num_params, fingerprint="f",
+        dtype="float32", probes=1, steps=3, rows=3, keep_basis=False, extra_bytes=10,
+    )  # fmt: skip
+    assert layout.num_params > 70e9
+    create_master(tmp_path / "x.h5", schema, layout.parameters, {}, Ledger.empty(schema.slots, 3), layout)
+    with h5py.File(tmp_path / "x.h5", "r") as file:
+        basis = file["probes/0/basis"]
+        sources = basis.virtual_sources()
+        assert len(sources) == 96 * 6
+        last = sources[-1]
+        assert last.file_name == "krylov.ranks/g/rank-00005.h5"
+        assert last.vspace.get_select_npoints() == 3 * layout.shard(5).pieces[-1].interval_length * 128
+        assert tuple(last.vspace.get_select_bounds()[1]) == (2, layout.num_params - 1)
+        assert np.isnan(basis[2, -1])  # no rank file: the fill value
