@@ -16,6 +16,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
+from hpc_hess.curvature.exact import ExactHessian
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg import probes as probe_vectors
@@ -24,7 +25,7 @@ from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.linalg.quadrature import Density, Estimate, Ritz
 from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import CallableObjective, LossFunction, causal_lm_loss
+from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, causal_lm_batch, causal_lm_loss
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import whole_model
 from hpc_hess.parallel.layout import Layout
@@ -66,7 +67,7 @@ def hessian(
     batches: Sequence[Any],
     loss: LossFunction | None = None,
     *,
-    method: Literal["finite_difference"] = "finite_difference",
+    method: Literal["finite_difference", "exact"] = "finite_difference",
     scheme: Scheme = "central",
     step: float | Literal["auto"] = "auto",
     include: Sequence[str] = ("*",),
@@ -80,7 +81,7 @@ def hessian(
     batches : a list; each element is passed to ``loss``.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
         The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``.
-    method, scheme, step : as in the configuration's [operator].
+    method, scheme, step : as in the configuration's [operator]; "exact" is for causal LMs with their own loss.
     include, exclude : globs over parameter names; the Hessian of the selected parameters.
 
     Raises
@@ -88,10 +89,16 @@ def hessian(
     DataError, LayoutError, NumericsError, ConfigError : with the remedy.
 
     """
-    if method != "finite_difference":
-        raise ConfigError(f"method = '{method}' is not one of: finite_difference")
+    if method not in ("finite_difference", "exact"):
+        raise ConfigError(f"method = '{method}' is not one of: finite_difference, exact")
+    if method == "exact" and loss is not None:
+        raise ConfigError('method = "exact" streams the causal LM\'s own loss: leave loss out, or use finite_difference')
     model.eval()
     sharded = whole_model(model, list(include), list(exclude))
+    if method == "exact":
+        micro_batches = [causal_lm_batch(batch) for batch in batches]
+        count = sum(batch.num_tokens for batch in micro_batches)
+        return Operator(ExactHessian(sharded, CausalLMObjective(micro_batches, count, sharded.space.device)))
     objective = CallableObjective(batches, loss or causal_lm_loss, model)
     return Operator(FiniteDifferenceHessian(Gradient(sharded, objective, Routing(model, "frozen")), scheme, step))
 

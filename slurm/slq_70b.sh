@@ -34,17 +34,19 @@ case ${1:-} in '' | -*) ;; *) config=$1; shift ;; esac
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $SLURM_JOB_NODELIST: $config $*"
 "$home/launch/srun.sh" "$config" "$@" &
 step=$!
-trap 'echo "the time limit is near: asking the ranks to stop"; signalled=yes; kill -USR1 $step' USR1
-trap 'signalled=yes; kill -TERM $step' TERM
-signalled=yes code=0
-while [ -n "$signalled" ]; do # a signal ends a wait, not the step
-    signalled= code=0
+again=yes ended=
+trap 'again=yes; echo "the time limit is near: asking the ranks to stop"; kill -USR1 $step' USR1
+trap 'again=yes; ended=yes; kill -USR1 $step' TERM # cancelled, or past the limit: Slurm ends the job
+while [ -n "$again" ]; do                         # a signal ends a wait, not the step
+    again= code=0
     wait "$step" || code=$?
 done
 trap '' USR1 TERM
 
 if [ "$code" = 75 ]; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-1000}" ]; then
+    if [ -n "$ended" ]; then
+        echo "stopped early because Slurm ended the job: submit again to go on" >&2
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-1000}" ]; then
         echo "stopped early and restarted $SLURM_RESTART_COUNT times already (MAX_RESTARTS): submit again to go on" >&2
     elif scontrol requeue "$SLURM_JOB_ID"; then
         sleep 60 # Slurm ends this script and starts it again

@@ -68,7 +68,7 @@ class Gradient:
         return loss, out
 
     def at_theta0(self) -> tuple[float, Vector]:
-        """Return (loss, gradient); record the experts' routing, which perturbed gradients then repeat. Collective: yes."""
+        """Return (loss, gradient); record the experts' routing for perturbed gradients to repeat. Collective: yes."""
         self.routing.recording = True
         try:
             return self()

@@ -46,6 +46,11 @@ class MicroBatch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens."""
+        return int((shifted_targets(self.labels) != -100).sum())
+
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
     """Return for each position the label of the next one; the last position predicts nothing (-100)."""
@@ -112,15 +117,19 @@ class CallableObjective:
         return Contribution(total, total.detach().reshape(1), [index])
 
 
-def causal_lm_loss(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Summed token loss and number of predicted tokens of a batch with input_ids, labels and attention_mask.
+def causal_lm_batch(batch: Mapping[str, torch.Tensor]) -> MicroBatch:
+    """Return a dictionary with input_ids, and labels and attention_mask where given, as a MicroBatch.
 
     ``labels`` default to the input ids; positions with attention_mask 0 or label -100 are not predicted.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     labels = batch.get("labels", ids).masked_fill(mask == 0, -100)
-    micro_batch = MicroBatch(list(range(len(ids))), ids, mask, labels)
-    count = int((shifted_targets(labels) != -100).sum())
-    total = CausalLMObjective([micro_batch], 1, ids.device).contribution(module, 0).total
-    return total, float(count)
+    return MicroBatch(list(range(len(ids))), ids, mask, labels)
+
+
+def causal_lm_loss(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Return the summed token loss and the number of predicted tokens of a batch (see :func:`causal_lm_batch`)."""
+    micro_batch = causal_lm_batch(batch)
+    objective = CausalLMObjective([micro_batch], 1, micro_batch.input_ids.device)
+    return objective.contribution(module, 0).total, float(micro_batch.num_tokens)

@@ -16,7 +16,8 @@ from hpc_hess.parallel.layout import Int64
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # words per table: 256 KiB of multipliers, which stay in cache
 _GOLDEN = 0x9E3779B97F4A7C15
-_SHORT = 128  # below this mean interval length, gather multipliers instead of slicing the table
+_SHORT = 2048  # words of an interval below which multipliers are looked up instead of sliced from the table
+_BLOCK_SALT = 0x13198A2E03707344
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -34,7 +35,7 @@ _TABLE = _odd_hash(np.arange(_BLOCK, dtype=np.int64), 0x243F6A8885A308D3)
 
 
 def _block_multipliers(first: int, count: int) -> NDArray[np.uint64]:
-    return _odd_hash(np.arange(first, first + count, dtype=np.int64), 0x13198A2E03707344)
+    return _odd_hash(np.arange(first, first + count, dtype=np.int64), _BLOCK_SALT)
 
 
 def multiplier(word: int) -> int:
@@ -57,12 +58,11 @@ def partial_checksum(values: NDArray, starts: Int64, lengths: Int64) -> int:
     starts, lengths = np.asarray(starts, np.int64) * factor, np.asarray(lengths, np.int64) * factor
     if int(lengths.sum()) != len(words):
         raise ValueError(f"{len(values)} values do not fill intervals of {int(lengths.sum()) // factor}")
-    if len(lengths) > 1 and len(words) < _SHORT * len(lengths):
-        return _sum_gathered(words, starts, lengths)
-    total = at = 0
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+    places = np.cumsum(lengths) - lengths
+    short = lengths < _SHORT
+    total = _sum_short(words, starts[short], lengths[short], places[short])
+    for start, length, at in zip(*(a[~short].tolist() for a in (starts, lengths, places)), strict=True):
         total += _sum_interval(words[at : at + length], start)
-        at += length
     return total & _MASK
 
 
@@ -89,18 +89,21 @@ def _sum_interval(words: NDArray, start: int) -> int:
     return total
 
 
-def _sum_gathered(words: NDArray, starts: Int64, lengths: Int64) -> int:
-    """Sum over many short intervals, a bounded number of words at a time."""
-    ends = np.cumsum(lengths)
-    shift = starts - (ends - lengths)  # word index minus local position, by interval
+def _sum_short(words: NDArray, starts: Int64, lengths: Int64, places: Int64) -> int:
+    """Sum over many short intervals, some 2**16 words at a time, with the multiplier of every word looked up."""
     total = 0
-    for at in range(0, len(words), _BLOCK):
-        local = np.arange(at, min(at + _BLOCK, len(words)), dtype=np.int64)
-        index = local + shift[np.searchsorted(ends, local, side="right")]
-        first = int(index.min()) // _BLOCK
-        blocks, inverse = np.unique(index // _BLOCK, return_inverse=True)
-        outer = _odd_hash(blocks.astype(np.int64), 0x13198A2E03707344) if len(blocks) else _block_multipliers(first, 1)
-        total += int(
-            np.einsum("i,i,i->", words[at : at + _BLOCK], _TABLE[index % _BLOCK], outer[inverse], dtype=np.uint64)
-        )
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < len(lengths):
+        done = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, done + (1 << 16), side="right")))
+        n = lengths[first:last]
+        inside = np.arange(int(n.sum()), dtype=np.int64) - np.repeat(np.cumsum(n) - n, n)
+        index = inside + np.repeat(starts[first:last], n)
+        block = index >> 15
+        low, span = (int(block[0]), int(block[-1] - block[0]) + 1) if len(block) else (0, 1)  # ascending
+        outer = _block_multipliers(low, span)[block - low] if span < 1 << 16 else _odd_hash(block, _BLOCK_SALT)
+        here = words[inside + np.repeat(places[first:last], n)]
+        total += int(np.einsum("i,i,i->", here, _TABLE[index & (_BLOCK - 1)], outer, dtype=np.uint64))
+        first = last
     return total

@@ -85,7 +85,7 @@ def find_rank(rank: int, out: Path) -> psutil.Process:
     for process in psutil.process_iter():
         try:
             command = process.cmdline()
-            if "hpc_hess" not in command or f"run.out={out}" not in command or "-m" not in command[:2]:
+            if f"run.out={out}" not in command or "hpc_hess" not in command[2:4]:  # python [-u] -m hpc_hess ...
                 continue
             environ = process.environ()
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):

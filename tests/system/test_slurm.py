@@ -160,6 +160,15 @@ def test_a_job_that_is_requeued_twice_ends_with_the_same_bits(cluster: Cluster, 
         assert result(out)["probes"][0][key] == result(straight)["probes"][0][key]
 
 
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    number = cluster.submit(out, *LONG)
+    wait_until(lambda: steps_done(out) >= 1, "one step")
+    cluster.call("scancel", number)
+    wait_until(lambda: cluster.job(number)["JobState"] == "CANCELLED", "the job ends", 60)
+    assert cluster.job(number)["Restarts"] == "0"
+
+
 def test_a_real_time_limit_requeues_the_job(cluster: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=2000", "--set", "lanczos.reorthogonalise=2"]
