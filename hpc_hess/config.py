@@ -209,12 +209,14 @@ def _check_combinations(config: Config) -> None:
             "finite differences cannot be computed in bfloat16: the forward pass rounds the step away (measured error "
             'over 40 % at every step size); set model.compute_dtype = "float32"'
         )
+    if operator.method == "finite_difference" and operator.kind not in ("hessian", "perplexity"):
+        raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = "exact"')
     if isinstance(operator.step, float) and not 0 < operator.step < math.inf:
         raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
     if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:
         raise ConfigError('lanczos.reorthogonalise should be "full", "none" or a window of at least 1')
-    if model.master_dtype == "float64" and model.compute_dtype == "float32":
-        raise ConfigError('model.master_dtype = "float64" needs model.compute_dtype = "float64"')
+    if (model.master_dtype == "float64") != (model.compute_dtype == "float64"):
+        raise ConfigError('float64 needs both model.master_dtype = "float64" and model.compute_dtype = "float64"')
     if config.run.time_limit:
         parse_time_limit(config.run.time_limit)
 

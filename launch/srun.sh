@@ -41,5 +41,7 @@ forward USR1 srun "${arguments[@]}" ${SRUN_ARGS:-} "$PYTHON" -m hpc_hess run "$@
 exec 2>&3 3>&-
 wait "$filter" || true
 # a rank that only lost the others ends with 1: another code says why
-[ "$code" = 0 ] || code=$( { grep -vx 1 "$codes" || cat "$codes"; echo "$code"; } | head -n 1)
+if [ "$code" != 0 ] && [ -s "$codes" ]; then
+    code=$(grep -m 1 -vx 1 "$codes" || echo 1)
+fi
 exit "$code"

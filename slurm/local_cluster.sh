@@ -17,18 +17,17 @@ export SLURM_CONF=$dir/etc/slurm.conf
 say() { echo "local_cluster: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-# alive NAME PROGRAM: the process in the pid file runs and is that program (not another one that got its number)
-alive() {
-    local pid
-    pid=$(cat "$dir/run/$1.pid" 2>/dev/null) && [ -n "$pid" ] && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ]
-}
+# is PID PROGRAM: that process runs and is that program (not another one that got its number, not a zombie)
+is() { [ "$(awk '/^Name:|^State:/ {printf "%s ", $2}' "/proc/${1:-none}/status" 2>/dev/null | sed 's/ [^ZX] $//')" = "$2" ]; }
+
+# alive NAME PROGRAM: the process of the pid file runs
+alive() { is "$(cat "$dir/run/$1.pid" 2>/dev/null)" "$2"; }
 
 stop() {
-    alive "$1" "$2" || return 0
     local pid
-    pid=$(cat "$dir/run/$1.pid")
+    pid=$(cat "$dir/run/$1.pid" 2>/dev/null) && is "$pid" "$2" || return 0
     kill "$pid" 2>/dev/null || true
-    for _ in $(seq 100); do alive "$1" "$2" || return 0; sleep 0.1; done
+    for _ in $(seq 100); do is "$pid" "$2" || return 0; sleep 0.1; done
     kill -9 "$pid" 2>/dev/null || true
 }
 
