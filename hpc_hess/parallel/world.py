@@ -228,7 +228,8 @@ class World:
 
     def raise_together(self, error: HpcHessError | None, name: str) -> None:
         """Raise the lowest failing rank's error on every rank, or return on every rank. Collective: yes."""
-        for rank, found in enumerate(self.gather(error and (type(error), str(error)), name)):
+        mine = None if error is None else (type(error), str(error))
+        for rank, found in enumerate(self.gather(mine, name)):
             if found is not None:
                 if error is not None and rank == self.rank:
                     raise error

@@ -18,7 +18,7 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import CausalLMObjective, Contribution, Objective
+from hpc_hess.model.loss import CallableObjective, CausalLMObjective, Contribution, Objective
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import ShardedModel, whole_model
@@ -182,17 +182,28 @@ def test_products_are_linear_in_the_length_of_the_vector(scheme: Scheme) -> None
         torch.testing.assert_close(scaled, base, rtol=1e-5, atol=float(base.abs().max()) * 1e-5)
 
 
-def test_the_realised_step_is_what_is_divided_by() -> None:
-    """In float32 a small step is rounded when it is stored; the quotient takes the rounding back."""
-    model, gradient, _ = build("gpt2", torch.float32)
-    v = unit(model)
-    exact = hessian_product(toy_model("gpt2", dtype=torch.float64), ragged_objective(rows=3), v.data.double())
-    operator = FiniteDifferenceHessian(gradient, "central", 2e-5)  # 2e-7 an entry, on entries of 0.1: spacing 7e-9
-    product = operator.matvec(v)
-    realised = operator.records[-1].realised
-    assert realised == pytest.approx(1.0, abs=0.1)
-    assert realised != 1.0
-    assert math.isfinite(error_of(product, exact))
+class _Bowl(nn.Module):
+    """sum c (w - 1)^2 / 2 around w = 1: a gradient without rounding error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(5))
+
+    def forward(self, c: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (c * (self.w - 1).square()).sum()
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central", "fourth"])
+def test_the_realised_step_is_what_is_divided_by(scheme: Scheme) -> None:
+    """A step of 2.6 spacings of float32 is stored as 3 (or 2.5, below 1); the product is right all the same."""
+    model = whole_model(_Bowl())
+    c = torch.tensor([1.0, -2.0, 8.0, 4.0, 0.0])
+    gradient = Gradient(model, CallableObjective([c], lambda module, batch: module(batch), model.module))
+    v = model.space.zeros()
+    v.data[2] = 1.0
+    operator = FiniteDifferenceHessian(gradient, scheme, 2.6 * 2.0**-23)
+    torch.testing.assert_close(operator.matvec(v).data, torch.tensor([0.0, 0.0, 8.0, 0.0, 0.0]), rtol=1e-6, atol=0)
+    assert operator.records[-1].realised == pytest.approx({"forward": 3 / 2.6}.get(scheme, 2.75 / 2.6), rel=1e-6)
 
 
 # -- eigenvalues against the dense Hessian ---------------------------------------------------------------------------

@@ -46,6 +46,11 @@ def probe(number: int) -> torch.Tensor:
     return signs(5, number, 0, SIZE, dtype=torch.float64)
 
 
+def gaussian(number: int) -> torch.Tensor:
+    """On a diagonal matrix every Rademacher probe sees the same measure; these differ."""
+    return normals(5, number, 0, SIZE, dtype=torch.float64)
+
+
 def integral(values: NDArray[np.float64], points: NDArray[np.float64]) -> float:
     return float(np.sum(0.5 * (values[1:] + values[:-1]) * np.diff(points)))
 
@@ -120,7 +125,7 @@ def test_estimate_of_two() -> None:
 
 @pytest.mark.parametrize("probes", [1, 3])
 def test_densities_integrate_to_one_on_their_axes(probes: int) -> None:
-    quadratures = [quadrature(probe(k)) for k in range(probes)]
+    quadratures = [quadrature(gaussian(k)) for k in range(probes)]
     linear = density(quadratures)
     assert integral(linear.mean, linear.grid) == pytest.approx(1.0, abs=1e-5)
     log = density_symlog(quadratures)
@@ -132,7 +137,7 @@ def test_densities_integrate_to_one_on_their_axes(probes: int) -> None:
         assert (curve.spread is None) == (probes == 1)
         if curve.spread is not None:
             assert curve.spread.shape == curve.mean.shape
-            assert curve.spread.max() > 0
+            assert curve.spread.max() > 1e-3 * curve.mean.max()
 
 
 def test_a_linear_density_puts_its_mass_where_the_eigenvalues_are() -> None:
@@ -147,7 +152,7 @@ def test_a_linear_density_puts_its_mass_where_the_eigenvalues_are() -> None:
 
 
 def test_the_mean_over_probes_is_the_mean_of_the_curves() -> None:
-    quadratures = [quadrature(probe(k)) for k in range(3)]
+    quadratures = [quadrature(gaussian(k)) for k in range(3)]
     both = density(quadratures, width=0.3)
     low, high = both.grid[0], both.grid[-1]
     curves = []
