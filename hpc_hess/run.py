@@ -277,7 +277,8 @@ class _Loop:
         self.store.commit(
             probe, process.step_count, np.array(process.alpha), np.array(process.beta), finished=process.finished,
             extra=self.tally.to_json(),
-            rows_needed=[v % self.basis.capacity for v in process.rows_needed()] if not process.finished else [],
+            # a finished probe's rows stay readable until the next probe takes their place
+            rows_needed=None if process.finished else [v % self.basis.capacity for v in process.rows_needed()],
         )  # fmt: skip
 
     def recurrences(self) -> list[tuple[np.ndarray, np.ndarray]]:

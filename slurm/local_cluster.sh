@@ -18,7 +18,7 @@ say() { echo "local_cluster: $*" >&2; }
 die() { say "$*"; exit 1; }
 
 # is PID PROGRAM: that process runs and is that program (not another one that got its number, not a zombie)
-is() { [ "$(awk '/^Name:|^State:/ {printf "%s ", $2}' "/proc/${1:-none}/status" 2>/dev/null | sed 's/ [^ZX] $//')" = "$2" ]; }
+is() { [ "$(cat "/proc/${1:-none}/comm" 2>/dev/null)" = "$2" ] && ! grep -q '^State:.[ZX]' "/proc/$1/status" 2>/dev/null; }
 
 # alive NAME PROGRAM: the process of the pid file runs
 alive() { is "$(cat "$dir/run/$1.pid" 2>/dev/null)" "$2"; }

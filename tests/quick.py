@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tests import spawn
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "hpc_hess.storage.store", "tests.store_toys"])
+from tests.spawn import CONTEXT
 
 
 def start_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> tuple[list[BaseProcess], list[Any]]:

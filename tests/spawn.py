@@ -11,6 +11,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# Ranks are forked from a server that has imported torch, which takes seconds; each still joins a World of its own. Not
+# h5py: built for MPI it would start MPI in the server.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.modeling_utils", "hpc_hess.model.shard"])
 _FOREIGN = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL")
 _GRACE_S = 5.0  # how long the other ranks may take to say what they saw after the first failure
 
@@ -26,13 +30,12 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
     AssertionError : a rank raised, died or hung; the message holds its traceback.
 
     """
-    context = multiprocessing.get_context("spawn")
     port = free_port()
     processes, pipes = [], []
     try:
         for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
+            receiver, sender = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
             process.start()
             sender.close()
             processes.append(process)

@@ -140,7 +140,7 @@ def test_a_killed_rank_ends_the_srun_within_a_minute(cluster: Cluster, tmp_path:
 
 
 def test_a_job_that_is_requeued_twice_ends_with_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:
-    settings = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=40"]
+    settings = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=20"]
     out = tmp_path / "requeued" / "run"
     out.parent.mkdir()
     number = cluster.submit(out, *settings)
