@@ -83,12 +83,12 @@ def main() -> None:
 
 def _store() -> Any:
     """A store whose rows are 480 GB, on a file system with sparse files: only what is written takes space."""
-    import hpc_hess.storage.disk as disk
+    from hpc_hess.storage import build
     from hpc_hess.storage.store import Store
 
     # the reservation is the one thing a machine without 1 TB cannot do
-    disk.require_space = lambda *a, **k: None  # type: ignore[assignment]
-    disk.reserve = lambda *a, **k: None  # type: ignore[assignment]
+    build.require_space = lambda *a, **k: None  # type: ignore[assignment]
+    build.reserve = lambda *a, **k: None  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         layout = Layout({"a": (120_000_000_000 - 5,), "z": (5,)}, 1)
 
