@@ -29,7 +29,7 @@ def recurrences(world: World, folder: str, dtype: str) -> dict[str, tuple[list[f
     found = {}
     for name in TOYS:
         config = make_config({
-            "model": {"source": f"{folder}/{name}", "master_dtype": dtype, "compute_dtype": dtype},
+            "model": {"source": f"{folder}/{name}", "attention": "eager", "master_dtype": dtype, "compute_dtype": dtype},
             "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 13, "sequences": 5},
         })  # fmt: skip
         problem = load_problem(config, world, Progress(0))

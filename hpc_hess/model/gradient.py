@@ -74,6 +74,7 @@ class Gradient:
             return self()
         finally:
             self.routing.recording = False
+            self.routing.release_if_unused()
 
     def _check_losses(self, losses: torch.Tensor, ids: list[int]) -> None:
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()

@@ -34,13 +34,24 @@ class Routing:
         self.num_flips = 0
         self.recording = False
         self._choices: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._wrapped: list[tuple[nn.Module, Callable[..., Any]]] = []
         for number, block in enumerate(find_blocks(module) or []):
             block.forward = self._wrap(block.forward, number)  # type: ignore[method-assign]
+            self._wrapped.append((block, block.forward))
 
     @property
     def has_router(self) -> bool:
         """Whether any routing decision was recorded."""
         return bool(self._choices)
+
+    def release_if_unused(self) -> None:
+        """Leave the blocks as they were when nothing was recorded: the model is the user's."""
+        if self._choices:
+            return
+        for block, forward in self._wrapped:
+            if block.__dict__.get("forward") is forward:
+                del block.forward
+        self._wrapped = []
 
     def _wrap(self, forward: Callable[..., Any], block: int) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
