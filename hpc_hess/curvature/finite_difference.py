@@ -78,10 +78,18 @@ class FiniteDifferenceHessian:
         self.records.append(
             ProductRecord(
                 eps, realised, gradients, controller.calibration_gradients - spent, calibration_s,
-                routing.num_flips - flips, error,
+                self._flips_since(flips), error,
             )
         )  # fmt: skip
         return result
+
+    def _flips_since(self, before: int) -> int:
+        """Experts that flipped on any rank since the count ``before``. Collective where routing is free."""
+        routing = self.gradient.routing
+        if routing.mode == "frozen":
+            return 0
+        flips = torch.tensor([float(routing.num_flips - before)], dtype=torch.float64)
+        return int(self.space.world.sum_over_ranks(flips, "expert flips"))
 
     def _choose_step(self, v: Vector, spread: Concentration) -> float:
         """Return eps for ``v``, after a calibration where the controller wants one. Collective: yes."""

@@ -75,7 +75,7 @@ class Lanczos:
         norm = vector.norm()
         if not (math.isfinite(norm) and norm > 0):
             raise NumericsError(f"the start vector has norm {norm}")
-        self.alpha, self.beta, self.broke_down = [], [], False
+        self.alpha, self.beta, self.broke_down, self.asymmetry = [], [], False, 0.0
         self.basis[0] = vector.scale_(1.0 / norm)
 
     def rows_needed(self) -> list[int]:

@@ -49,6 +49,7 @@ class Gradient:
         parts: list[torch.Tensor] = []
         ids: list[int] = []
         began = time.perf_counter()
+        self.routing.begin()
         try:
             for index in range(min(self.objective.num_micro_batches, micro_batches or 1 << 62)):
                 self.routing.micro_batch = index

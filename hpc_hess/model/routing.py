@@ -23,7 +23,7 @@ class Routing:
     Attributes
     ----------
     micro_batch : which micro-batch is being computed (set by Gradient).
-    num_flips : choices that differed from those at theta_0, counted in mode "free".
+    num_flips : this rank's choices that differed from those at theta_0, counted in mode "free".
     has_router : whether any block called ``topk`` at all.
 
     """
@@ -34,6 +34,7 @@ class Routing:
         self.num_flips = 0
         self.recording = False
         self._choices: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._counted: set[tuple[int, int, int]] = set()
         self._wrapped: list[tuple[nn.Module, Callable[..., Any]]] = []
         for number, block in enumerate(find_blocks(module) or []):
             block.forward = self._wrap(block.forward, number)  # type: ignore[method-assign]
@@ -43,6 +44,10 @@ class Routing:
     def has_router(self) -> bool:
         """Whether any routing decision was recorded."""
         return bool(self._choices)
+
+    def begin(self) -> None:
+        """Say that a new evaluation of the gradient begins; a choice recomputed within one is counted once."""
+        self._counted.clear()
 
     def release_if_unused(self) -> None:
         """Leave the blocks as they were when nothing was recorded: the model is the user's."""
@@ -76,8 +81,10 @@ class Routing:
             dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
             return torch.return_types.topk((scores.gather(dim, chosen), chosen))
         result = topk(*args, **kwargs)
-        differs = result.indices.sort(-1).values != chosen.sort(-1).values
-        self.num_flips += int(differs.any(-1).sum())
+        if key not in self._counted:
+            self._counted.add(key)
+            differs = result.indices.sort(-1).values != chosen.sort(-1).values
+            self.num_flips += int(differs.any(-1).sum())
         return result
 
 
