@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +24,7 @@ from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_worl
 
 T = TypeVar("T")
 _FAILURE_KEY = "hpc_hess/failure"
+_LINGER_S = 3.0
 
 
 class World:
@@ -254,6 +256,8 @@ class World:
             if debug or not isinstance(error, HpcHessError):
                 traceback.print_exception(error)
             print(f"hpc-hess: error{where}: {text}", file=sys.stderr, flush=True)
+        if self.rank == 0 and self.size > 1 and self.connected:
+            time.sleep(_LINGER_S)  # rank 0 serves the store in which the others ask who speaks
         return code
 
     def _first_to_fail(self, *, secondary: bool) -> bool:
@@ -263,9 +267,7 @@ class World:
         store = dist.distributed_c10d._get_default_store()
         try:
             if secondary:
-                import time
-
-                time.sleep(1.0 + 0.1 * self.rank)
+                time.sleep(min(1.0 + 0.1 * self.rank, 0.8 * _LINGER_S))
             return store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
         except (RuntimeError, UnicodeDecodeError):
             return not secondary or self.rank == 1  # rank 0, which serves the store, is gone
