@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _spmd(args: argparse.Namespace) -> int:
     # heavy imports only where they are needed: --help answers at once
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop is heeded once there is something to commit
     from hpc_hess.config import Config, load_config
     from hpc_hess.parallel.world import World
 

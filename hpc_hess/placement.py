@@ -23,9 +23,11 @@ _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, a
 def host_bytes_free() -> int:
     """Bytes of host memory this node can still give, the control group's limit included."""
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    limit, used, stat = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat"))
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # no control group, or "max"
+        # file pages that can be dropped count as used
+        droppable = next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file"))
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + droppable)
     return free
 
 

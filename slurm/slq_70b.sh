@@ -34,11 +34,11 @@ case ${1:-} in '' | -*) ;; *) config=$1; shift ;; esac
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $SLURM_JOB_NODELIST: $config $*"
 "$home/launch/srun.sh" "$config" "$@" &
 step=$!
-again=yes ended=
+again=yes ended=''
 trap 'again=yes; echo "the time limit is near: asking the ranks to stop"; kill -USR1 $step' USR1
 trap 'again=yes; ended=yes; kill -USR1 $step' TERM # cancelled, or past the limit: Slurm ends the job
 while [ -n "$again" ]; do                         # a signal ends a wait, not the step
-    again= code=0
+    again='' code=0
     wait "$step" || code=$?
 done
 trap '' USR1 TERM

@@ -66,12 +66,15 @@ class World:
         use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
         if use_cuda and not torch.cuda.is_available():
             raise LaunchError('parallel.device = "cuda" but torch sees no GPU; set parallel.device = "cpu"')
-        if use_cuda and launch.local_rank >= torch.cuda.device_count():
+        # srun --gpus-per-task shows each rank its own GPU alone, as number 0
+        alone = use_cuda and launch.launcher == "srun" and torch.cuda.device_count() == 1
+        gpu = 0 if alone else launch.local_rank
+        if use_cuda and gpu >= torch.cuda.device_count():
             raise LaunchError(
                 f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start at "
                 "most one rank per GPU"
             )
-        torch_device = torch.device("cuda", launch.local_rank) if use_cuda else torch.device("cpu")
+        torch_device = torch.device("cuda", gpu) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(torch_device)
         mpi = mpi_world(launch) if want_mpi or launch.launcher in ("mpirun", "hydra") else None
@@ -256,8 +259,6 @@ class World:
             if debug or not isinstance(error, HpcHessError):
                 traceback.print_exception(error)
             print(f"hpc-hess: error{where}: {text}", file=sys.stderr, flush=True)
-        if self.rank == 0 and self.size > 1 and self.connected:
-            time.sleep(_LINGER_S)  # rank 0 serves the store in which the others ask who speaks
         return code
 
     def _first_to_fail(self, *, secondary: bool) -> bool:
@@ -268,9 +269,16 @@ class World:
         try:
             if secondary:
                 time.sleep(min(1.0 + 0.1 * self.rank, 0.8 * _LINGER_S))
-            return store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
+            first = store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
+            asked = store.add(_FAILURE_KEY + "/asked", 1)
+            # rank 0 serves the store: it must not end under the others' question (a rank that hangs asks none)
+            deadline = time.monotonic() + _LINGER_S
+            while self.rank == 0 and asked < self.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                asked = store.add(_FAILURE_KEY + "/asked", 0)
         except (RuntimeError, UnicodeDecodeError):
             return not secondary or self.rank == 1  # rank 0, which serves the store, is gone
+        return first
 
 
 def describe(world: World) -> dict[str, Any]:
