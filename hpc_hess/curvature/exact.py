@@ -10,6 +10,7 @@ from torch import nn
 
 from hpc_hess.curvature.self_check import choose_way
 from hpc_hess.curvature.streaming import Kind, Settings, Sweeps
+from hpc_hess.curvature.tangents import Way
 from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
@@ -74,7 +75,7 @@ class StreamedOperator:
             choice = choose_way(self._split, self._batches[0], boundaries, self._exchange.parameters)
         self.notes = [*notes, *choice.notes]
         agree = model.world.all_true
-        way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
+        way: Way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
         self._settings = replace(
             self._settings, way=way,
             lock_step=agree(choice.lock_step and self._settings.lock_step, "the exact product's lock-step"),

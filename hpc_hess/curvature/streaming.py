@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from hpc_hess.curvature.cross_entropy import loss_cotangents
 from hpc_hess.curvature.ports import Mapped, One
-from hpc_hess.curvature.tangents import Pull, Several, Stage, Tensors, Way, push, push_keeping
+from hpc_hess.curvature.projections import Projections
+from hpc_hess.curvature.tangents import Pull, Several, Stage, Tensors, Way, pull_again, push, push_keeping
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import MicroBatch, shifted_targets
@@ -35,17 +37,25 @@ class Settings:
     """How sweeps run.
 
     ``way``: see tangents. ``lock_step``: several directions in one pass under vmap, else one after the other.
-    ``keep_state``: keep every block's state between the sweeps instead of computing it again (the last block's is
-    always kept). ``boundaries_on_host``: boundary tensors wait in host memory. ``logit_budget``: entries of one chunk's
-    logits with all their tangents.
+    ``keep_state``: keep every block's state between the sweeps, its gathered parameters too, instead of computing it
+    again (the last block's is always kept). ``projections``: without it, results of linear layers that are kept: all,
+    those narrower than their inputs, or none. ``boundaries_on_host``: what is kept waits in host memory.
+    ``logit_budget``: entries of one chunk's logits with all their tangents.
     """
 
     kind: Kind = "hessian"
     way: Way = "dual"
     lock_step: bool = True
     keep_state: bool = False
+    projections: Literal["all", "narrow", "none"] = "narrow"
     boundaries_on_host: bool = False
     logit_budget: int = 1 << 25
+
+
+_WANTED = {
+    "all": lambda inputs, outputs: True, "narrow": lambda inputs, outputs: outputs < inputs,
+    "none": lambda inputs, outputs: False,
+}  # fmt: skip
 
 
 class Health:
@@ -75,7 +85,11 @@ class Sweeps:
                     _Sweep(self, batch, scale, One()).run()
                 else:
                     index = torch.arange(count, device=batch.input_ids.device)
-                    torch.vmap(lambda i, b=batch: _Sweep(self, b, scale, Mapped(i)).run() or i)(index)
+                    torch.vmap(partial(self._mapped, batch, scale))(index)
+
+    def _mapped(self, batch: MicroBatch, scale: float, index: torch.Tensor) -> torch.Tensor:
+        _Sweep(self, batch, scale, Mapped(index)).run()
+        return index
 
 
 class _Sweep:
@@ -85,18 +99,14 @@ class _Sweep:
         self.split, self.exchange, self.settings = sweeps.split, sweeps.exchange, sweeps.settings
         self.health, self.batch, self.scale, self.port = sweeps.health, batch, scale, port
         self.gauss_newton = self.settings.kind in ("gauss_newton", "fisher")
-        self.kept: dict[int, tuple[Several, Several]] = {}
-        self.pulls: dict[int, tuple[Pull, list[str]]] = {}
+        self.kept: dict[int, tuple[Several, Several, Projections]] = {}
+        self.pulls: dict[int, Pull] = {}
 
     def run(self) -> None:
         last = self.split.num_calls
         x, x_dot = self._embed()
         for stage in range(1, last + 1):
-            inputs, inputs_dot = self._inputs(stage, x), self._inputs(stage, x_dot)
-            keep = self.settings.keep_state or stage == last
-            (y,), (y_dot,) = self._push(stage, inputs, inputs_dot, keep=keep)
-            if not keep:
-                self.kept[stage] = self._to_host(inputs), self._to_host(inputs_dot)
+            (y,), (y_dot,) = self._push(stage, self._inputs(stage, x), self._inputs(stage, x_dot))
             x, x_dot = (y, *x[1:]), (y_dot, *x_dot[1:])
         bar_dot, bar = self._head(x[:1], x_dot[:1])
         # cotangents of (boundary, *extras); every block adds to those of the extra tensors it takes
@@ -123,29 +133,37 @@ class _Sweep:
     def _embed_back(self, bars_dot: Several, bars: Several | None) -> None:
         full, W, V = self._fetch(0, ahead=None)
         if W:
-            pull = self._keeping(self._function(0, full), W, V, (), ())[2]
+            pull = self._again(self._function(0, full), W, V, (), (), None)
             tangents, _, _ = pull(bars_dot, bars)
             self._add(tangents)
 
-    def _push(self, stage: int, x: Several, x_dot: Several, *, keep: bool) -> tuple[Several, Several]:
+    def _push(self, stage: int, x: Several, x_dot: Several) -> tuple[Several, Several]:
         full, W, V = self._fetch(stage, ahead=stage + 1)
         f = self._function(stage, full)
-        if keep:
-            y, y_dot, pull = self._keeping(f, W, V, x, x_dot)
-            self.pulls[stage] = pull, list(W)
+        if self.settings.keep_state or stage == self.split.num_calls:
+            y, y_dot, self.pulls[stage] = self._keeping(f, W, V, x, x_dot)
         else:
-            y, y_dot = push(f, W, V, x, x_dot, self.settings.way)
+            kept = Projections(_WANTED[self.settings.projections])
+            y, y_dot = push(f, W, V, x, x_dot, self.settings.way, kept)
+            if self.settings.boundaries_on_host:
+                x, x_dot = (tuple(t.to("cpu") for t in ts) for ts in (x, x_dot))
+                kept.apply(lambda t: t.to("cpu"))
+            self.kept[stage] = x, x_dot, kept
         self._note(stage, (*y, *y_dot))
         return y, y_dot
 
     def _pull(self, stage: int, bar_dot: Several, bar: Several | None) -> tuple[Several, Several | None]:
         if stage in self.pulls:
             self._prefetch(stage - 1)
-            pull, _ = self.pulls.pop(stage)
+            pull = self.pulls.pop(stage)
         else:
             full, W, V = self._fetch(stage, ahead=stage - 1)
-            x, x_dot = (self._from_host(t) for t in self.kept.pop(stage))
-            pull = self._keeping(self._function(stage, full), W, V, x, x_dot)[2]
+            x, x_dot, kept = self.kept.pop(stage)
+            if self.settings.boundaries_on_host:
+                device = self.exchange.space.device
+                x, x_dot = (tuple(t.to(device) for t in ts) for ts in (x, x_dot))
+                kept.apply(lambda t: t.to(device))
+            pull = self._again(self._function(stage, full), W, V, x, x_dot, kept)
         tangents, x_bar_dot, x_bar = pull(bar_dot, bar)
         self._note(stage, x_bar_dot, "the way back through ")
         self._add(tangents)
@@ -215,6 +233,9 @@ class _Sweep:
     ) -> tuple[Several, Several, Pull]:  # fmt: skip
         return push_keeping(f, W, V, x, x_dot, self.settings.way, gauss_newton=self.gauss_newton)
 
+    def _again(self, f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, kept: Projections | None) -> Pull:
+        return pull_again(f, W, V, x, x_dot, self.settings.way, gauss_newton=self.gauss_newton, kept=kept)
+
     def _inputs(self, stage: int, tensors: Several) -> Several:
         return (tensors[0], *(tensors[1 + e] for e in self.split.extras_of(stage - 1)))
 
@@ -243,11 +264,3 @@ class _Sweep:
         if tensors:
             where = way + self.split.describe(stage)
             self.port.collect(lambda sums: self.health.note(where, sums), [t.sum() for t in tensors])
-
-    def _to_host(self, tensors: Several) -> Several:
-        return tuple(t.to("cpu") for t in tensors) if self.settings.boundaries_on_host else tensors
-
-    def _from_host(self, tensors: Several) -> Several:
-        return tuple(t.to(self.exchange.space.device) for t in tensors)
-
-

@@ -74,7 +74,8 @@ class SplitModel:
         blocks = find_blocks(module)
         if blocks is None:
             raise ModelError(f"cannot split {type(module).__name__}: no nn.ModuleList of repeated blocks was found")
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        find_head: Any = getattr(module, "get_output_embeddings", lambda: None)
+        head = find_head()
         if not isinstance(head, nn.Module):
             raise ModelError(f"cannot split {type(module).__name__}: get_output_embeddings() returns no module")
         training = next((name for name, m in module.named_modules() if m.training), None)
@@ -134,7 +135,7 @@ class SplitModel:
                 raise Finished
             return self._output(call, leaves[call.boundary])
 
-        self._forward(batch, parameters, on_block, self._unreached)
+        self._forward(batch, parameters, on_block, lambda hidden: hidden)
         return seen, [found[i] for i in range(1 + parts.num_extras)]
 
     def prologue(self, parameters: Tensors, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
@@ -196,24 +197,31 @@ class SplitModel:
         on_head: Callable[[torch.Tensor], Any],
     ) -> Any:  # fmt: skip
         """Run the model with blocks and head replaced; parameters that are not given are zeros without memory."""
-        count = 0
+        count, calls = 0, self.known.calls
+
+        def depart(what: str) -> ModelError:
+            return ModelError(
+                f"{type(self.module).__name__} {what} differently from when it was recorded: its forward depends on the "
+                "data, and exact products cannot split it"
+            )
 
         def replacement(block: int) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal count
                 leaves, structure = tree_flatten((args, kwargs))
-                calls = self.known.calls
                 if count >= len(calls) or calls[count].block != block or calls[count].structure != structure:
-                    raise ModelError(
-                        f"{type(self.module).__name__} calls block {block} differently from when it was recorded: "
-                        "its forward depends on the data, and the exact product cannot split it"
-                    )
+                    raise depart(f"calls block {block}")
                 count += 1
                 return on_block(count - 1, leaves)
 
             return forward
 
-        return self.run(batch, parameters, [replacement(i) for i in range(len(self.blocks))], on_head)
+        def after_blocks(hidden: torch.Tensor) -> Any:
+            if count < len(calls):
+                raise depart("calls its head")
+            return on_head(hidden)
+
+        return self.run(batch, parameters, [replacement(i) for i in range(len(self.blocks))], after_blocks)
 
     def run(self, batch: MicroBatch, parameters: Tensors, forwards: list[Forward], on_head: Forward) -> Any:
         """Run the model's forward with these forwards in the blocks and the head; logits, or None when it Finished."""
@@ -231,9 +239,6 @@ class SplitModel:
                 ).logits
             except Finished:
                 return None
-
-    def _unreached(self, _: torch.Tensor) -> Any:
-        raise ModelError(f"{type(self.module).__name__} reaches its head before its last block")
 
     def _output(self, call: Call, boundary: torch.Tensor) -> Any:
         """Return what the block would, with another boundary tensor."""

@@ -191,6 +191,6 @@ def _piece(parameter: torch.Tensor, place: tuple[int, int] | None) -> _Piece:
     """Read where a parameter lies. A parameter without FSDP is whole."""
     dim, local = 0, parameter.detach()
     if isinstance(parameter, DTensor):
-        local = parameter.detach().to_local()
+        local = parameter.to_local().detach()
         dim = next(p.dim for p in parameter.placements if isinstance(p, ShardPlacement))
     return _Piece(tuple(parameter.shape), dim, local, place)

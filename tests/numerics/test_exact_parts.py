@@ -65,9 +65,9 @@ def test_hessian_is_gauss_newton_plus_residual(name: str) -> None:
     "settings",
     [
         Settings(way="reverse"), Settings(lock_step=False), Settings(keep_state=True), Settings(boundaries_on_host=True),
-        Settings(logit_budget=1), Settings(logit_budget=2000, keep_state=True),
+        Settings(logit_budget=2000, projections="all"), Settings(projections="none"),
     ],
-    ids=["reverse", "one by one", "keep state", "host", "one token", "chunks"],
+    ids=["reverse", "one by one", "keep state", "host", "chunks, all products", "no product"],
 )  # fmt: skip
 def test_settings_change_no_number(settings: Settings) -> None:
     model, loss = case("gemma3")
@@ -78,7 +78,9 @@ def test_settings_change_no_number(settings: Settings) -> None:
         assert max(error(f, e.data) for f, e in zip(found, expected, strict=True)) < 1e-12
 
 
-@pytest.mark.parametrize("include", [["model.layers.1.*"], ["lm_head*"], ["*embed*"], ["*layers.0.mlp*", "model.norm*"]])
+@pytest.mark.parametrize(
+    "include", [["model.layers.1.*"], ["lm_head*"], ["*embed*"], ["*layers.0.mlp*", "model.norm*"]]
+)
 def test_frozen_parameters_are_constants(include: list[str]) -> None:
     model, loss = case("llama_untied", include=include)
     u, v = vectors(model, 2)

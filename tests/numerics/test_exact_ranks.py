@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from hpc_hess.curvature.exact import ExactHessian
 from hpc_hess.curvature.gauss_newton import GaussNewton
-from hpc_hess.model.loss import MicroBatch
-from hpc_hess.model.shard import shard_model
-from hpc_hess.parallel.layout import Layout
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.model.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.shard import ShardedModel, shard_model
+from hpc_hess.parallel.vector import Basis
 from hpc_hess.parallel.world import World
 from tests.numerics.exact_case import NO_SDPA, micro_batches, objective
 from tests.spawn import run_ranks
@@ -31,34 +33,55 @@ def _rows(rank: int, size: int) -> list[MicroBatch]:
     return batches[rank::size]
 
 
-def products(
-    world: World, name: str, replicate: int = 1, include: list[str] | None = None
-) -> tuple[list[tuple[int, int]], list[Any]]:
-    """This rank's global intervals, and its parts of three Hessian products (two in lock-step) and a Gauss-Newton one."""
-    attention = "eager" if name in NO_SDPA else "sdpa"
-    source = toy_model(name, dtype=torch.float64, attention=attention)
-    if world.connected:
-        world.make_mesh(replicate)
+@dataclass(frozen=True)
+class Case:
+    name: str
+    include: list[str] | None = None
+    dtype: torch.dtype = torch.float64
+    lanczos_steps: int = 0
+
+
+def _sharded(world: World, case: Case) -> tuple[ShardedModel, Any, CausalLMObjective]:
+    """The toy over the ranks, its skeleton without hooks, and this rank's part of the loss."""
+    attention = "eager" if case.name in NO_SDPA else "sdpa"
+    source = toy_model(case.name, dtype=case.dtype, attention=attention)
     skeleton = copy.deepcopy(source).to("meta")
     skeleton.tie_weights()  # meta parameters were made one by one
-    for (_, buffer), owner in zip(source.named_buffers(), _owners(skeleton), strict=True):
-        owner[0]._buffers[owner[1]] = buffer.clone()
+    for buffer, (owner, key) in zip(source.buffers(), _owners(skeleton), strict=True):
+        owner._buffers[key] = buffer.clone()
     plain = copy.deepcopy(skeleton)
-    model = shard_model(skeleton, world, include=include, master_dtype=torch.float64, compute_dtype=torch.float64)
-    named, full = dict(model.module.named_parameters()), dict(source.named_parameters())
-    whole = Layout({n: tuple(p.shape) for n, p in full.items()}, 1)
+    model = shard_model(skeleton, world, include=case.include, master_dtype=case.dtype, compute_dtype=case.dtype)
+    full = dict(source.named_parameters())
     with torch.no_grad():
-        for n, parameter in named.items():
-            _fill(parameter, full[n].detach())
+        for name, parameter in model.module.named_parameters():
+            _fill(parameter, full[name].detach())
     num_tokens = objective([b for r in range(world.size) for b in _rows(r, world.size)]).num_tokens
-    loss = objective(_rows(world.rank, world.size), num_tokens)
-    generator = torch.Generator().manual_seed(3)
-    everything = torch.randn(2, whole.num_params, generator=generator, dtype=torch.float64)
-    vs = [model.space.wrap(_local(row, model.space.shard)) for row in everything]
-    hessian = ExactHessian(model, loss, plain=plain)
-    out = [*hessian.matmat(vs), hessian.matvec(vs[0]), GaussNewton(model, loss, plain=plain).matvec(vs[0])]
-    starts, lengths = model.space.shard.global_intervals
-    return list(zip(starts.tolist(), lengths.tolist(), strict=True)), [o.data.numpy() for o in out]
+    return model, plain, objective(_rows(world.rank, world.size), num_tokens)
+
+
+def products(world: World, replicate: int, cases: list[Case]) -> list[Any]:
+    """For each case this rank's global intervals and local results: two Hessian products in lock-step, the first again
+    alone, a Gauss-Newton product; or the coefficients of a Lanczos run."""
+    if world.connected:
+        world.make_mesh(replicate)
+    answers = []
+    for case in cases:
+        model, plain, loss = _sharded(world, case)
+        generator = torch.Generator().manual_seed(3)
+        everything = torch.randn(2, model.layout.num_params_full, generator=generator, dtype=torch.float64)
+        vs = [model.space.wrap(_local(row, model.space.shard).to(case.dtype)) for row in everything]
+        hessian = ExactHessian(model, loss, plain=plain)
+        if case.lanczos_steps:
+            state = Lanczos(hessian, Basis(model.space, case.lanczos_steps), case.lanczos_steps)
+            state.start(vs[0])
+            while not state.finished:
+                state.step()
+            answers.append([*state.alpha, *state.beta[:-1]])
+            continue
+        out = [*hessian.matmat(vs), hessian.matvec(vs[0]), GaussNewton(model, loss, plain=plain).matvec(vs[0])]
+        starts, lengths = model.space.shard.global_intervals
+        answers.append((list(zip(starts.tolist(), lengths.tolist(), strict=True)), [o.data.numpy() for o in out]))
+    return answers
 
 
 def _owners(module: torch.nn.Module) -> list[Any]:
@@ -92,16 +115,27 @@ def _assemble(answers: list[Any], size: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "replicate", "include"),
+    ("ranks", "replicate", "cases"),
     [
-        ("llama", 2, 1, None), ("gpt2", 3, 1, None), ("mixtral", 3, 1, None), ("llama_untied", 2, 2, None),
-        ("llama_untied", 2, 1, ["*layers.1*", "model.norm*"]),
+        (2, 1, [Case("llama"), Case("llama_untied", ["*layers.1*", "model.norm*"])]),
+        (3, 1, [Case("gpt2"), Case("mixtral")]),
+        (2, 2, [Case("llama_untied")]),
     ],
-)  # fmt: skip
-def test_ranks_agree_with_one_process(name: str, ranks: int, replicate: int, include: list[str] | None) -> None:
-    size = sum(p.numel() for p in toy_model(name).parameters())
-    alone = _assemble([products(World.alone(), name, 1, include)], size)
-    together = _assemble(run_ranks(products, ranks, name, replicate, include, timeout_s=240), size)
-    for found, expected in zip(together, alone, strict=True):
-        assert float(expected.norm()) > 0
-        assert float((found - expected).norm() / expected.norm()) < 1e-12
+    ids=["2 ranks", "3 ranks", "2 replicas"],
+)
+def test_products_are_those_of_one_process(ranks: int, replicate: int, cases: list[Case]) -> None:
+    alone = products(World.alone(), 1, cases)
+    together = run_ranks(products, ranks, replicate, cases, timeout_s=300)
+    for number, case in enumerate(cases):
+        size = sum(p.numel() for p in toy_model(case.name).parameters())
+        whole = _assemble([alone[number]], size)
+        for found, expected in zip(_assemble([t[number] for t in together], size), whole, strict=True):
+            assert float(expected.norm()) > 0
+            assert float((found - expected).norm() / expected.norm()) < 1e-12
+
+
+def test_lanczos_in_fp32_agrees_over_ranks() -> None:
+    cases = [Case("llama", dtype=torch.float32, lanczos_steps=10)]
+    (alone,) = products(World.alone(), 1, cases)
+    for (found,) in run_ranks(products, 4, 1, cases, timeout_s=300):
+        assert found == pytest.approx(alone, rel=0, abs=1e-5 * max(map(abs, alone)))
