@@ -19,7 +19,7 @@ from tests.dense import dense_hessian
 from tests.numerics.test_finite_difference import _write_out as write_out
 from tests.toys import TOYS, VOCAB, toy_model
 
-STEPS = 160
+STEPS = 80
 
 
 def small(name: str) -> nn.Module:

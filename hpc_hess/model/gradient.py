@@ -59,6 +59,7 @@ class Gradient:
                 parts.append(contribution.per_sample.double())
                 ids.extend(contribution.sample_ids)
         finally:
+            self.routing.end()
             model.detach_gradients()
         losses = torch.cat(parts)
         self._check_losses(losses, ids)

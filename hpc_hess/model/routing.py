@@ -23,6 +23,7 @@ class Routing:
     Attributes
     ----------
     micro_batch : which micro-batch is being computed (set by Gradient).
+    active : whether a gradient is being computed; at other times the model routes as it likes (it is the user's).
     num_flips : this rank's choices that differed from those at theta_0, counted in mode "free".
     has_router : whether any block called ``topk`` at all.
 
@@ -33,6 +34,7 @@ class Routing:
         self.micro_batch = 0
         self.num_flips = 0
         self.recording = False
+        self.active = False
         self._choices: dict[tuple[int, int, int], torch.Tensor] = {}
         self._counted: set[tuple[int, int, int]] = set()
         self._wrapped: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -48,6 +50,11 @@ class Routing:
     def begin(self) -> None:
         """Say that a new evaluation of the gradient begins; a choice recomputed within one is counted once."""
         self._counted.clear()
+        self.active = True
+
+    def end(self) -> None:
+        """Say that the evaluation is over."""
+        self.active = False
 
     def release_if_unused(self) -> None:
         """Leave the blocks as they were when nothing was recorded: the model is the user's."""
@@ -60,7 +67,7 @@ class Routing:
 
     def _wrap(self, forward: Callable[..., Any], block: int) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not self.recording and not self._choices:
+            if not self.active or not (self.recording or self._choices):
                 return forward(*args, **kwargs)
             with _TopkMode(self, block):
                 return forward(*args, **kwargs)
