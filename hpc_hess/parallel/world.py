@@ -259,26 +259,35 @@ class World:
             if debug or not isinstance(error, HpcHessError):
                 traceback.print_exception(error)
             print(f"hpc-hess: error{where}: {text}", file=sys.stderr, flush=True)
+        self._linger()
         return code
 
     def _first_to_fail(self, *, secondary: bool) -> bool:
         """Elect one rank to speak. A rank that only noticed another's end waits a moment for that one to speak."""
         if not self.connected or self.size == 1:
             return True
-        store = dist.distributed_c10d._get_default_store()
+        if secondary:
+            time.sleep(1.0 + 0.1 * min(self.rank, 10))
         try:
-            if secondary:
-                time.sleep(min(1.0 + 0.1 * self.rank, 0.8 * _LINGER_S))
-            first = store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
-            asked = store.add(_FAILURE_KEY + "/asked", 1)
-            # rank 0 serves the store: it must not end under the others' question (a rank that hangs asks none)
-            deadline = time.monotonic() + _LINGER_S
-            while self.rank == 0 and asked < self.size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                asked = store.add(_FAILURE_KEY + "/asked", 0)
+            store = dist.distributed_c10d._get_default_store()
+            return store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
         except (RuntimeError, UnicodeDecodeError):
             return not secondary or self.rank == 1  # rank 0, which serves the store, is gone
-        return first
+
+    def _linger(self) -> None:
+        """Wait a moment for the others to fail too: the first to leave makes the launcher end the rest, unheard.
+
+        Rank 0 may serve the store in which they ask who speaks. A rank that hangs costs the whole moment.
+        """
+        if not self.connected or self.size == 1:
+            return
+        deadline = time.monotonic() + _LINGER_S
+        with contextlib.suppress(RuntimeError):  # the store is gone, and so is its rank
+            store = dist.distributed_c10d._get_default_store()
+            here = store.add(_FAILURE_KEY + "/here", 1)
+            while here < self.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                here = store.add(_FAILURE_KEY + "/here", 0)
 
 
 def describe(world: World) -> dict[str, Any]:
