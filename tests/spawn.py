@@ -19,23 +19,27 @@ _FOREIGN = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL")
 _GRACE_S = 5.0  # how long the other ranks may take to say what they saw after the first failure
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120, fresh: bool = False
+) -> list[Any]:
     """Return ``function(world, *args)`` of every rank, in rank order.
 
     ``function`` is a module-level function; its arguments and its value are picklable. Every rank is a spawned process
-    with one thread. No process outlives the call.
+    with one thread; with ``fresh`` each starts an interpreter of its own and writes where this process writes (capfd).
+    No process outlives the call.
 
     Raises
     ------
     AssertionError : a rank raised, died or hung; the message holds its traceback.
 
     """
+    context: Any = multiprocessing.get_context("spawn") if fresh else CONTEXT
     port = free_port()
     processes, pipes = [], []
     try:
         for rank in range(num_ranks):
-            receiver, sender = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
             process.start()
             sender.close()
             processes.append(process)

@@ -127,7 +127,7 @@ def _fail_unexpectedly(world: World) -> int:
 
 
 def test_an_error_of_all_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(_fail_everywhere, 3) == [2, 2, 2]
+    assert run_ranks(_fail_everywhere, 3, fresh=True) == [2, 2, 2]
     err = capfd.readouterr().err
     assert len(_stderr_lines(err)) == 1
     assert re.search(r"^hpc-hess: error \[rank \d\]: no such model$", err, re.MULTILINE)
@@ -136,13 +136,13 @@ def test_an_error_of_all_is_printed_once(capfd: pytest.CaptureFixture[str]) -> N
 
 def test_an_error_of_one_is_printed_once_and_is_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError, match="rank 1 of 3 ended with code 3"):
-        run_ranks(_fail_on_one, 3, 1)
+        run_ranks(_fail_on_one, 3, 1, fresh=True)
     assert _stderr_lines(capfd.readouterr().err) == ["hpc-hess: error [rank 1]: the lamp is out"]
 
 
 def test_an_error_of_the_rank_that_serves_the_store_is_shown_first(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError, match="rank 0 of 3 ended with code 3"):
-        run_ranks(_fail_on_one, 3, 0)
+        run_ranks(_fail_on_one, 3, 0, fresh=True)
     lines = _stderr_lines(capfd.readouterr().err)
     assert lines[0] == "hpc-hess: error [rank 0]: the lamp is out"
     assert len(lines) <= 2  # nobody can ask any more who has spoken: at most one rank adds what it saw
@@ -150,7 +150,7 @@ def test_an_error_of_the_rank_that_serves_the_store_is_shown_first(capfd: pytest
 
 
 def test_a_bug_shows_its_traceback_once(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(_fail_unexpectedly, 2) == [1, 1]
+    assert run_ranks(_fail_unexpectedly, 2, fresh=True) == [1, 1]
     err = capfd.readouterr().err
     assert err.count("Traceback") == 1
     assert len(_stderr_lines(err)) == 1
