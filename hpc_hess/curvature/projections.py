@@ -16,8 +16,6 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from hpc_hess.curvature.dual_rules import RULES
-
 Kept = tuple[torch.Tensor, torch.Tensor] | None  # a result and its tangent, None where it is not kept
 
 
@@ -65,7 +63,7 @@ def fused() -> Iterator[None]:
 
 
 class _Intercept(TorchFunctionMode):
-    """Sends products with a weight [out, in] to ``product`` (biases are added outside), other hot functions to RULES."""
+    """Sends products with a weight [out, in] to ``product``; biases are added outside, as they are cheap."""
 
     def __init__(self, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -75,8 +73,6 @@ class _Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
-        if func in RULES:
-            return RULES[func](*args, **kwargs)
         if func is torch.addmm and not kwargs and args[1].ndim == args[2].ndim == 2:
             return self._product(args[1], args[2].mT) + args[0]
         return func(*args, **kwargs)

@@ -109,10 +109,7 @@ class Exchange:
         piece = self._pieces[name]
         assert piece.place is not None
         parts = [d[slice(*piece.place)].view(piece.local.shape) for d in self._directions]
-        if len(parts) > 1 or self.dtype != parts[0].dtype:
-            return torch.stack(parts).to(self.dtype)
-        # the same memory as a storage of its own: forward-mode AD copies a tangent that is a part of a larger one
-        return torch.from_dlpack(parts[0])[None]
+        return (parts[0][None] if len(parts) == 1 else torch.stack(parts)).to(self.dtype)
 
     def _span(self, name: str) -> int:
         return math.prod(self._pieces[name].local_shape(0, self._ranks))  # rank 0's piece is the largest
