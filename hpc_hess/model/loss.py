@@ -125,6 +125,7 @@ def causal_lm_batch(batch: Mapping[str, torch.Tensor]) -> MicroBatch:
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     labels = batch.get("labels", ids).masked_fill(mask == 0, -100)
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)  # left padding predicts nothing either
     return MicroBatch(list(range(len(ids))), ids, mask, labels)
 
 
