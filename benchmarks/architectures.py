@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +14,7 @@ from curvlinops import HessianLinearOperator
 from torch import nn
 
 import hpc_hess
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 from hpc_hess.model.loss import CallableObjective, causal_lm_loss
 from hpc_hess.model.precision import honest_casts
 from tests.dense import dense_hessian
@@ -67,8 +69,16 @@ def curvlinops_error(model: nn.Module, batches: list[dict[str, torch.Tensor]], o
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", help="measure these only and keep the other rows of the table")
+    names = parser.parse_args().models or list(TOYS)
+    path = RESULTS / "architectures.json"
+    kept = {row["model"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     rows: list[dict[str, Any]] = []
     for name in TOYS:
+        if name not in names and name in kept:
+            rows.append(kept[name])
+            continue
         began = time.perf_counter()
         model, batches = small(name), list(tokens())
         untouched = copy.deepcopy(model)
