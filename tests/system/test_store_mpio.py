@@ -1,6 +1,7 @@
 """The store over MPI: one file written by all ranks of a real mpirun, gone on with by either driver."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -94,6 +95,19 @@ def holder(run_dir: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def wait_until_unlocked(run_dir: Path, timeout_s: float = 30.0) -> None:
+    """Wait for the last rank to end: without its mpirun it lives, and writes, about one more second."""
+    deadline = time.monotonic() + timeout_s
+    with open(run_dir / "run.lock", "r+b") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "a rank outlives its job"
+                time.sleep(0.02)
+
+
 def test_killed_at_random_instants(tmp_path):
     """mpio takes no lock of its own and has no descriptor to sync: the protocol alone must hold."""
     rng = random.Random(3)
@@ -116,6 +130,7 @@ def test_killed_at_random_instants(tmp_path):
         with contextlib.suppress(ProcessLookupError):  # it may have finished
             os.kill(rank_0 if kill % 2 else process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
+        wait_until_unlocked(run)
         assert committed_toy(run) >= before
         broken_off += committed_toy(run) < (1, 6)
     assert broken_off >= KILLS // 4, "the kills came too late to mean anything"

@@ -348,6 +348,18 @@ def test_a_flipped_bit_in_a_row_is_noticed(tmp_path):
         assert view.verify() == ["basis row 2 of probe 0 does not match its checksum"]
 
 
+def test_a_view_of_a_run_at_work_tells_progress_from_damage(tmp_path):
+    store = create(tmp_path, WORLD)
+    advance(store, (0, 4))
+    with read_store(tmp_path) as view:
+        advance(store, (1, 2))  # the next probe takes the rows that the view has in mind
+        assert view.verify() == []
+        store.close()
+        flip_bit(rank_file(tmp_path), offset_of(rank_file(tmp_path), "basis/0", (1, 3)))
+    with read_store(tmp_path) as view:
+        assert view.verify() == ["basis row 1 of probe 1 does not match its checksum"]
+
+
 def test_a_torn_next_row_is_harmless(tmp_path):
     stopped(tmp_path)
     path = rank_file(tmp_path)
