@@ -1,8 +1,24 @@
-"""``python -m hpc_hess``."""
+"""``python -m hpc_hess`` and the command ``hpc-hess``: a process of its own around the command line."""
 
+import os
 import sys
 
 from hpc_hess.cli import main
+from hpc_hess.parallel.launcher import leave_mpi
+
+
+def entry() -> None:
+    """Run one command and end the process at once, without the interpreter's own clean-up.
+
+    By then everything is written and the ranks have parted, but threads of torch and gloo are still alive; one that
+    wakes up while the interpreter is taken down aborts the process, now and then, after a run that went well.
+    """
+    code = main()
+    leave_mpi()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

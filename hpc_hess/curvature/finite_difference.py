@@ -17,8 +17,9 @@ from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.curvature.step_size import Concentration, StepController, concentration
 from hpc_hess.errors import NumericsError
 from hpc_hess.model.gradient import Gradient
-from hpc_hess.parallel import kernels
 from hpc_hess.parallel.vector import Vector, VectorSpace
+
+_LOST = 1e-3  # share of a step that storing it to the nearest may lose before it is dithered
 
 Scheme = Literal["forward", "central", "fourth"]
 
@@ -123,16 +124,17 @@ class FiniteDifferenceHessian:
 
     def _shifted(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
         """Return the realised step <theta - theta_0, v> / |v| and the gradient at theta = theta_0 + factor v."""
-        model = self.gradient.model
-        model.write_parameters(self.theta0, v.data, factor)
-        moved = torch.zeros(1, dtype=torch.float64, device=v.data.device)
-        for now, before, direction in zip(
-            model.local_parameters, model.pieces_of(self.theta0), model.pieces_of(v.data), strict=True
-        ):
-            moved += kernels.dot((now - before).flatten(), direction.flatten())  # the difference is exact: near equals
-        along = float(self.space.sum(moved, "realised step"))
+        wanted = factor * norm * norm
+        along = self._move(v, factor, dither=False)
+        if abs(along / wanted - 1) > _LOST:
+            along = self._move(v, factor, dither=True)
         _, gradient = self.gradient()
         return along / norm, gradient
+
+    def _move(self, v: Vector, factor: float, *, dither: bool) -> float:
+        """Store theta_0 + factor v in the model; return <theta - theta_0, v> as stored. Collective: yes."""
+        along = self.gradient.model.move_parameters(self.theta0, v.data, factor, dither=dither)
+        return float(self.space.sum(along, "realised step"))
 
     def _difference(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
         """Return half the realised distance and half of g(theta_0 + factor v) - g(theta_0 - factor v)."""

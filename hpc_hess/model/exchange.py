@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.reduce_scatter import start_reduce_scatter
 
 Tensors = dict[str, torch.Tensor]
-# torch 2.13 renamed them
+# torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Exchange:
                 everyone[rank, offset : offset + part.numel()].view(part.shape).copy_(part)
             offset += size
         mine = torch.empty(sum(sizes), dtype=everyone.dtype, device=everyone.device)
-        work = _reduce_scatter(mine, everyone.view(-1), group=self._group, async_op=True)
+        work = start_reduce_scatter(mine, everyone.view(-1), self._group)
         self._reductions.append((work, mine, everyone, names))
 
     def finish(self) -> None:

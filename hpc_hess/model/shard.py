@@ -8,7 +8,7 @@ One process needs no FSDP: its parameters are the shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from hpc_hess.errors import LayoutError
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.precision import honest_casts
+from hpc_hess.parallel import kernels
 from hpc_hess.parallel.layout import Layout
+from hpc_hess.parallel.reduce_scatter import start_reduce_scatter
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 
@@ -58,13 +60,25 @@ class ShardedModel:
         self._foreach(torch._foreach_copy_, list(self.pieces_of(flat)), self.local_parameters)
         return flat
 
-    def write_parameters(self, flat: torch.Tensor, direction: torch.Tensor | None = None, step: float = 0.0) -> None:
-        """Set the parameters to ``flat + step * direction``, rounded once to the master dtype."""
-        local = self.local_parameters
-        self._foreach(torch._foreach_copy_, local, list(self.pieces_of(flat)))
-        if direction is not None:
-            for parameter, piece in zip(local, self.pieces_of(direction), strict=True):
-                parameter.add_(piece, alpha=step)
+    def write_parameters(self, flat: torch.Tensor) -> None:
+        """Set the parameters to ``flat``."""
+        self._foreach(torch._foreach_copy_, self.local_parameters, list(self.pieces_of(flat)))
+
+    def move_parameters(self, flat: torch.Tensor, direction: torch.Tensor, step: float, *, dither: bool = False) -> torch.Tensor:
+        """Set the parameters to ``flat + step * direction``; return this rank's <theta - flat, direction> as stored.
+
+        ``dither``: see :func:`kernels.displace`.
+        """
+        along = torch.zeros(1, dtype=torch.float64, device=flat.device)
+        with torch.no_grad():
+            for parameter, base, piece in zip(
+                self.local_parameters, self.pieces_of(flat), self.pieces_of(direction), strict=True
+            ):
+                target = parameter.reshape(-1)  # a view, unless a user's own module holds a transposed parameter
+                along += kernels.displace(target, base.reshape(-1), piece.reshape(-1), step, dither=dither)
+                if not parameter.is_contiguous():
+                    parameter.copy_(target.view_as(parameter))
+        return along
 
     @staticmethod
     def _foreach(function: Any, out: list[torch.Tensor], values: list[torch.Tensor]) -> None:
@@ -203,12 +217,26 @@ def _fully_shard(
     fully_shard(module, reshard_after_forward=False, **options)
     for m in module.modules():
         if isinstance(m, FSDPModule):
+            if world.device.type == "cpu" and hasattr(m, "set_custom_reduce_scatter"):
+                m.set_custom_reduce_scatter(_ReduceScatter())
             # the loss is already divided by the tokens of the whole set: plain sums over ranks
             m.set_gradient_divide_factor(1.0)
             m.set_force_sum_reduction_for_comms(True)
     root: Any = module
     if hasattr(root, "set_reduce_scatter_unused_params"):  # an expert no token was sent to, on this rank only
         root.set_reduce_scatter_unused_params(True)
+
+
+class _ReduceScatter:
+    """FSDP2's interface to :func:`start_reduce_scatter`."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        start_reduce_scatter(output_tensor, input_tensor, group).wait()  # op is a sum: see _fully_shard
 
 
 def _outside(module: nn.Module, blocks: nn.ModuleList | None) -> bool:

@@ -6,6 +6,7 @@ sweep, as do the second subtraction and the norm, so two passes of Gram-Schmidt 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -61,3 +62,36 @@ def combine(rows: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -
     """Write out = rows^T coefficients, accumulated in float64."""
     for block in _blocks(rows.shape[0], out.numel(), out.device):
         out[block] = torch.mv(rows[:, block].to(out.device).double().T, coefficients)
+
+
+_LOW_BITS = 29  # of a float64 mantissa that a float32 has no place for
+
+
+@functools.cache
+def _dither(device: torch.device) -> torch.Tensor:
+    """Uniform integers below 2**29, int64, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1 << _LOW_BITS, (1 << 16,), generator=generator).to(device)
+
+
+def displace(
+    out: torch.Tensor, base: torch.Tensor, direction: torch.Tensor, step: float, *, dither: bool = False
+) -> torch.Tensor:
+    """Write out = base + step * direction and return <out - base, direction> as a float64 tensor of shape (1,).
+
+    All flat. The sum is rounded once; with ``dither`` (float32 only) up or down at random, so that what is stored is
+    right on average: to the nearest, steps below half a spacing of the stored numbers would all be lost.
+    """
+    total = torch.zeros(1, dtype=torch.float64, device=out.device)
+    noise = _dither(out.device) if dither and out.dtype == torch.float32 else None
+    for block in _blocks(1, out.numel(), out.device):
+        along = direction[block].double()
+        if noise is None:
+            torch.add(base[block], direction[block], alpha=step, out=out[block])
+        else:
+            exact = base[block].double().add_(along, alpha=step)
+            for part in exact.view(torch.int64).split(noise.numel()):
+                part.add_(noise[: part.numel()]).bitwise_and_(-1 << _LOW_BITS)
+            out[block] = exact
+        total += torch.dot((out[block] - base[block]).double(), along)  # the difference is exact: near equals
+    return total

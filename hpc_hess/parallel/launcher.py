@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,16 @@ def mpi_world(launch: Launch) -> Any:
             "or srun --mpi=pmix"
         )
     return comm
+
+
+def leave_mpi() -> None:
+    """Finalise MPI where it was started: mpirun takes a process that ends without it for a crash. Collective: yes.
+
+    The last thing a process does: parallel HDF5 ends with it.
+    """
+    MPI: Any = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def master_endpoint(launch: Launch, env: Mapping[str, str], mpi: Any) -> tuple[str, int]:

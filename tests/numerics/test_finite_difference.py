@@ -391,7 +391,7 @@ def test_a_flip_adds_a_jump_that_freezing_avoids(name: str) -> None:
         operator = FiniteDifferenceHessian(gradient, "central", 1e-3)
         points = []
         for t in np.linspace(0, 6, 25):
-            model.write_parameters(operator.theta0, v.data, float(t))
+            model.move_parameters(operator.theta0, v.data, float(t))
             points.append(gradient()[1].data.clone())
         second = [float((a - 2 * b + c).norm()) for a, b, c in zip(points, points[1:], points[2:], strict=False)]
         differences[routing] = max(second)
