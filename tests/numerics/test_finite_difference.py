@@ -396,3 +396,30 @@ def test_a_flip_adds_a_jump_that_freezing_avoids(name: str) -> None:
         second = [float((a - 2 * b + c).norm()) for a, b, c in zip(points, points[1:], points[2:], strict=False)]
         differences[routing] = max(second)
     assert differences["free"] > 3 * differences["frozen"]
+
+
+class _Quadratic(nn.Module):
+    """Curvature 2 on a few parameters near 0, none on the many others, which are stored near 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sharp = nn.Parameter(torch.full((4,), 1e-3))
+        self.flat = nn.Parameter(torch.linspace(1.0, 1.9, 40_000))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.sharp - x).square().sum() + self.flat.sum()
+
+
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+def test_a_step_that_storing_would_lose_elsewhere_does_not_inflate_the_product(scheme: Scheme) -> None:
+    """Half of |v|^2 lies on entries whose step is below their spacing: dividing by what is left would double H v."""
+    model = whole_model(_Quadratic())
+    gradient = Gradient(model, CallableObjective([torch.zeros(4)], lambda m, x: m(x), model.module))
+    v = model.space.zeros()
+    v.data[:40_000] = math.sqrt(0.5 / 40_000)  # "flat" comes first
+    v.data[40_000:] = math.sqrt(0.5 / 4)
+    eps = 1e-5  # 3.5e-8 on an entry of "flat", where the spacing is 1.2e-7
+    operator = FiniteDifferenceHessian(gradient, scheme, eps)
+    product = operator.matvec(v)
+    assert float(product.data[40_000:].mean()) == pytest.approx(2 * math.sqrt(0.5 / 4), rel=0.02)
+    assert operator.records[-1].realised == pytest.approx(1, abs=0.02)
