@@ -133,14 +133,18 @@ def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **chang
 
 
 def main() -> None:
-    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full]: as ``run``, over MPI where there is MPI."""
+    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full] [pairs]: as ``run``, over MPI if there is MPI.
+
+    A run that begins has two probes in lock-step, of three, with ``pairs``.
+    """
     world = World.join(device="cpu", timeout_s=60)
     run_dir, driver, stop = Path(sys.argv[1]), sys.argv[2], (int(sys.argv[3]), int(sys.argv[4]))
     code = 0
     try:
-        if sys.argv[5:] == ["full"]:
+        if "full" in sys.argv[5:]:
             fill_up(world, run_dir)
-        state = run(world, str(run_dir), stop, driver=driver)
+        groups = {"probes": 3, "width": 2} if "pairs" in sys.argv[5:] else {}
+        state = run(world, str(run_dir), stop, driver=driver, **groups)
         if world.rank == 0:
             print(json.dumps(state))
     except HpcHessError as error:

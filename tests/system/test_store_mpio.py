@@ -54,9 +54,9 @@ def verified(run_dir: Path, driver: str) -> None:
     with read_store(run_dir) as view:
         assert view.schema.driver == driver
         assert view.verify() == []
-        probe = view.state.probe
-        for row in view.state.rows:
-            assert (view.probes[probe].basis[row] == whole_row(view.schema.num_params, probe, row)).all()
+        for k, probe in enumerate(view.probes):
+            for row in probe.rows:
+                assert (probe.basis[row] == whole_row(view.schema.num_params, k, row)).all()
 
 
 def test_one_file_and_rank_files_take_turns(tmp_path):
@@ -87,6 +87,22 @@ def test_a_store_begun_as_rank_files_goes_on_over_mpi(tmp_path):
     verified(run, "mpio")
     with read_store(run) as view:
         assert [len(p.rows) for p in view.probes] == [6, 6]
+
+
+def test_a_group_goes_on_with_either_driver(tmp_path):
+    run = tmp_path / "run"
+    assert state_of(mpirun(2, run, "mpio", 0, 5, "pairs")) == [0, 5, False]  # probe 1 has ended
+    verified(run, "mpio")
+    assert state_of(mpirun(3, run, "files", 2, 1)) == [2, 1, False]
+    verified(run, "files")
+    assert state_of(mpirun(2, run, "mpio", 2, 4)) == [2, 4, False]
+    verified(run, "mpio")
+    store = reopen(run, World.alone(), probes=5)
+    check_state(store)
+    advance(store, (3, 3))
+    store.close()
+    assert state_of(mpirun(2, run, "mpio", 9, 9)) == [3, 6, True]
+    verified(run, "mpio")
 
 
 def holder(run_dir: Path) -> str:
