@@ -66,7 +66,7 @@ def run(config: Config, world: World) -> int:
         found = _look(out, world, attributes) if existing else None
         exact: StreamedOperator | None = None
         if config.operator.method == "exact" and not (found and found.state.complete(config.lanczos.probes)):
-            progress.phase("preparing the product")
+            progress.phase("exact product")
             exact = exact_operator(config, problem, config.operator.kind)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
         going_on = found.state.width if found and not found.state.finished else 1
