@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,9 +14,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hpc_hess import placement
+from hpc_hess import loop, placement
 from hpc_hess.config import Config, load_config
 from hpc_hess.errors import ConfigError
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.report import page
 from hpc_hess.run import run
@@ -23,7 +27,7 @@ from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks
 
 ROOT = Path(__file__).parents[2]
-NORMS = 'parameters.include=["*.0.input_layernorm.weight"]'
+RANKS = pytest.mark.parametrize("ranks", [1, 2])
 
 
 def toy(out: Path, *overrides: str) -> Config:
@@ -37,31 +41,43 @@ def toy(out: Path, *overrides: str) -> Config:
     return load_config(ROOT / "launch/configs/toy.toml", [*values, *overrides])
 
 
-def go(world: World, config: Config, stop_after: int | None = None, report: bool = False) -> int:
-    """Run; with ``stop_after``, every rank asks for an end after so many steps. Figures take longer than the rest."""
-    asked = itertools.count()
+def go(world: World, config: Config, stop_after: int | None = None, report: bool = False, breaks: bool = False) -> int:
+    """Run; with ``stop_after``, every rank asks for an end after so many steps. Figures take longer than the rest.
+
+    With ``breaks``, the Krylov space of the second probe is exhausted after two steps.
+    """
+    asked, begun = itertools.count(), itertools.count()
 
     def agreed(self: Stopper, next_step_s: float) -> str:
         return "the test asks" if stop_after is not None and next(asked) >= stop_after else ""
 
+    class Fragile(Lanczos):
+        def __post_init__(self) -> None:
+            self.number = next(begun)
+
+        def advance(self, w: Vector) -> None:
+            super().advance(w)
+            self.broke_down = breaks and self.number == 1 and self.step_count == 2
+
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(Stopper, "agreed", agreed))
+        patches.enter_context(mock.patch.object(loop, "Lanczos", Fragile))
         if not report:
             patches.enter_context(mock.patch.object(page, "write_report", return_value=None))
         return run(config, world)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def ranks(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def pairs(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in groups of two probes and one, with its report."""
-    out = tmp_path_factory.mktemp("pairs") / "run"
-    assert run_ranks(go, ranks, toy(out, "lanczos.lock_step=2"), None, True) == [0] * ranks
-    return out
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A run on so many ranks in groups of two probes and one, with its report."""
+
+    @functools.cache
+    def directory(ranks: int) -> Path:
+        out = tmp_path_factory.mktemp("pairs") / "run"
+        assert run_ranks(go, ranks, toy(out, "lanczos.lock_step=2"), None, True) == [0] * ranks
+        return out
+
+    return directory
 
 
 def coefficients(out: Path) -> list[tuple[list[float], list[float]]]:
@@ -81,30 +97,33 @@ def assert_close(found: Path, expected: Path) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * scale)
 
 
-def test_lock_step_gives_the_numbers_of_one_by_one(ranks: int, pairs: Path, tmp_path: Path) -> None:
+@RANKS
+def test_lock_step_gives_the_numbers_of_one_by_one(ranks: int, pairs: Callable[[int], Path], tmp_path: Path) -> None:
     assert run_ranks(go, ranks, toy(tmp_path, "lanczos.lock_step=1")) == [0] * ranks
-    assert_close(pairs, tmp_path)
-    steps = events(pairs, "step")
+    out = pairs(ranks)
+    assert_close(out, tmp_path)
+    steps = events(out, "step")
     # one line for each probe and step: probes 1 and 2 in turn, then probe 3
     order = [(probe, step, 2) for step in range(1, 6) for probe in (0, 1)] + [(2, step, 1) for step in range(1, 6)]
     assert [(e["probe"], e["step"], e["lock_step"]) for e in steps] == order
-    assert [e["probe"] for e in events(pairs, "start")] == [0, 1, 2]
-    timing = json.loads((pairs / "result.json").read_text())["timing"]
+    assert [e["probe"] for e in events(out, "start")] == [0, 1, 2]
+    timing = json.loads((out / "result.json").read_text())["timing"]
     assert (timing["products"], timing["lock_step"]) == (15, 2)
     for key in ("hvp_s", "lanczos_s", "checkpoint_s"):  # the mean of what the events say
         assert timing[key] == pytest.approx(sum(e[key] for e in steps) / 15)
-    assert (pairs / "report.html").exists()
-    with read_store(pairs) as store:
+    assert (out / "report.html").exists()
+    with read_store(out) as store:
         assert (store.schema.width, store.state.group, store.state.complete(3)) == (2, range(2, 3), True)
         assert store.verify() == []
 
 
-def test_a_group_that_was_stopped_goes_on_bitwise(ranks: int, pairs: Path, tmp_path: Path) -> None:
+@RANKS
+def test_a_group_that_was_stopped_goes_on_bitwise(ranks: int, pairs: Callable[[int], Path], tmp_path: Path) -> None:
     """Stopped before the first step, in the middle, and in the next group; each time the config has another width."""
     for width, stop_after, end in ((2, 0, 75), (1, 3, 75), (3, 3, 75), (1, None, 0)):
         config = toy(tmp_path, f"lanczos.lock_step={width}")
         assert run_ranks(go, ranks, config, stop_after) == [end] * ranks
-    assert coefficients(tmp_path) == coefficients(pairs)
+    assert coefficients(tmp_path) == coefficients(pairs(ranks))
     resumes = [(e["probe"], e["step"], e["lock_step"]) for e in events(tmp_path, "resume")]
     assert resumes == [(0, 0, 2), (0, 3, 2), (2, 1, 1)]
 
@@ -118,36 +137,33 @@ def test_a_group_with_a_ring_of_vectors_goes_on_bitwise(tmp_path: Path) -> None:
     assert coefficients(broken) == coefficients(whole)
 
 
-def test_a_group_goes_on_on_another_number_of_ranks(ranks: int, pairs: Path, tmp_path: Path) -> None:
-    for here, stop_after, end in ((3 - ranks, 2, 75), (ranks, 2, 75), (3 - ranks, None, 0)):
-        assert run_ranks(go, here, toy(tmp_path, "lanczos.lock_step=2"), stop_after) == [end] * here
-    assert_close(tmp_path, pairs)
-    assert len(list(tmp_path.glob("krylov.ranks/*/*.h5"))) == 3 - ranks
+def test_a_group_goes_on_on_another_number_of_ranks(pairs: Callable[[int], Path], tmp_path: Path) -> None:
+    for ranks, stop_after, end in ((2, 2, 75), (1, 2, 75), (2, None, 0)):
+        assert run_ranks(go, ranks, toy(tmp_path, "lanczos.lock_step=2"), stop_after) == [end] * ranks
+    assert_close(tmp_path, pairs(1))
+    assert len(list(tmp_path.glob("krylov.ranks/*/*.h5"))) == 2
 
 
-def test_more_probes_go_on_in_wider_groups(tmp_path: Path) -> None:
-    out, fresh = tmp_path / "run", tmp_path / "fresh"
-    assert run_ranks(go, 1, toy(out, "lanczos.probes=1")) == [0]
-    assert run_ranks(go, 1, toy(out, "lanczos.probes=4")) == [0]
-    assert run_ranks(go, 1, toy(fresh, "lanczos.probes=4", "lanczos.lock_step=1")) == [0]
-    assert_close(out, fresh)
-    assert [e["lock_step"] for e in events(out, "step")] == [1] * 5 + [3] * 15
+def test_more_probes_go_on_in_a_group(pairs: Callable[[int], Path], tmp_path: Path) -> None:
+    assert run_ranks(go, 1, toy(tmp_path, "lanczos.probes=1")) == [0]
+    assert run_ranks(go, 1, toy(tmp_path)) == [0]
+    assert_close(tmp_path, pairs(1))
+    assert [e["lock_step"] for e in events(tmp_path, "step")] == [1] * 5 + [2] * 10
 
 
-def test_probes_that_break_down(tmp_path: Path) -> None:
-    """The Krylov space of a few parameters is exhausted before the steps are."""
-    together, alone = tmp_path / "together", tmp_path / "alone"
-    small = (NORMS, "lanczos.steps=60", "store.keep_basis=true")
-    assert run_ranks(go, 1, toy(together, *small)) == [0]
-    assert run_ranks(go, 1, toy(alone, *small, "lanczos.lock_step=1")) == [0]
-    for (alpha, _), (other, _) in zip(coefficients(together), coefficients(alone), strict=True):
-        assert len(alpha) == len(other) < 60
-    one, other = (json.loads((p / "result.json").read_text()) for p in (together, alone))
-    assert one["lambda_max"] == pytest.approx(other["lambda_max"], rel=1e-10)
-    with read_store(together) as store:
-        assert store.state.complete(3)
+def test_a_probe_that_breaks_down_stays_while_the_others_go_on(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run_ranks(go, 1, toy(whole, "store.keep_basis=true"), None, True, True) == [0]
+    for stop_after, end in ((2, 75), (1, 75), (None, 0)):
+        assert run_ranks(go, 1, toy(broken), stop_after, False, True) == [end]
+    found = coefficients(broken)
+    assert found == coefficients(whole)
+    assert [len(alpha) for alpha, _ in found] == [5, 2, 5]
+    assert [e["lock_step"] for e in events(broken, "step")] == [3] * 6 + [2] * 6
+    assert json.loads((broken / "result.json").read_text())["timing"]["products"] == 12
+    with read_store(whole) as store:
         assert store.verify() == []
-        assert all(len(p.rows) == len(p.alpha) for p in store.probes)
+        assert [len(probe.rows) for probe in store.probes] == [5, 2, 5]
 
 
 def test_auto_takes_what_operator_and_memory_allow(tmp_path: Path) -> None:
