@@ -52,7 +52,8 @@ def go(world: World, config: Config, stop_after: int | None = None, report: bool
         return "the test asks" if stop_after is not None and next(asked) >= stop_after else ""
 
     class Fragile(Lanczos):
-        def __post_init__(self) -> None:
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             self.number = next(begun)
 
         def advance(self, w: Vector) -> None:
