@@ -130,12 +130,13 @@ def test_killed_at_random_instants(tmp_path):
     run = tmp_path / "run"
     broken_off = 0
     for kill in range(KILLS):
-        if kill % 3 == 2:
-            shutil.rmtree(run)
+        if kill % 3 == 2 or committed_toy(run) == (2, 6):  # ranks that outlive their mpirun may have finished
+            shutil.rmtree(run, ignore_errors=True)
         before, last = committed_toy(run), holder(run)
         process = subprocess.Popen(
-            command(2, run, "mpio", 9, 9), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            command(2, run, "mpio", 9, 9, "pairs"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
         deadline = time.monotonic() + 60
         while holder(run) in ("", last):
             assert process.poll() is None
@@ -148,9 +149,9 @@ def test_killed_at_random_instants(tmp_path):
         process.communicate(timeout=60)
         wait_until_unlocked(run)
         assert committed_toy(run) >= before
-        broken_off += committed_toy(run) < (1, 6)
+        broken_off += committed_toy(run) < (2, 6)
     assert broken_off >= KILLS // 4, "the kills came too late to mean anything"
-    assert state_of(mpirun(2, run, "mpio", 9, 9)) == [1, 6, True]
+    assert state_of(mpirun(2, run, "mpio", 9, 9, "pairs")) == [2, 6, True]
     verified(run, "mpio")
 
 
