@@ -84,6 +84,7 @@ def main() -> None:
 def _store() -> Any:
     """A store whose rows are 480 GB, on a file system with sparse files: only what is written takes space."""
     from hpc_hess.storage import build
+    from hpc_hess.storage.journal import Member
     from hpc_hess.storage.store import Store
 
     # the reservation is the one thing a machine without 1 TB cannot do
@@ -108,7 +109,7 @@ def _store() -> Any:
                              dtype=np.float32, attributes={"config": "{}"})  # fmt: skip
         values = np.arange(1, 6, dtype=np.float32)
         store.write_row(0, 0, values)
-        store.commit(0, 0, np.zeros(0), np.zeros(0))
+        store.commit(0, [Member(np.zeros(0), np.zeros(0))])
         store.close()
         store = Store.open(Path(folder), **options)
         good = bool(np.array_equal(store.read_row(0, 0), values))

@@ -80,6 +80,7 @@ class LanczosSection(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     reorthogonalise: Literal["full", "none"] | int = "full"
+    lock_step: Literal["auto"] | int = "auto"
     basis_memory: Literal["auto", "device", "host"] = "auto"
 
 
@@ -124,11 +125,12 @@ class Config(_Section):
         return dump
 
 
-# Keys a resumed run may change: they move work around without changing the function or the vectors.
+# Keys a resumed run may change: they move work around without changing the function or the vectors (a group of probes
+# that is going on keeps its width, for the rounding).
 _NOT_IDENTITY = [
     ("model", "activation_checkpointing"), ("data", "micro_batch"), ("parallel", "device"), ("parallel", "timeout_s"),
     ("parallel", "replicate"), ("operator", "check"), ("operator", "keep_state"), ("operator", "boundaries"),
-    ("lanczos", "basis_memory"), ("lanczos", "probes"),
+    ("lanczos", "basis_memory"), ("lanczos", "probes"), ("lanczos", "lock_step"),
 ]  # fmt: skip
 
 
@@ -215,6 +217,14 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
     if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:
         raise ConfigError('lanczos.reorthogonalise should be "full", "none" or a window of at least 1')
+    if isinstance(lanczos.lock_step, int):
+        if lanczos.lock_step < 1:
+            raise ConfigError('lanczos.lock_step should be "auto" or at least 1')
+        if lanczos.lock_step > 1 and operator.method == "finite_difference":
+            raise ConfigError(
+                f"lanczos.lock_step = {lanczos.lock_step} saves nothing with finite differences, which share no work "
+                'between probes: set operator.method = "exact", or lanczos.lock_step = 1'
+            )
     if (model.master_dtype == "float64") != (model.compute_dtype == "float64"):
         raise ConfigError('float64 needs both model.master_dtype = "float64" and model.compute_dtype = "float64"')
     if config.run.time_limit:

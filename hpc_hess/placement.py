@@ -45,46 +45,69 @@ def used_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def place_basis(world: World, space: VectorSpace, lanczos: LanczosSection) -> torch.device:
-    """Choose device or host memory for the basis. Collective: yes.
+def place_basis(
+    world: World, space: VectorSpace, lanczos: LanczosSection, wanted: int = 1, at_least: int = 1
+) -> tuple[int, torch.device]:
+    """Choose for how many probes at a time there is room for a basis, and device or host memory. Collective: yes.
+
+    Parameters
+    ----------
+    wanted : probes in lock-step; if lanczos.lock_step is "auto" fewer will do, on the device rather than on the host.
+    at_least : as many as a group that is going on has.
 
     Raises
     ------
-    ConfigError : it fits nowhere; names the window, the steps and the number of ranks that would.
+    ConfigError : it fits nowhere; names the window, the steps, the lock-step and the number of ranks that would.
 
     """
+    most_wanted = max(wanted, at_least)
+    widths = range(most_wanted, (at_least if lanczos.lock_step == "auto" else most_wanted) - 1, -1)
     rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
     largest = int(world.max_over_ranks(space.size_local, "largest shard"))
     row_bytes = largest * torch.empty(0, dtype=space.dtype).element_size()
-    host = host_bytes_free() // world.launch.local_size
-    device = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else host
-    free = {"device": device - _WORK_VECTORS * row_bytes, "host": host}
-    if space.device.type == "cpu":
-        free["host"] = free["device"]
-    budget = {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
+    budget = _budget(world, space)
     places: list[Literal["device", "host"]] = (
         ["device", "host"] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
     )
     for place in places:
-        if rows * row_bytes <= budget[place]:
-            return space.device if place == "device" else torch.device("cpu")
-    most = max(budget[place] for place in places)
+        for width in widths:
+            if width * rows * row_bytes <= budget[place] - _work_bytes(width, row_bytes, space, place):
+                return width, space.device if place == "device" else torch.device("cpu")
+    width = widths[-1]
+    most = max(budget[place] - _work_bytes(width, row_bytes, space, place) for place in places)
+    what = f"{rows} rows" if width == 1 else f"{width} probes x {rows} rows"
+    options = _remedy(lanczos, width, rows, row_bytes, most, world.shard_size)
+    if width > at_least and (fewer := max(0, most) // (rows * row_bytes)) >= at_least:
+        options.insert(0, f"lanczos.lock_step = {fewer}")
     raise ConfigError(
-        f"the Krylov basis needs {rows} rows x {_gb(row_bytes)} = {_gb(rows * row_bytes)} on each rank, but only "
-        f"{_gb(most)} are free; {_remedy(lanczos, rows, row_bytes, most, world.shard_size)}"
+        f"the Krylov basis needs {what} x {_gb(row_bytes)} = {_gb(width * rows * row_bytes)} on each rank, but only "
+        f"{_gb(most)} are free; {' or '.join(options)} would fit"
     )
 
 
-def _remedy(lanczos: LanczosSection, rows: int, row_bytes: int, free: int, ranks: int) -> str:
-    fitting = max(0, free // row_bytes)
-    needed = ranks * -(-rows * row_bytes // free) if free > 0 else 0
+def _budget(world: World, space: VectorSpace) -> dict[str, int]:
+    """Return the bytes free for each rank on the device and on the host, the least over all ranks. Collective: yes."""
+    host = host_bytes_free() // world.launch.local_size
+    device = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else host
+    free = {"device": device, "host": host}
+    return {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
+
+
+def _work_bytes(width: int, row_bytes: int, space: VectorSpace, place: str) -> int:
+    """Return the bytes of vectors beside the basis; they lie on the device, and each further probe has its product."""
+    return (_WORK_VECTORS + width - 1) * row_bytes if place == "device" or space.device.type == "cpu" else 0
+
+
+def _remedy(lanczos: LanczosSection, width: int, rows: int, row_bytes: int, free: int, ranks: int) -> list[str]:
+    fitting = max(0, free // (width * row_bytes))
+    needed = ranks * -(-width * rows * row_bytes // free) if free > 0 else 0
     options = []
     if fitting >= 3:
         if lanczos.reorthogonalise == "full":
             options.append(f"lanczos.steps = {fitting}")
         options.append(f"lanczos.reorthogonalise = {fitting - 1}" if fitting > 3 else 'lanczos.reorthogonalise = "none"')
     options.append(f"about {needed} ranks" if needed else "more nodes")
-    return " or ".join(options) + " would fit"
+    return options
 
 
 def _gb(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from hpc_hess.config import Config
@@ -11,6 +12,7 @@ from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residu
 from hpc_hess.curvature.perplexity import PerplexityHessian
 from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.curvature.streaming import Settings
+from hpc_hess.linalg.operator import products
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.problem import Problem, dtype_of
 
@@ -25,8 +27,12 @@ class CurvatureOperator(Protocol):
         """Return the product as a new Vector. Collective: yes."""
         ...
 
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several vectors, sharing what work they can. Collective: yes."""
+        ...
+
     def last_record(self) -> ProductRecord:
-        """What the last product did."""
+        """What each of the last products did."""
         ...
 
     def to_state(self) -> dict[str, Any]:
@@ -48,6 +54,9 @@ class _Differences:
     def matvec(self, v: Vector) -> Vector:
         return self._operator.matvec(v)
 
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return products(self._operator, vectors)
+
     def last_record(self) -> ProductRecord:
         return self._operator.records[-1]
 
@@ -66,6 +75,9 @@ class _Exact:
 
     def matvec(self, v: Vector) -> Vector:
         return self._operator.matvec(v)
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return self._operator.matmat(vectors)
 
     def last_record(self) -> ProductRecord:
         return ProductRecord()
@@ -88,6 +100,9 @@ class _Perplexity:
     def matvec(self, v: Vector) -> Vector:
         return self._operator.matvec(v)
 
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return self._operator.matmat(vectors)
+
 
 _STREAMED: dict[str, type[StreamedOperator]] = {
     "hessian": ExactHessian, "perplexity": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual,
@@ -105,12 +120,17 @@ def exact_operator(config: Config, problem: Problem, kind: str = "hessian") -> S
     )  # fmt: skip
 
 
-def build_operator(config: Config, problem: Problem, loss: float, gradient: Vector) -> CurvatureOperator:
-    """Build the operator of [operator] at theta_0, where loss and gradient are known. Collective: yes."""
+def build_operator(
+    config: Config, problem: Problem, loss: float, gradient: Vector, exact: StreamedOperator | None
+) -> CurvatureOperator:
+    """Build the operator of [operator] at theta_0, where loss and gradient are known. Collective: yes.
+
+    ``exact`` is its :func:`exact_operator` with method "exact", None with finite differences.
+    """
     section = config.operator
     inner: CurvatureOperator
-    if section.method == "exact":
-        inner = _Exact(exact_operator(config, problem, section.kind))
+    if exact is not None:
+        inner = _Exact(exact)
     else:
         differences = FiniteDifferenceHessian(problem.gradient, section.scheme, section.step, (loss, gradient))
         inner = _Differences(differences)

@@ -50,7 +50,7 @@ class Tally:
     peak_bytes: int = 0
     baseline_bytes: int = 0  # resident before anything is loaded
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
-    steps: dict[str, int] = field(default_factory=dict)  # completed steps of each finished probe
+    lock_step: int = 1  # the most probes that shared a product
 
     @classmethod
     def from_json(cls, text: bytes) -> Tally:
@@ -61,18 +61,19 @@ class Tally:
         """Return the tally as bytes for the store."""
         return json.dumps(asdict(self)).encode()
 
-    def note_product(self, record: ProductRecord) -> None:
-        """Count one product."""
-        self.products += 1
+    def note_products(self, record: ProductRecord, count: int) -> None:
+        """Count the ``count`` products of one step; ``record`` is what each of them did."""
+        self.products += count
+        self.lock_step = max(self.lock_step, count)
         if record.step is not None:
             self.step_min, self.step_max = min(self.step_min, record.step), max(self.step_max, record.step)
         self.realised_error = max(self.realised_error, abs(record.realised - 1))
         self.predicted_error = max(self.predicted_error, record.predicted_error or 0.0)
-        self.calibration_gradients += record.calibration
-        self.flips += record.flips
+        self.calibration_gradients += record.calibration * count
+        self.flips += record.flips * count
 
     def note_times(self, hvp_s: float, lanczos_s: float, checkpoint_s: float) -> None:
-        """Add one step's seconds (largest over the ranks)."""
+        """Add one step's seconds (largest over the ranks), all probes that made it together."""
         self.hvp_s += hvp_s
         self.lanczos_s += lanczos_s
         self.checkpoint_s += checkpoint_s
@@ -129,7 +130,8 @@ def make_result(
         },
         "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
                    "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,
-                   "products": tally.products, "calibration_gradients": tally.calibration_gradients},
+                   "products": tally.products, "lock_step": tally.lock_step,
+                   "calibration_gradients": tally.calibration_gradients},
         "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
         "versions": _versions(),

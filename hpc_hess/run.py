@@ -1,38 +1,43 @@
-"""One SPMD run: wires the parts; owns the loop over probes and steps, the cadence of commits, and the early stop."""
+"""One SPMD run: wires the parts; opens the store or creates it; ends with the result, or early."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import statistics
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from hpc_hess.check import check_ritz, relative_difference
 from hpc_hess.config import Config
 from hpc_hess.curvature.exact import StreamedOperator
-from hpc_hess.errors import ModelError, StoreError
-from hpc_hess.linalg import probes
-from hpc_hess.linalg.lanczos import Lanczos, basis_rows
-from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.parallel.vector import Basis, VectorSpace
+from hpc_hess.errors import StoreError
+from hpc_hess.linalg.lanczos import basis_rows
+from hpc_hess.loop import Loop
+from hpc_hess.parallel.vector import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import peak_bytes, place_basis, used_bytes
-from hpc_hess.problem import Problem, check_repeatable, load_problem
-from hpc_hess.products import CurvatureOperator, build_operator, exact_operator
-from hpc_hess.report.progress import Progress, make_progress
+from hpc_hess.placement import place_basis, used_bytes
+from hpc_hess.problem import Problem, load_problem
+from hpc_hess.products import exact_operator
+from hpc_hess.report.progress import make_progress
 from hpc_hess.report.screen import print_summary
-from hpc_hess.result import RESULT_NAME, Tally, make_result, to_json, write_aside
+from hpc_hess.report.words import probes_text
+from hpc_hess.result import RESULT_NAME, make_result, to_json, write_aside
 from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.commit import Committed, newest
 from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.lock import RunLock
-from hpc_hess.storage.schema import FILE, read_header
+from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
+
+_MOST = 4  # probes in lock-step where lanczos.lock_step = "auto": each holds a basis and the tangents of its product
+
+
+class _Existing(NamedTuple):
+    """What the run directory holds already."""
+
+    attributes: dict[str, Any]
+    schema: Schema
+    state: Committed
 
 
 def run(config: Config, world: World) -> int:
@@ -57,19 +62,29 @@ def run(config: Config, world: World) -> int:
         lock = RunLock.acquire(out, world)
         held.callback(lock.release)
         problem = load_problem(config, world, progress)
-        basis_device = place_basis(world, problem.model.space, config.lanczos)
-        store = held.enter_context(_open_store(config, world, problem, out, existing, lock))
+        attributes = _identity(config, problem)
+        found = _look(out, world, attributes) if existing else None
+        exact: StreamedOperator | None = None
+        if config.operator.method == "exact" and not (found and found.state.complete(config.lanczos.probes)):
+            progress.phase("exact product")
+            exact = exact_operator(config, problem, config.operator.kind)
+        wanted = _lock_step(config, found, exact is not None and exact.lock_step)
+        going_on = found.state.width if found and not found.state.finished else 1
+        width, device = place_basis(world, problem.model.space, config.lanczos, wanted, going_on)
+        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, width, lock))
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())
         rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
-        basis = Basis(problem.model.space, rows, basis_device)
-        events = EventLog(out if world.rank == 0 else None)
-        loop = _Loop(config, world, problem, store, events, progress, stopper, basis)
+        loop = Loop(
+            config, world, problem, store, events=EventLog(out if world.rank == 0 else None), progress=progress,
+            stopper=stopper, exact=exact, bases=[Basis(problem.model.space, rows, device) for _ in range(width)],
+            width=min(wanted, width),
+        )  # fmt: skip
         loop.tally.baseline_bytes = baseline_bytes
         reason = loop.run()
         if reason:
             state = store.state
-            progress.note(f"stopped early after committing step {state.step} of probe {state.probe + 1}: {reason}; "
+            progress.note(f"stopped early after committing step {state.step} of {probes_text(state.group)}: {reason}; "
                           "run the same command to go on")  # fmt: skip
         else:
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
@@ -105,26 +120,44 @@ def _identity(config: Config, problem: Problem) -> dict[str, Any]:
     }
 
 
-def _open_store(
-    config: Config, world: World, problem: Problem, out: Path, existing: bool, lock: RunLock
-) -> Store:
-    lanczos, attributes = config.lanczos, _identity(config, problem)
-    place: dict[str, Any] = {"layout": problem.model.layout, "shard": problem.model.shard, "world": world,
-                             "driver": config.store.driver, "lock": lock}  # fmt: skip
-    if not existing:
-        return Store.create(
-            out, **place, probes=lanczos.probes, steps=lanczos.steps,
-            rows=basis_rows(lanczos.reorthogonalise, lanczos.steps), keep_basis=config.store.keep_basis,
-            dtype=problem.model.space.dtype, attributes=attributes,
-        )  # fmt: skip
-    # compared before anything is rebuilt for this job's ranks
-    found: dict[str, Any] = {}
+def _look(out: Path, world: World, attributes: dict[str, Any]) -> _Existing:
+    """Read what the run directory holds and compare it with this run, before anything is rebuilt. Collective: yes."""
+    found: Any = None
     with attempt(world, out / FILE, "open the store"):
         if world.rank == 0:
-            found = read_header(out / FILE).attributes
+            header = read_header(out / FILE)
+            state = newest(header.schema.slots, header.ledger, out / FILE)
+            found = _Existing(header.attributes, header.schema, state)
     found = world.broadcast(found, "read the store's settings")
-    _compare(out, found, attributes)
-    return Store.open(out, **place, probes=lanczos.probes)
+    _compare(out, found.attributes, attributes)
+    return found
+
+
+def _lock_step(config: Config, found: _Existing | None, possible: bool) -> int:
+    """Return how many probes should advance together; ``possible``: their products can share work. Collective: no."""
+    lanczos = config.lanczos
+    if lanczos.lock_step != "auto":
+        return min(lanczos.lock_step, lanczos.probes)
+    most = _MOST if possible else 1
+    if found and lanczos.probes <= found.schema.probes:
+        most = min(most, found.schema.width)  # "auto" does not make a store be rebuilt
+    return min(most, lanczos.probes)
+
+
+def _open_store(
+    config: Config, world: World, problem: Problem, out: Path, found: _Existing | None, attributes: dict[str, Any],
+    width: int, lock: RunLock,
+) -> Store:  # fmt: skip
+    lanczos = config.lanczos
+    place: dict[str, Any] = {"layout": problem.model.layout, "shard": problem.model.shard, "world": world,
+                             "driver": config.store.driver, "lock": lock}  # fmt: skip
+    if found:
+        return Store.open(out, **place, probes=lanczos.probes, width=width)
+    return Store.create(
+        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=width,
+        rows=basis_rows(lanczos.reorthogonalise, lanczos.steps), keep_basis=config.store.keep_basis,
+        dtype=problem.model.space.dtype, attributes=attributes,
+    )  # fmt: skip
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -138,160 +171,3 @@ def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):
         if found[key] != wanted[key]:
             raise StoreError(f"{out} holds a run of another {key.split('_')[0]} ({key} differs): {remedy}")
-
-
-class _Loop:
-    """Probes and steps, each committed before the next begins."""
-
-    def __init__(
-        self, config: Config, world: World, problem: Problem, store: Store, events: EventLog, progress: Progress,
-        stopper: Stopper, basis: Basis,
-    ) -> None:  # fmt: skip
-        self.config, self.world, self.problem, self.store = config, world, problem, store
-        self.events, self.progress, self.stopper, self.basis = events, progress, stopper, basis
-        self.space: VectorSpace = problem.model.space
-        self.tally = Tally.from_json(store.state.extra)
-        self.operator: CurvatureOperator
-        self._exact_product: StreamedOperator | None = None
-        self._checking = config.operator.check and config.operator.method == "finite_difference"
-
-    def run(self) -> str:
-        """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
-        lanczos, state = self.config.lanczos, self.store.state
-        if state.finished and state.probe >= lanczos.probes - 1:
-            self.progress.note("this run is already finished: rewriting its report")
-            return ""
-        self.progress.resume_at(sum(state.lengths))
-        self.operator = self._operator()
-        first = state.probe + 1 if state.finished else max(state.probe, 0)
-        for probe in range(first, lanczos.probes):
-            self.progress.phase(f"probe {probe + 1}/{lanczos.probes}")
-            process = Lanczos(self.operator, self.basis, lanczos.steps, lanczos.reorthogonalise)
-            if probe == state.probe and not state.finished and state.step > 0:
-                self._restore(process, probe)
-            else:
-                self._start(process, probe)
-            while not process.finished:
-                reason = self.stopper.agreed(self.tally.slowest_step_s)
-                if reason:
-                    return reason
-                self._step(process, probe)
-        return ""
-
-    def _operator(self) -> CurvatureOperator:
-        """Build the operator at theta_0: base gradient, repeatability. Collective: yes."""
-        self.progress.phase("gradient at theta_0")
-        began = time.perf_counter()
-        loss, gradient = self.problem.gradient.at_theta0()
-        norm = gradient.norm()
-        seconds = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
-        self.progress.note(f"loss {loss:.6f}, |gradient| {norm:.4g}, one gradient {seconds:.1f} s")
-        self.events.write("gradient", seconds=seconds, loss=loss, norm=norm)
-        self.tally.loss, self.tally.gradient_norm = loss, norm
-        self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
-        self.progress.phase("preparing the product")
-        operator = build_operator(self.config, self.problem, loss, gradient)
-        if self.tally.operator_state:
-            operator.from_state(self.tally.operator_state)
-        for note in operator.notes:
-            self.progress.note(note)
-        return operator
-
-    def _start(self, process: Lanczos, probe: int) -> None:
-        lanczos = self.config.lanczos
-        vector = self.space.zeros()
-        probes.fill(vector.data, *self.space.shard.global_intervals, seed=lanczos.seed, probe=probe,
-                    distribution=lanczos.distribution)  # fmt: skip
-        process.start(vector)
-        self._write_row(probe, 0)
-        self._commit(process, probe)
-        self.events.write("start", probe=probe)
-
-    def _restore(self, process: Lanczos, probe: int) -> None:
-        step = self.store.state.step
-        alpha, beta = self.store.recurrence(probe)
-        process.alpha, process.beta = alpha[:step].tolist(), beta[:step].tolist()
-        for vector in process.rows_needed():
-            row = vector % self.basis.capacity
-            values = self.store.read_row(probe, row)
-            self.basis[vector] = self.space.wrap(_as_tensor(values, self.space))
-        self.events.write("resume", probe=probe, step=step, world_size=self.world.size)
-        self.progress.note(f"going on with probe {probe + 1} after step {step}")
-
-    def _step(self, process: Lanczos, probe: int) -> None:
-        began = time.perf_counter()
-        product = process.product()
-        hvp_s = time.perf_counter() - began
-        if probe == 0 and process.step_count == 0 and (exact := self._exact()) is not None:
-            self.tally.error_probe = relative_difference(product, exact.matvec(self.basis[0]))
-        began = time.perf_counter()
-        process.advance(product)
-        lanczos_s = time.perf_counter() - began
-        if process.finished and probe == self.config.lanczos.probes - 1:
-            self._check_ritz(process)
-        began = time.perf_counter()
-        if not process.finished:
-            self._write_row(probe, process.step_count)
-        record = self.operator.last_record()
-        self.tally.note_product(record)
-        self.tally.operator_state = self.operator.to_state()
-        self.tally.asymmetry = max(self.tally.asymmetry, process.asymmetry)
-        if process.finished:
-            self.tally.steps[str(probe)] = process.step_count
-        self._commit(process, probe)
-        spans = [hvp_s - record.calibration_s, lanczos_s, time.perf_counter() - began]
-        hvp_s, lanczos_s, checkpoint_s = (self.world.max_over_ranks(span, "step time") for span in spans)
-        self.tally.gradient_s = self.world.max_over_ranks(
-            statistics.median(self.problem.gradient.seconds), "gradient time"
-        )
-        self.tally.note_times(hvp_s, lanczos_s, checkpoint_s)
-        self.events.write(
-            "step", probe=probe, step=process.step_count, hvp_s=hvp_s, lanczos_s=lanczos_s, checkpoint_s=checkpoint_s,
-            alpha=process.alpha[-1], beta=process.beta[-1], eps=record.step, realised=record.realised,
-            predicted_error=record.predicted_error, calibration_gradients=record.calibration,
-            calibration_s=record.calibration_s, flips=record.flips,
-        )  # fmt: skip
-        values = ritz(process.alpha, process.beta).values
-        self.progress.step(probe=probe, step=process.step_count, hvp_s=hvp_s, ritz_min=values[0], ritz_max=values[-1])
-
-    def _exact(self) -> StreamedOperator | None:
-        """The exact product to check finite differences with, built on first use; None where there is none."""
-        if self._exact_product is None and self._checking:
-            try:
-                self._exact_product = exact_operator(self.config, self.problem)
-            except ModelError as error:
-                self.progress.note(f"products are not checked against the exact one: {error}")
-                self._checking = False
-        return self._exact_product
-
-    def _check_ritz(self, process: Lanczos) -> None:
-        """Measure the extreme Ritz pair with the exact product; needs the whole basis."""
-        if self.config.lanczos.reorthogonalise == "full" and (exact := self._exact()) is not None:
-            self.progress.phase("checking the extreme Ritz vector")
-            self.tally.ritz_check = asdict(check_ritz(exact, process))
-
-    def _write_row(self, probe: int, vector: int) -> None:
-        self.store.write_row(probe, vector % self.basis.capacity, self.basis[vector].data.cpu().numpy())
-
-    def _commit(self, process: Lanczos, probe: int) -> None:
-        self.tally.peak_bytes = int(
-            max(self.tally.peak_bytes, self.world.max_over_ranks(peak_bytes(self.world.device), "peak memory"))
-        )
-        self.store.commit(
-            probe, process.step_count, np.array(process.alpha), np.array(process.beta), finished=process.finished,
-            extra=self.tally.to_json(),
-            # a finished probe's rows stay readable until the next probe takes their place
-            rows_needed=None if process.finished else [v % self.basis.capacity for v in process.rows_needed()],
-        )  # fmt: skip
-
-    def recurrences(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return every finished probe's alpha and beta from the store (a breakdown ends a probe early)."""
-        steps = [self.tally.steps[str(probe)] for probe in range(self.config.lanczos.probes)]
-        stored = [self.store.recurrence(probe) for probe in range(self.config.lanczos.probes)]
-        return [(alpha[:count], beta[:count]) for (alpha, beta), count in zip(stored, steps, strict=True)]
-
-
-def _as_tensor(values: np.ndarray, space: VectorSpace) -> Any:
-    import torch
-
-    return torch.from_numpy(values).to(space.device)

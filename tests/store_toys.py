@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
+from hpc_hess.storage.journal import Member
+from hpc_hess.storage.schema import Schema
 from hpc_hess.storage.store import Store, store_exists
 
 # uneven rows, a scalar, an inner sharded dimension; rank 2 of 3 owns nothing of the first three
@@ -59,43 +61,61 @@ def reopen(run_dir: Path, world: World, shapes: dict[str, tuple[int, ...]] = SHA
     return Store.open(run_dir, layout=layout, shard=layout.shard(world.shard_rank), world=world, **changes)
 
 
+def last_step(schema: Schema, probe: int) -> int:
+    """Steps of a probe in all: where probes go together, probes 1, 4, 7 ... end two steps before the others."""
+    return schema.steps - 2 if schema.width > 1 and probe % 3 == 1 else schema.steps
+
+
 def check_state(store: Store) -> None:
     """Everything the newest commit promises is there, by value."""
     state, shard = store.state, store._shard
-    assert store.verify_rows(state.probe, state.rows) == []
-    for row in state.rows:
-        expected = local_row(shard, state.probe, row, store.schema.dtype)
-        np.testing.assert_array_equal(store.read_row(state.probe, row), expected)
-    for probe in range(state.probe + 1):
-        alpha, beta = coefficients(probe, store.schema.steps)
-        n = state.lengths[probe]
-        np.testing.assert_array_equal(store.recurrence(probe)[0][:n], alpha[:n])
-        np.testing.assert_array_equal(store.recurrence(probe)[1][:n], beta[:n])
+    for probe in state.group:
+        assert store.verify_rows(probe, state.rows_of(probe)) == []
+        for row in state.rows_of(probe):
+            expected = local_row(shard, probe, row, store.schema.dtype)
+            np.testing.assert_array_equal(store.read_row(probe, row), expected)
+    for probe in range(state.group.stop):
+        for found, expected in zip(store.recurrence(probe), coefficients(probe, state.lengths[probe]), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        last = last_step(store.schema, probe)
+        if probe in state.group:
+            assert (state.lengths[probe], state.over(probe)) == (min(last, state.step), state.step >= last)
+    assert not any(state.lengths[state.group.stop :])
     if state.sequence:
         assert json.loads(state.extra) == [state.probe, state.step]
 
 
-def advance(store: Store, stop: tuple[int, int] | None = None) -> None:
-    """Go on from the committed state to the end, or until (probe, step) is committed."""
+def commit(store: Store, group: range, step: int) -> None:
+    """Commit ``step`` steps of a group, fewer of the members that have ended."""
+    members = []
+    for probe in group:
+        n = last_step(store.schema, probe)
+        members.append(Member(*coefficients(probe, min(step, n)), ended=step >= n))
+    store.commit(group.start, members, json.dumps([group.start, step]).encode())
+
+
+def advance(store: Store, stop: tuple[int, int] | None = None, width: int | None = None) -> None:
+    """Go on from the committed state to the end, or until (first probe of a group, step) is committed.
+
+    Groups that begin are ``width`` wide, or as wide as the store allows.
+    """
     schema, shard = store.schema, store._shard
-    state = store.state
-    probe, step = state.probe, state.step
-    if state.finished:
-        probe, step = probe + 1, 0
-    fresh = state.finished or state.sequence == 0
-    for p in range(probe, schema.probes):
-        alpha, beta = coefficients(p, schema.steps)
-        if fresh:
-            store.write_row(p, 0, local_row(shard, p, 0, schema.dtype))
-            store.commit(p, 0, alpha, beta, extra=json.dumps([p, 0]).encode())
-        for k in range(step if p == probe else 0, schema.steps):
-            if (p, k) == stop:
-                return
-            if k + 1 < schema.rows:
-                store.write_row(p, k + 1, local_row(shard, p, k + 1, schema.dtype))
-            extra = json.dumps([p, k + 1]).encode()
-            store.commit(p, k + 1, alpha, beta, finished=k + 1 == schema.steps, extra=extra)
-        fresh = True
+    while not store.state.complete(schema.probes):
+        state = store.state
+        if state.finished:
+            first = state.group.stop
+            group = range(first, min(first + (width or schema.width), schema.probes))
+            for probe in group:
+                store.write_row(probe, 0, local_row(shard, probe, 0, schema.dtype))
+            commit(store, group, 0)
+            continue
+        if (state.probe, state.step) == stop:
+            return
+        step = state.step + 1
+        for probe in state.group:
+            if step < min(schema.rows, last_step(schema, probe)):
+                store.write_row(probe, step, local_row(shard, probe, step, schema.dtype))
+        commit(store, state.group, step)
 
 
 def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **changes: Any) -> tuple[int, int, bool]:
@@ -113,14 +133,18 @@ def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **chang
 
 
 def main() -> None:
-    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full]: as ``run``, over MPI where there is MPI."""
+    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full] [pairs]: as ``run``, over MPI if there is MPI.
+
+    A run that begins has two probes in lock-step, of three, with ``pairs``.
+    """
     world = World.join(device="cpu", timeout_s=60)
     run_dir, driver, stop = Path(sys.argv[1]), sys.argv[2], (int(sys.argv[3]), int(sys.argv[4]))
     code = 0
     try:
-        if sys.argv[5:] == ["full"]:
+        if "full" in sys.argv[5:]:
             fill_up(world, run_dir)
-        state = run(world, str(run_dir), stop, driver=driver)
+        groups = {"probes": 3, "width": 2} if "pairs" in sys.argv[5:] else {}
+        state = run(world, str(run_dir), stop, driver=driver, **groups)
         if world.rank == 0:
             print(json.dumps(state))
     except HpcHessError as error:

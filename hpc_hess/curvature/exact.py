@@ -81,6 +81,11 @@ class StreamedOperator:
             lock_step=agree(choice.lock_step and self._settings.lock_step, "the exact product's lock-step"),
         )  # fmt: skip
 
+    @property
+    def lock_step(self) -> bool:
+        """Whether several directions share a sweep: the same on every rank."""
+        return self._settings.lock_step
+
     def matvec(self, v: Vector) -> Vector:
         """Return the product with ``v`` as a new Vector. Collective: yes.
 

@@ -6,8 +6,9 @@ d2 exp(L) = exp(L) (d2 L + dL dL^T): a factor and a rank-one term.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
 
@@ -20,5 +21,9 @@ class PerplexityHessian:
 
     def matvec(self, v: Vector) -> Vector:
         """Return the product as a new Vector. Collective: yes."""
-        product = self._hessian.matvec(v)
-        return product.axpy_(self._gradient.dot(v), self._gradient).scale_(self._factor)
+        return self.matmat([v])[0]
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several vectors, which H multiplies together if it can. Collective: yes."""
+        pairs = zip(products(self._hessian, vectors), vectors, strict=True)
+        return [hv.axpy_(self._gradient.dot(v), self._gradient).scale_(self._factor) for hv, v in pairs]

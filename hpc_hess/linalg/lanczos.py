@@ -2,15 +2,18 @@
 
 Reorthogonalisation "full" is classical Gram-Schmidt with two passes against every earlier vector, a number r against
 the last r vectors, "none" the three-term recurrence of Paige (1972), which keeps two vectors.
+
+Processes of one operator can advance in lock-step: :func:`next_products` for all, then ``advance`` for each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hpc_hess.errors import NumericsError
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.parallel.vector import Basis, Vector
 
 Reorthogonalise = int | str  # "full", "none" or a window
@@ -84,9 +87,10 @@ class Lanczos:
         window = last + 1 if self.reorthogonalise == "full" else basis_rows(self.reorthogonalise, self.steps) - 1
         return list(range(max(0, last - max(window, 1) + 1), last + 1))
 
-    def product(self) -> Vector:
-        """Return A v_j for the next step. Collective: yes."""
-        return self.operator.matvec(self.basis[self.step_count])
+    def resume(self, alpha: Sequence[float], beta: Sequence[float], ended: bool) -> None:
+        """Take up a process after ``len(alpha)`` steps; the basis must hold :meth:`rows_needed` unless it has ended."""
+        self.alpha, self.beta = list(alpha), list(beta)
+        self.broke_down = ended and self.step_count < self.steps
 
     def advance(self, w: Vector) -> None:
         """Finish the step with w = A v_j (overwritten): alpha_j, beta_j, v_{j+1}. Collective: yes.
@@ -121,9 +125,14 @@ class Lanczos:
 
     def step(self) -> None:
         """One product and its orthogonalisation. Collective: yes."""
-        self.advance(self.product())
+        self.advance(next_products([self])[0])
 
     def _epsilon(self) -> float:
         import torch
 
         return float(torch.finfo(self.operator.space.dtype).eps)
+
+
+def next_products(processes: Sequence[Lanczos]) -> list[Vector]:
+    """Return A v_j for the next step of each process, which all have the same operator. Collective: yes."""
+    return products(processes[0].operator, [process.basis[process.step_count] for process in processes])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -10,13 +10,22 @@ from hpc_hess.parallel.vector import Vector, VectorSpace
 
 @runtime_checkable
 class LinearOperator(Protocol):
-    """What every algorithm needs: the space and the product. ``matvec`` never changes its argument."""
+    """What every algorithm needs: the space and the product. ``matvec`` never changes its argument.
+
+    An operator whose products share work may have ``matmat`` too, which :func:`products` uses: several at once.
+    """
 
     space: VectorSpace
 
     def matvec(self, v: Vector) -> Vector:
         """Return A v as a new Vector. Collective: yes."""
         ...
+
+
+def products(operator: LinearOperator, vectors: Sequence[Vector]) -> list[Vector]:
+    """Return A v for each of ``vectors``: by one ``matmat`` if the operator has it, else one by one. Collective: yes."""
+    matmat = getattr(operator, "matmat", None)
+    return list(matmat(vectors)) if matmat is not None else [operator.matvec(v) for v in vectors]
 
 
 class FunctionOperator:

@@ -283,5 +283,6 @@ def _timing(steps: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
     if axes.lines:
         axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
     return _save(
-        figure, folder, "timing", "Time per step", "Wall time of the parts of each completed step, on the slowest rank."
-    )
+        figure, folder, "timing", "Time per step",
+        "Wall time of the parts of each completed step, on the slowest rank; probes in lock-step share it equally.",
+    )  # fmt: skip

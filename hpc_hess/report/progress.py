@@ -6,11 +6,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import IO, Any
 
-from hpc_hess.report.words import duration, number, printable
+from hpc_hess.report.words import duration, number, printable, probes_text
 
 _LINE_INTERVAL_S = 2.0
 
@@ -25,14 +25,14 @@ class Progress:
         self.total_steps, self.done = total_steps, done
 
     def phase(self, text: str) -> None:
-        """Name what is going on: "loading", "calibrating", "probe 1/2"."""
+        """Name what is going on: "loading", "calibrating", "probe 1 of 2"."""
 
     def resume_at(self, done: int) -> None:
         """Say that ``done`` steps were finished by an earlier start of the same run."""
         self.done = done
 
-    def step(self, *, probe: int, step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
-        """Report one finished step: 1-based ``step`` of ``probe``, seconds of its product, extreme Ritz values."""
+    def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
+        """Report a finished step of ``probes``: 1-based ``step``, seconds of one product, extreme Ritz values."""
 
     def note(self, text: str) -> None:
         """Show a line that stays."""
@@ -58,10 +58,10 @@ class _Clock:
         """Say that what comes next is a step; what lies before (loading, say) is not counted."""
         self._last = self._now()
 
-    def end_step(self) -> None:
-        """Count the time since the last call as one step."""
+    def end_steps(self, count: int) -> None:
+        """Count the time since the last call as ``count`` steps: of probes that advanced together."""
         now = self._now()
-        self._seconds.append(now - self._last)
+        self._seconds.extend([(now - self._last) / count] * count)
         self._last = now
 
     def left(self, steps: int) -> str:
@@ -93,11 +93,11 @@ class _Lines(Progress):
         self._phase = text
         self._clock.begin()
 
-    def step(self, *, probe: int, step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
-        self.done += 1
-        self._clock.end_step()
+    def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
+        self.done += len(probes)
+        self._clock.end_steps(len(probes))
         left = self.total_steps - self.done
-        place = f"probe {probe + 1} step {step} ({self.done}/{self.total_steps})"
+        place = f"{probes_text(probes)} step {step} ({self.done}/{self.total_steps})"
         self._held = f"{place} | {_described(hvp_s, ritz_min, ritz_max)}{self._clock.left(left)}"
         if left <= 0 or self._now() - self._shown_at >= _LINE_INTERVAL_S:
             self._flush()
@@ -143,9 +143,9 @@ class _Bar(Progress):
         self._bar.update(self._task, description=text)
         self._clock.begin()
 
-    def step(self, *, probe: int, step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
-        self.done += 1
-        self._clock.end_step()
+    def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
+        self.done += len(probes)
+        self._clock.end_steps(len(probes))
         numbers = _described(hvp_s, ritz_min, ritz_max) + self._clock.left(self.total_steps - self.done)
         self._bar.update(self._task, completed=self.done, numbers=printable(numbers, self._stream))
 

@@ -44,6 +44,8 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     if timing.get("gradient_s") is not None:
         times.append(f"(one gradient {duration(timing['gradient_s'])})")
     if times:
+        if (timing.get("lock_step") or 1) > 1:
+            times.append(f"up to {timing['lock_step']} probes in lock-step")
         lines.append(_line("per step", ", ".join(times).replace(", (", " (")))
     peak = (result.get("memory") or {}).get("peak_bytes")
     if peak:
@@ -136,7 +138,7 @@ def _request(run: RunFiles) -> list[str]:
 
 def _progress(store: StoreView) -> list[str]:
     schema, state, probes = store.schema, store.state, store.probes
-    finished = state.finished and state.probe == schema.probes - 1
+    finished = state.complete(schema.probes)
     done = sum(len(p.alpha) for p in probes)
     if finished:
         status = f"finished: {plural(done, 'step')} over {plural(schema.probes, 'probe')}"
@@ -146,13 +148,12 @@ def _progress(store: StoreView) -> list[str]:
         status = f"unfinished: {done} of {schema.probes * schema.steps} steps; run the same command to go on"
     lines = [_line("state", f"{status} (commit {state.sequence})")]
     for k, probe in enumerate(probes):
-        over = k < state.probe or (k == state.probe and state.finished)
         if not len(probe.alpha):
             lines.append(_line(f"probe {k + 1}", "not begun"))
             continue
         part = ritz(probe.alpha, probe.beta)
         text = f"{len(probe.alpha)} of {schema.steps} steps" + (
-            ", ended early" if over and len(probe.alpha) < schema.steps else ""
+            ", ended early" if state.over(k) and len(probe.alpha) < schema.steps else ""
         )
         ends = [f"{number(part.values[i], 6)} (residual {number(part.residuals[i], 2)})" for i in (0, -1)]
         lines.append(_line(f"probe {k + 1}", f"{text}; Ritz values from {ends[0]} to {ends[1]}"))
@@ -162,7 +163,8 @@ def _progress(store: StoreView) -> list[str]:
 def _store(store: StoreView) -> list[str]:
     schema = store.schema
     kind = "one file (mpio)" if schema.driver == "mpio" else f"{plural(schema.num_shards, 'rank file')}"
-    kept = "a basis for each probe" if schema.keep_basis else "one basis, reused by each probe"
+    shared = "one basis, reused by each probe" if schema.width == 1 else f"{schema.width} bases, reused by each group"
+    kept = "a basis for each probe" if schema.keep_basis else shared
     return [
         _line("parameters", f"{count(schema.num_params)} in {plural(len(store.layout), 'tensor')}"),
         _line("store", f"{kind}; {kept}: {schema.rows} rows of {schema.dtype}, {size(schema.basis_bytes)}"),

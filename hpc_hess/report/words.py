@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 NONE = "n/a"
@@ -86,6 +86,16 @@ def plural(number_of: int | None, word: str) -> str:
 
 
 _SPELLED = {"λ": "lambda", "±": "+-", "≤": "<=", "\u2212": "-"}
+
+
+def probes_text(probes: Sequence[int]) -> str:
+    """Name probes counted from 0 as people count: "probe 1", "probes 1 to 3", "probes 1, 3"."""
+    first, last = probes[0] + 1, probes[-1] + 1
+    if len(probes) == 1:
+        return f"probe {first}"
+    if len(probes) == 2 or last - first >= len(probes):
+        return f"probes {', '.join(str(k + 1) for k in probes)}"
+    return f"probes {first} to {last}"
 
 
 def printable(text: str, stream: IO[str]) -> str:

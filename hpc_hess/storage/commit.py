@@ -1,8 +1,9 @@
 """The commit record: two slots, written in turn, and the rule that finds the newest one that holds.
 
-A record names the probe and step that are complete and which basis rows are needed to go on. Its checksum covers the
-record, the recurrence coefficients up to that step and the checksums of those rows: what it says is in the file, or it
-is not believed. All that the newest record covers stays unwritten until the next one is durable.
+Probes advance in groups, in lock-step; a single probe is a group of one. A record names the group, how far each of its
+members is and which basis rows are needed to go on. Its checksum covers the record, the recurrence coefficients up to
+there and the checksums of those rows: what it says is in the file, or it is not believed. All that the newest record
+covers stays unwritten until the next one is durable.
 """
 
 from __future__ import annotations
@@ -18,38 +19,71 @@ from numpy.typing import NDArray
 from hpc_hess.errors import StoreError
 
 _MAGIC = b"HHCOMMIT"
-_HEAD = struct.Struct("<8sQqq??6xQ32s")  # magic, sequence, probe, step, finished, spare, extra length, data digest
+_HEAD = struct.Struct("<8sQqqQ32s")  # magic, sequence, first probe, width, extra length, data digest
 _PAGE = 4096
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A committed state. ``sequence`` is 0 before the first commit.
+    """A committed state. Before the first commit ``sequence`` is 0 and the group is empty: probe 0 is the next.
 
-    ``lengths`` holds the number of completed steps of each probe, ``rows`` the basis rows needed to go on.
+    ``probe`` is the group's first member; ``ended`` says of each member whether it goes no further, ``rows`` which of
+    its basis rows are needed to go on. ``lengths`` holds the number of completed steps of each probe of the store.
     """
 
     sequence: int = 0
     probe: int = 0
-    step: int = 0
-    finished: bool = False
+    ended: tuple[bool, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
     extra: bytes = b""
-    rows: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Number of probes in the group."""
+        return len(self.ended)
+
+    @property
+    def group(self) -> range:
+        """The probes of the group."""
+        return range(self.probe, self.probe + self.width)
+
+    @property
+    def step(self) -> int:
+        """Completed steps of the members that go furthest: those that have not ended are all here."""
+        return max((self.lengths[k] for k in self.group), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every member has ended, so that a next group may begin."""
+        return all(self.ended)
+
+    def complete(self, probes: int) -> bool:
+        """Return whether the first ``probes`` probes have been computed, all to their ends."""
+        return self.finished and self.group.stop >= probes
+
+    def over(self, probe: int) -> bool:
+        """Return whether ``probe`` has been computed to its end."""
+        return probe < self.probe or (probe in self.group and self.ended[probe - self.probe])
+
+    def rows_of(self, probe: int) -> tuple[int, ...]:
+        """Return the rows of ``probe`` that are needed to go on: none unless it is in the group."""
+        return self.rows[probe - self.probe] if probe in self.group else ()
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Sizes of the slots: whole pages apart, so that no sector holds parts of both."""
+    """Sizes of the slots: whole pages apart, so that no sector holds parts of both. ``width``: of the widest group."""
 
     probes: int
+    width: int
     rows: int
     extra_bytes: int
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one record: head, lengths, row bitmap, digest."""
-        return _HEAD.size + 8 * self.probes + (self.rows + 7) // 8 + 32
+        """Bytes of one record: head, lengths, bitmaps of the ended members and of the rows, digest."""
+        return _HEAD.size + 8 * self.probes + _bitmap_bytes(self.width) + _bitmap_bytes(self.width * self.rows) + 32
 
     @property
     def commit_stride(self) -> int:
@@ -81,25 +115,30 @@ class Ledger:
             commit=np.zeros((2, slots.commit_stride), np.uint8), extra=np.zeros((2, slots.extra_stride), np.uint8),
         )  # fmt: skip
 
-    def digest(self, probe: int, step: int, rows: tuple[int, ...], extra: bytes) -> bytes:
-        """Return the checksum over the data that a record covers: earlier probes whole, this one up to ``step``."""
+    def digest(self, state: Committed) -> bytes:
+        """Return the checksum over the data that ``state`` covers: earlier probes whole, its own as far as they are."""
         h = hashlib.blake2b(digest_size=32)
-        for part in (self.alpha[:probe], self.beta[:probe], self.checksum[:probe], self.alpha[probe, :step],
-                     self.beta[probe, :step], self.checksum[probe, list(rows)]):  # fmt: skip
+        parts = [self.alpha[: state.probe], self.beta[: state.probe], self.checksum[: state.probe]]
+        for k, rows in zip(state.group, state.rows, strict=True):
+            n = state.lengths[k]
+            parts += [self.alpha[k, :n], self.beta[k, :n], self.checksum[k, list(rows)]]
+        for part in parts:
             h.update(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).tobytes())
             h.update(b"|")
-        h.update(extra)
+        h.update(state.extra)
         return h.digest()
 
 
 def encode(state: Committed, slots: Slots, ledger: Ledger) -> bytes:
     """Return the record of ``state``; ``ledger`` must hold what it covers."""
-    digest = ledger.digest(state.probe, state.step, state.rows, state.extra)
-    needed = np.zeros(slots.rows, bool)
-    needed[list(state.rows)] = True
-    body = _HEAD.pack(_MAGIC, state.sequence, state.probe, state.step, state.finished, False, len(state.extra), digest)
+    ended, needed = np.zeros(slots.width, bool), np.zeros((slots.width, slots.rows), bool)
+    ended[: state.width] = state.ended
+    for i, rows in enumerate(state.rows):
+        needed[i, list(rows)] = True
+    digest = ledger.digest(state)
+    body = _HEAD.pack(_MAGIC, state.sequence, state.probe, state.width, len(state.extra), digest)
     lengths = [*state.lengths, *[0] * (slots.probes - len(state.lengths))]
-    body += struct.pack(f"<{slots.probes}q", *lengths) + np.packbits(needed, bitorder="little").tobytes()
+    body += struct.pack(f"<{slots.probes}q", *lengths) + _to_bitmap(ended) + _to_bitmap(needed)
     return body + hashlib.blake2b(body, digest_size=32).digest()
 
 
@@ -108,12 +147,14 @@ def decode(record: bytes, extra_area: bytes, slots: Slots, ledger: Ledger) -> Co
     body, digest = record[: slots.record_bytes - 32], record[slots.record_bytes - 32 : slots.record_bytes]
     if body[:8] != _MAGIC or hashlib.blake2b(body, digest_size=32).digest() != digest:
         return None
-    _, sequence, probe, step, finished, _, extra_length, data_digest = _HEAD.unpack_from(body)
+    _, sequence, probe, width, extra_length, data_digest = _HEAD.unpack_from(body)
     lengths = struct.unpack_from(f"<{slots.probes}q", body, _HEAD.size)
-    bitmap = np.frombuffer(body, np.uint8, offset=_HEAD.size + 8 * slots.probes)
-    rows = tuple(int(r) for r in np.flatnonzero(np.unpackbits(bitmap, count=slots.rows, bitorder="little")))
-    state = Committed(sequence, probe, step, finished, extra_area[:extra_length], rows, lengths)
-    return state if ledger.digest(probe, step, rows, state.extra) == data_digest else None
+    at = _HEAD.size + 8 * slots.probes
+    ended = _from_bitmap(body[at:], slots.width)[:width]
+    needed = _from_bitmap(body[at + _bitmap_bytes(slots.width) :], slots.width * slots.rows)
+    rows = tuple(tuple(np.flatnonzero(bits).tolist()) for bits in needed.reshape(slots.width, slots.rows)[:width])
+    state = Committed(sequence, probe, tuple(ended.tolist()), rows, extra_area[:extra_length], lengths)
+    return state if ledger.digest(state) == data_digest else None
 
 
 def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
@@ -137,7 +178,20 @@ def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
 
 
 def kept_rows(state: Committed, ledger: Ledger, keep_basis: bool, probe: int) -> tuple[int, ...]:
-    """Return the basis rows of ``probe`` that are committed and not given up: of a finished one all, if it is kept."""
-    if probe < state.probe or (probe == state.probe and state.finished and keep_basis):
-        return tuple(int(row) for row in np.flatnonzero(ledger.checksum[probe])) if keep_basis else ()
-    return state.rows if probe == state.probe else ()
+    """Return the basis rows of ``probe`` that are committed and not given up: of earlier groups all, if they are kept."""
+    if keep_basis and probe < state.probe:
+        return tuple(int(row) for row in np.flatnonzero(ledger.checksum[probe]))
+    return state.rows_of(probe)
+
+
+def _bitmap_bytes(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _to_bitmap(bits: NDArray[np.bool_]) -> bytes:
+    return np.packbits(bits.reshape(-1), bitorder="little").tobytes()
+
+
+def _from_bitmap(data: bytes, bits: int) -> NDArray[np.bool_]:
+    array = np.frombuffer(data, np.uint8, count=_bitmap_bytes(bits))
+    return np.unpackbits(array, count=bits, bitorder="little").astype(bool)

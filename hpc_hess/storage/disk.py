@@ -11,8 +11,8 @@ from pathlib import Path
 from hpc_hess.errors import StoreError
 
 SAVE_SPACE = (
-    "lower lanczos.steps, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or put run.out on a "
-    "larger disk"
+    "lower lanczos.steps or lanczos.lock_step, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or "
+    "put run.out on a larger disk"
 )
 
 

@@ -82,7 +82,7 @@ def rebuild(
     )
     kept = [kept_rows(state, header.ledger, old.keep_basis, k) for k in range(old.probes)]
     rows = [(k, row) for k in range(old.probes) for row in kept[k]]
-    ledger = _grown(header.ledger, old, schema, state, kept[state.probe])
+    ledger = _grown(header.ledger, old, schema, state)
     build(
         run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=header.attributes,
         ledger=ledger, source=header, rows=rows,
@@ -93,15 +93,16 @@ def rebuild(
     return Header(schema, header.attributes, {}, ledger)
 
 
-def _grown(old: Ledger, before: Schema, after: Schema, state: Committed, kept: tuple[int, ...]) -> Ledger:
+def _grown(old: Ledger, before: Schema, after: Schema, state: Committed) -> Ledger:
     """Return the ledger of the new generation: the same numbers, with checksums of the rows that are copied only."""
     ledger = Ledger.empty(after.slots, after.steps)
     ledger.alpha[: before.probes, : before.steps] = old.alpha
     ledger.beta[: before.probes, : before.steps] = old.beta
     ledger.checksum[: before.probes, : before.rows] = old.checksum
-    dropped = np.ones(after.rows, bool)
-    dropped[list(kept)] = False
-    ledger.checksum[state.probe, dropped] = 0
+    for probe in state.group:
+        dropped = np.ones(after.rows, bool)
+        dropped[list(state.rows_of(probe))] = False
+        ledger.checksum[probe, dropped] = 0
     if state.sequence:
         # in both slots: a single record that does not hold would look like a store that was never committed
         record = np.frombuffer(encode(state, after.slots, ledger), np.uint8)

@@ -36,7 +36,7 @@ class StoredParameter:
 class StoredProbe:
     """One probe: ``alpha``, ``beta`` of its completed steps (float64); ``basis`` (rows, num_params), read on demand.
 
-    ``rows`` are the basis rows whose data and checksum are committed: with a shared basis, of the last probe only.
+    ``rows`` are the basis rows whose data and checksum are committed: with a shared basis, of the last group only.
     """
 
     alpha: NDArray[np.float64]

@@ -11,7 +11,7 @@
     /layout/shard_dim           sharded dimension of the rank files          int64
     /probes/K/alpha, beta       recurrence coefficients, NaN where not reached   float64, `steps` long
     /probes/K/checksum          one per basis row, 0 where never committed   uint64, `rows` long
-    /probes/K/basis             rows x num_params in the file index; one shared data set unless keep_basis
+    /probes/K/basis             rows x num_params in the file index; shared by groups unless keep_basis
     /commit                     two commit slots                             bytes
     /extra                      two areas of small resume state              bytes
 
@@ -57,6 +57,7 @@ class Schema:
     fingerprint: str
     dtype: str  # "float32" or "float64"
     probes: int
+    width: int  # of the widest group of probes that there is room for
     steps: int
     rows: int
     keep_basis: bool
@@ -65,12 +66,12 @@ class Schema:
     @property
     def slots(self) -> Slots:
         """The geometry of /commit and /extra."""
-        return Slots(self.probes, self.rows, self.extra_bytes)
+        return Slots(self.probes, self.width, self.rows, self.extra_bytes)
 
     @property
     def bases(self) -> int:
-        """Number of basis data sets: one for each probe, or one that all share."""
-        return self.probes if self.keep_basis else 1
+        """Number of basis data sets: one for each probe, or as many as a group needs, which the next group reuses."""
+        return self.probes if self.keep_basis else self.width
 
     @property
     def basis_bytes(self) -> int:
@@ -78,8 +79,8 @@ class Schema:
         return self.bases * self.rows * self.num_params * np.dtype(self.dtype).itemsize
 
     def basis_index(self, probe: int) -> int:
-        """Return which basis data set ``probe`` writes to."""
-        return probe if self.keep_basis else 0
+        """Return which basis data set ``probe`` writes to: those of a group differ, wherever it begins."""
+        return probe % self.bases
 
     def rank_file(self, run_dir: Path, shard: int) -> Path:
         """Return the path of one rank file."""
@@ -168,7 +169,7 @@ def create_master(
             _new(group, "checksum", np.uint64, (schema.rows,), 0, ledger.checksum[k])
         for k, group in enumerate(groups):  # last: the small things lie together at the beginning
             if schema.basis_index(k) != k:
-                group["basis"] = groups[0]["basis"]  # a hard link
+                group["basis"] = groups[schema.basis_index(k)]["basis"]  # a hard link
             elif schema.driver == "mpio":
                 _new(group, "basis", schema.dtype, (schema.rows, schema.num_params))
             else:

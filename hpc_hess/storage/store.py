@@ -1,14 +1,15 @@
 """The crash-safe store of one run: rows of the Krylov basis, recurrence coefficients, one committed step at a time.
 
-A step is ``write_row`` (durable on every rank, agreed) and ``commit`` (small data, then one of two commit slots). A
-kill at any instant loses at most the step that was not committed. Everything is created whole, aside, and renamed.
+Probes go in groups that advance in lock-step; a probe on its own is a group of one. A step is ``write_row`` for each
+member (durable on every rank, agreed) and one ``commit`` for all (small data, then one of two commit slots). A kill at
+any instant loses at most the step that was not committed. Everything is created whole, aside, and renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from hpc_hess.storage.checksum import partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger
 from hpc_hess.storage.disk import damaged_row
 from hpc_hess.storage.drivers import Driver, choose_driver, open_driver
-from hpc_hess.storage.journal import Journal, Plan, write_plan
+from hpc_hess.storage.journal import Journal, Member, Plan, write_plan
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.opening import check_layout, clear, communicator, rebuild, same_shards
 from hpc_hess.storage.replicas import share_with_replicas
@@ -60,14 +61,15 @@ class Store:
     def create(
         cls, run_dir: Path, *, layout: Layout, shard: Shard, world: World, probes: int, steps: int, rows: int,
         attributes: dict[str, Any], driver: str = "auto", keep_basis: bool = False, dtype: Any = "float32",
-        extra_bytes: int = 1 << 16, replace_existing: bool = False, lock: RunLock | None = None,
+        width: int = 1, extra_bytes: int = 1 << 16, replace_existing: bool = False, lock: RunLock | None = None,
     ) -> Store:  # fmt: skip
         """Create the store of a new run, with all its space allocated. Collective: yes.
 
         Parameters
         ----------
         steps, rows : length of alpha and beta; number of basis rows (fewer than ``steps`` for a ring).
-        keep_basis : a basis for each probe, instead of one that the next probe overwrites.
+        width : how many probes may advance together.
+        keep_basis : a basis for each probe, instead of ``width`` bases that the next group overwrites.
         dtype : of the rows, float32 or float64 (NumPy or torch).
         attributes : JSON-able values kept with the run: configuration, fingerprints.
         extra_bytes : capacity of the resume state that a commit carries besides.
@@ -90,20 +92,15 @@ class Store:
                 run_id=run_id, driver=kind, generation="" if kind == "mpio" else generation,
                 num_shards=world.shard_size, num_params=layout.num_params, fingerprint=layout.fingerprint,
                 dtype=_dtype_name(dtype),
-                probes=probes, steps=steps, rows=rows, keep_basis=keep_basis, extra_bytes=extra_bytes,
+                probes=probes, width=min(width, probes), steps=steps, rows=rows, keep_basis=keep_basis,
+                extra_bytes=extra_bytes,
             )  # fmt: skip
             comm = communicator(world, kind)
             ledger = Ledger.empty(schema.slots, steps)
             build(
-                run_dir,
-                schema,
-                layout=layout,
-                shard=shard,
-                world=world,
-                comm=comm,
-                attributes=attributes,
+                run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=attributes,
                 ledger=ledger,
-            )
+            )  # fmt: skip
             header = Header(schema, attributes, {}, ledger)
             return cls(run_dir, header, shard=shard, world=world, lock=lock, comm=comm)
         except BaseException:
@@ -113,12 +110,13 @@ class Store:
     @classmethod
     def open(
         cls, run_dir: Path, *, layout: Layout, shard: Shard, world: World, driver: str = "auto",
-        probes: int | None = None, steps: int | None = None, rows: int | None = None, lock: RunLock | None = None,
+        probes: int = 0, steps: int = 0, rows: int = 0, width: int = 0, lock: RunLock | None = None,
     ) -> Store:  # fmt: skip
         """Open the store of a run, on any number of ranks and with either driver. Collective: yes.
 
         A store that this job cannot write as it is (rank files of another layout, the other driver, more ``probes``,
-        ``steps`` or ``rows`` than it has room for) is rebuilt aside with the rows that are still needed, and replaced.
+        ``steps``, ``rows`` or ``width`` than it has room for) is rebuilt aside with the rows that are still needed, and
+        replaced.
 
         Raises
         ------
@@ -137,7 +135,7 @@ class Store:
             header = world.broadcast(header, "read the store")
             old = header.schema
             kind = choose_driver(driver, world, old.driver)
-            size = {"probes": probes or old.probes, "steps": steps or old.steps, "rows": rows or old.rows}
+            size = {"probes": probes, "steps": steps, "rows": rows, "width": min(width, max(probes, old.probes))}
             grown = {key: max(value, getattr(old, key)) for key, value in size.items()}
             comm = communicator(world, kind)
             same = kind == old.driver and all(getattr(old, key) == value for key, value in grown.items())
@@ -161,7 +159,7 @@ class Store:
         return self._header.attributes
 
     def recurrence(self, probe: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return copies of (alpha, beta), ``steps`` long, NaN beyond the committed steps. Collective: no."""
+        """Return copies of (alpha, beta) of the committed steps. Collective: no."""
         return self._journal.recurrence(probe)
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -170,7 +168,7 @@ class Store:
         """Write ``values`` (this rank's flat shard, of the store's dtype) as row ``row``, durably. Collective: yes.
 
         The row counts once a commit names it. A row that the last commit needs cannot be written (ValueError), except
-        by the next probe after a finished one.
+        by the next group after a finished one.
 
         Raises
         ------
@@ -232,31 +230,28 @@ class Store:
 
     # -- commits -------------------------------------------------------------------------------------------------
 
-    def commit(
-        self, probe: int, step: int, alpha: NDArray[np.float64], beta: NDArray[np.float64], *, finished: bool = False,
-        extra: bytes = b"", rows_needed: Iterable[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Make ``step`` completed steps of ``probe`` the state that a resume finds. Collective: yes.
+    def commit(self, probe: int, members: Sequence[Member], extra: bytes = b"") -> None:
+        """Make ``members``, the probes from ``probe`` on, the state that a resume finds. Collective: yes.
+
+        A group is committed at once or not at all, and goes on until all its members have ended; the next one begins
+        with the probe after it. Members that have not ended are at the same step.
 
         Parameters
         ----------
-        alpha, beta : at least ``step`` long, the same on every rank; what was committed before cannot change.
+        members : at most ``width``, the same on every rank.
         extra : resume state, up to the store's ``extra_bytes``.
-        rows_needed : rows that a resume needs; they must have been written. Default: rows 0 to ``step``, as far as
-            there are any; none if the probe is finished and the next one reuses its space.
 
         Raises
         ------
         StoreError : it failed on some rank; the store then holds this commit or the one before.
 
         """
-        plan = self._journal.plan(probe, step, alpha, beta, finished=finished, extra=extra, rows_needed=rows_needed)
-        self._write(plan)
+        self._write(self._journal.plan(probe, members, extra))
 
     def _write(self, plan: Plan) -> None:
         with attempt(self._world, self._path, "commit a step"):
             if self._driver is not None:
-                write_plan(self._driver, plan, self._journal.ledger)
+                write_plan(self._driver, plan)
         self._journal.accept(plan)
 
     # -- closing -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hpc_hess.linalg.lanczos import Lanczos, basis_rows
+from hpc_hess.linalg.lanczos import Lanczos, basis_rows, next_products
 from hpc_hess.linalg.operator import FunctionOperator
 from hpc_hess.linalg.probes import fill
 from hpc_hess.parallel.layout import Layout
@@ -99,7 +99,7 @@ def _on_mesh(world: World, replicate: int) -> Answer:
     for case in CASES[:4]:
         state = lanczos(world, *case)
         while not state.finished:
-            w = state.product()
+            w = next_products([state])[0]
             count: dict[str, int] = {}
             for name, function in originals.items():
                 setattr(dist, name, _counted(count, name, function))

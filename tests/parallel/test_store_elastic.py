@@ -15,12 +15,13 @@ from tests.store_toys import FEW, SHAPES, advance, check_state, create, reopen, 
 CHAIN = [1, 1, 2, 2, 3, 3, 1, 3, 2, 1]
 
 
-def visit(world: World, run_dir: str, shapes: dict, keep_basis: bool, tour: int) -> dict:
+def visit(world: World, run_dir: str, shapes: dict, options: dict, tour: int) -> dict:
     """One member of the chain: open, check, do one more step."""
     path = Path(run_dir)
-    store = reopen(path, world, shapes) if store_exists(path, world) else create(path, world, shapes, keep_basis=keep_basis)
+    store = reopen(path, world, shapes) if store_exists(path, world) else create(path, world, shapes, **options)
     check_state(store)
-    stop = divmod(tour + 1, 6)
+    group, step = divmod(tour + 1, 6)
+    stop = (group * store.schema.width, step)
     advance(store, stop)
     check_state(store)
     answer = {"step": (store.state.probe, store.state.step), "size": store._shard.size, "rank": world.rank}
@@ -28,21 +29,28 @@ def visit(world: World, run_dir: str, shapes: dict, keep_basis: bool, tour: int)
     return answer
 
 
-@pytest.mark.parametrize(("shapes", "keep_basis"), [(SHAPES, True), (FEW, False)])
-def test_any_number_of_ranks_goes_on_after_any_other(tmp_path, shapes, keep_basis):
+PAIRS = {"probes": 4, "width": 2}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [(SHAPES, {"keep_basis": True}), (FEW, {}), (SHAPES, PAIRS), (FEW, PAIRS | {"keep_basis": True})],
+    ids=["kept", "few", "pairs", "few kept pairs"],
+)
+def test_any_number_of_ranks_goes_on_after_any_other(tmp_path, shapes, options):
     sizes = set()
     for tour, ranks in enumerate(CHAIN):
-        answers = run_ranks(visit, ranks, str(tmp_path), shapes, keep_basis, tour)
+        answers = run_ranks(visit, ranks, str(tmp_path), shapes, options, tour)
         assert len({a["step"] for a in answers}) == 1
         sizes |= {a["size"] for a in answers}
         assert len(list(tmp_path.glob("krylov.ranks/*"))) == 1
         assert len(list(tmp_path.glob("krylov.ranks/*/*.h5"))) == ranks
         with read_store(tmp_path) as view:
             assert view.verify() == []
-            probe = view.state.probe
-            for row in view.probes[probe].rows:  # through the virtual data set
-                expected = whole_row(view.schema.num_params, probe, row)
-                np.testing.assert_array_equal(view.probes[probe].basis[row], expected)
+            assert view.state.width == options.get("width", 1)
+            for k, probe in enumerate(view.probes):  # through the virtual data set
+                for row in probe.rows:
+                    np.testing.assert_array_equal(probe.basis[row], whole_row(view.schema.num_params, k, row))
     assert (0 in sizes) == (shapes is FEW)
 
 

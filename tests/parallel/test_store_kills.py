@@ -19,17 +19,17 @@ SHAPES = {"w": (300, 400), "b": (7,)}
 OPTIONS = {"probes": 2, "steps": 8, "rows": 9}
 
 
-def job(world: World, run_dir: str, notes: str) -> None:
+def job(world: World, run_dir: str, notes: str, groups: dict[str, int]) -> None:
     """Create or resume and run to the end, noting each completed step in a file of its own."""
     path, note = Path(run_dir), Path(notes)
     note.touch()
     exists = store_exists(path, world)
-    store = reopen(path, world, SHAPES) if exists else create(path, world, SHAPES, **OPTIONS)
+    store = reopen(path, world, SHAPES) if exists else create(path, world, SHAPES, **OPTIONS | groups)
     check_state(store)
-    while not (store.state.finished and store.state.probe == 1):
+    while not store.state.complete(store.schema.probes):
         state = store.state
-        after = (state.probe + 1, 1) if state.finished else (state.probe, state.step + 1)
-        advance(store, after if after[1] < OPTIONS["steps"] else (after[0] + 1, 0))
+        after = (state.group.stop, 1) if state.finished else (state.probe, state.step + 1)
+        advance(store, after if after[1] < OPTIONS["steps"] else (state.group.stop, 0))
         if world.rank == 0:
             note.write_text(f"{store.state.probe} {store.state.step}")
     check_state(store)
@@ -44,10 +44,10 @@ def committed(run_dir: Path) -> tuple[int, int]:
         state = view.state
         # the shared basis of a finished probe may be half overwritten: no commit needs it then
         assert view.verify() == []
-        for row in state.rows:
-            expected = whole_row(view.schema.num_params, state.probe, row)
-            assert (view.probes[state.probe].basis[row] == expected).all()
-        for k in range(state.probe + 1):
+        for k in state.group:
+            for row in state.rows_of(k):
+                assert (view.probes[k].basis[row] == whole_row(view.schema.num_params, k, row)).all()
+        for k in range(state.group.stop):
             n = state.lengths[k]
             assert (view.probes[k].alpha == coefficients(k, n)[0]).all()
             assert (view.probes[k].beta == coefficients(k, n)[1]).all()
@@ -63,19 +63,20 @@ def wait_for(path: Path, processes, timeout_s: float = 60.0) -> None:
 
 
 @pytest.mark.parametrize("victims", ["all", "one"])
-def test_killed_at_random_instants(tmp_path, victims):
+@pytest.mark.parametrize(("groups", "end"), [({}, (1, 8)), ({"probes": 3, "width": 2}, (2, 8))], ids=["alone", "pairs"])
+def test_killed_at_random_instants(tmp_path, victims, groups, end):
     rng = random.Random(KILLS)
     run_dir, notes = tmp_path / "run", tmp_path / "notes"
     start = time.monotonic()
-    run_quickly(job, 2, str(run_dir), str(notes))
+    run_quickly(job, 2, str(run_dir), str(notes), groups)
     whole_s = min(time.monotonic() - start, 3.0)
     opened = broken_off = created = 0
     for kill in range(KILLS):
-        if kill % 2 == 0 or committed(run_dir) == (1, 8):  # every other kill hits a new run, its creation if early
+        if kill % 2 == 0 or committed(run_dir) == end:  # every other kill hits a new run, its creation if early
             shutil.rmtree(run_dir)
         existed = (run_dir / "krylov.h5").exists()
         notes.unlink(missing_ok=True)
-        processes, pipes = start_ranks(job, 2, str(run_dir), str(notes))
+        processes, pipes = start_ranks(job, 2, str(run_dir), str(notes), groups)
         wait_for(notes, processes)
         time.sleep(rng.uniform(0, 0.03) if kill % 4 == 0 else rng.uniform(0, whole_s))
         doomed = processes if victims == "all" else [processes[rng.randrange(2)]]
@@ -93,10 +94,10 @@ def test_killed_at_random_instants(tmp_path, victims):
         assert reached >= done, "a completed step was lost"
         opened += existed
         created += (run_dir / "krylov.h5").exists() and not existed
-        broken_off += reached < (1, 8)
+        broken_off += reached < end
     assert broken_off >= 4, "the kills came too late to mean anything"
-    run_quickly(job, 2, str(run_dir), str(notes))
-    assert committed(run_dir) == (1, 8)
+    run_quickly(job, 2, str(run_dir), str(notes), groups)
+    assert committed(run_dir) == end
     names = {p.name for p in run_dir.iterdir()}
     assert names == {"krylov.h5", "krylov.ranks", "run.lock"}
     assert len(list(run_dir.glob("krylov.ranks/*"))) == 1
@@ -107,11 +108,12 @@ def rebuild_job(world: World, run_dir: str, notes: str) -> None:
     reopen(Path(run_dir), world, SHAPES).close()
 
 
-def test_killed_while_a_new_generation_is_built(tmp_path):
+@pytest.mark.parametrize(("groups", "end"), [({}, (1, 8)), ({"probes": 3, "width": 2}, (2, 8))], ids=["alone", "pairs"])
+def test_killed_while_a_new_generation_is_built(tmp_path, groups, end):
     """A resume on other ranks is killed while it copies: the old store is still there, or the new one is."""
     rng = random.Random(7)
     run_dir, notes = tmp_path / "run", tmp_path / "notes"
-    run_quickly(first_half, 1, str(run_dir))
+    run_quickly(first_half, 1, str(run_dir), groups)
     for kill in range(6):
         notes.unlink(missing_ok=True)
         processes, pipes = start_ranks(rebuild_job, 1 + (kill + 1) % 2, str(run_dir), str(notes))
@@ -124,12 +126,12 @@ def test_killed_while_a_new_generation_is_built(tmp_path):
             process.join(20)
             pipe.close()
         assert committed(run_dir) == (0, 6)
-    run_quickly(job, 2, str(run_dir), str(notes))
-    assert committed(run_dir) == (1, 8)
+    run_quickly(job, 2, str(run_dir), str(notes), groups)
+    assert committed(run_dir) == end
     assert len(list(run_dir.glob("krylov.ranks/*"))) == 1
 
 
-def first_half(world: World, run_dir: str) -> None:
-    store = create(Path(run_dir), world, SHAPES, **OPTIONS)
+def first_half(world: World, run_dir: str, groups: dict[str, int]) -> None:
+    store = create(Path(run_dir), world, SHAPES, **OPTIONS | groups)
     advance(store, (0, 6))
     store.close()

@@ -77,6 +77,8 @@ def test_a_value_where_a_section_belongs() -> None:
         ("lanczos", "seed", 2**63, "less than"),
         ("lanczos", "distribution", "uniform", "'rademacher' or 'gaussian'"),
         ("lanczos", "reorthogonalise", "partial", "'full' or 'none'"),
+        ("lanczos", "lock_step", "two", "'auto'"),
+        ("lanczos", "lock_step", True, "'auto'"),
         ("operator", "step", "small", "'auto'"),
         ("operator", "step", False, "'auto'"),
         ("parameters", "include", "*", "list"),
@@ -155,6 +157,14 @@ def test_contradictions() -> None:
     assert "operator.step = nan" in refusal(overrides=["operator.step=nan"])
     assert "operator.step = inf" in refusal(overrides=["operator.step=inf"])
     assert "window of at least 1" in refusal({"lanczos": {"reorthogonalise": 0}})
+    assert "lock_step should be" in refusal({"lanczos": {"lock_step": 0}})
+
+
+def test_lock_step_with_finite_differences_is_refused_with_the_remedy() -> None:
+    text = refusal({"lanczos": {"lock_step": 2}})
+    assert 'operator.method = "exact"' in text
+    assert make_config({"lanczos": {"lock_step": 1}}).lanczos.lock_step == 1
+    assert make_config({"lanczos": {"lock_step": 2}, "operator": {"method": "exact"}}).lanczos.lock_step == 2
 
 
 @pytest.mark.parametrize(
@@ -195,7 +205,8 @@ def test_bad_files(tmp_path: Path) -> None:
 def test_identity_binds_the_numbers_and_nothing_else() -> None:
     base = make_config({}).identity()
     same = ["run.out=x", "run.time_limit=1:00:00", "parallel.replicate=2", "data.micro_batch=3", "store.driver=files",
-            "model.activation_checkpointing=true", "lanczos.basis_memory=host", "lanczos.probes=9"]  # fmt: skip
+            "model.activation_checkpointing=true", "lanczos.basis_memory=host", "lanczos.probes=9",
+            "lanczos.lock_step=1"]  # fmt: skip
     assert make_config({}, same).identity() == base
     for text in ["lanczos.seed=1", "data.sequences=5", "operator.scheme=fourth", "model.source=x", "operator.step=1.0",
                  "lanczos.distribution=gaussian", "parameters.include=['a*']", "operator.routing=free"]:  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from hpc_hess.errors import NumericsError
-from hpc_hess.linalg.lanczos import Lanczos, basis_rows
-from hpc_hess.linalg.operator import FunctionOperator, LinearOperator, diagonal
+from hpc_hess.linalg.lanczos import Lanczos, basis_rows, next_products
+from hpc_hess.linalg.operator import FunctionOperator, LinearOperator, diagonal, products
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.layout import Layout
@@ -236,3 +238,57 @@ def test_bfloat16_rows_still_find_the_extremes() -> None:
     values = ritz(lanczos.alpha, lanczos.beta).values
     assert values[-1] == pytest.approx(41.0, rel=2e-2)
     assert values[0] == pytest.approx(-30.0, rel=2e-2)
+
+
+# -- lock-step ---------------------------------------------------------------------------------------------------------
+
+
+class Shared(FunctionOperator):
+    """Multiplies several vectors at once and remembers how many."""
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        self.widths = [*getattr(self, "widths", []), len(vectors)]
+        return [self.matvec(v) for v in vectors]
+
+
+@pytest.mark.parametrize("reorthogonalise", ["full", 3, "none"])
+def test_processes_in_lock_step_are_those_of_one_by_one(reorthogonalise: int | str) -> None:
+    """The second start vector spans an invariant space of dimension 3: its process ends while the others go on."""
+    space = make_space(40)
+    entries = torch.linspace(-2, 5, 40, dtype=torch.float64)
+    operator = Shared(space, lambda v: Vector(space, entries * v.data))
+    starts = [normals(k, 0, 0, 40, dtype=torch.float64) for k in range(3)]
+    starts[1][[0, 17, 39]], starts[1][[*range(1, 17), *range(18, 39)]] = 1.0, 0.0
+    group = []
+    for start in starts:
+        process = Lanczos(operator, Basis(space, basis_rows(reorthogonalise, 8)), 8, reorthogonalise)
+        process.start(space.wrap(start.clone()))
+        group.append(process)
+    while running := [process for process in group if not process.finished]:
+        for process, product in zip(running, next_products(running), strict=True):
+            process.advance(product)
+    assert operator.widths == [3, 3, 3, 2, 2, 2, 2, 2]
+    assert [process.step_count for process in group] == [8, 3, 8]
+    assert [process.broke_down for process in group] == [False, True, False]
+    for start, process in zip(starts, group, strict=True):
+        alone = Lanczos(operator, Basis(space, basis_rows(reorthogonalise, 8)), 8, reorthogonalise)
+        alone.start(space.wrap(start.clone()))
+        while not alone.finished:
+            alone.step()
+        assert (alone.alpha, alone.beta) == (process.alpha, process.beta)
+
+
+def test_an_operator_without_matmat_multiplies_one_by_one() -> None:
+    operator = diagonal(make_space(5), make_space(5).wrap(torch.arange(5.0, dtype=torch.float64)))
+    vectors = [operator.space.wrap(torch.full((5,), float(k), dtype=torch.float64)) for k in (1, 2)]
+    found = products(operator, vectors)
+    assert operator.num_products == 2
+    assert [v.data.tolist() for v in found] == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8]]
+
+
+def test_a_resumed_process_knows_whether_it_has_ended() -> None:
+    operator = diagonal(make_space(5), make_space(5).wrap(torch.arange(5.0, dtype=torch.float64)))
+    process = Lanczos(operator, Basis(operator.space, 4), 4)
+    for alpha, ended, broke_down in (([1.0], False, False), ([1.0], True, True), ([1.0] * 4, True, False)):
+        process.resume(alpha, alpha, ended)
+        assert (process.finished, process.broke_down) == (ended, broke_down)

@@ -16,7 +16,7 @@ class Clock:
 
 def feed(progress, clock, seconds, probe, step):
     clock.seconds += seconds
-    progress.step(probe=probe, step=step, hvp_s=seconds, ritz_min=-float(step), ritz_max=10.0 * step)
+    progress.step(probes=[probe], step=step, hvp_s=seconds, ritz_min=-float(step), ritz_max=10.0 * step)
 
 
 def test_plain_lines_are_one_a_step_with_the_time_left():
@@ -40,6 +40,19 @@ def test_plain_lines_are_one_a_step_with_the_time_left():
         "probe 2 step 1 (4/6) | Hv 5 s | λ in [-1, 10] | 10 s left",
         "probe 2 step 2 (5/6) | Hv 5 s | λ in [-2, 20] | 5 s left",
         "probe 2 step 3 (6/6) | Hv 5 s | λ in [-3, 30]",
+    ]
+
+
+def test_probes_in_lock_step_advance_the_count_together():
+    stream, clock = io.StringIO(), Clock()
+    with _Lines(9, 0, stream, clock) as progress:
+        for step, probes in ((1, range(3)), (2, range(3)), (3, [0, 2])):
+            clock.seconds += 2.0 * len(probes)
+            progress.step(probes=probes, step=step, hvp_s=2.0, ritz_min=-1.0, ritz_max=1.0)
+    assert stream.getvalue().splitlines() == [
+        "probes 1 to 3 step 1 (3/9) | Hv 2 s | λ in [-1, 1] | 12 s left",
+        "probes 1 to 3 step 2 (6/9) | Hv 2 s | λ in [-1, 1] | 6 s left",
+        "probes 1, 3 step 3 (8/9) | Hv 2 s | λ in [-1, 1] | 2 s left",
     ]
 
 
@@ -73,13 +86,13 @@ def test_other_ranks_are_silent(capsys):
         progress.phase("loading")
         progress.note("x")
         progress.resume_at(1)
-        progress.step(probe=0, step=1, hvp_s=1.0, ritz_min=0.0, ritz_max=1.0)
+        progress.step(probes=[0], step=1, hvp_s=1.0, ritz_min=0.0, ritz_max=1.0)
     assert capsys.readouterr().out == ""
 
 
 def test_standard_output_is_the_default_and_a_pipe_gets_lines(capsys):
     with make_progress(True, 1) as progress:
-        progress.step(probe=0, step=1, hvp_s=1.0, ritz_min=-1.0, ritz_max=1.0)
+        progress.step(probes=[0], step=1, hvp_s=1.0, ritz_min=-1.0, ritz_max=1.0)
     assert capsys.readouterr().out == "probe 1 step 1 (1/1) | Hv 1 s | λ in [-1, 1]\n"
 
 
@@ -88,7 +101,7 @@ def test_a_stream_without_greek_gets_words():
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with make_progress(True, 1, stream=stream) as progress:
         progress.note("λ ≤ 3 → 4")
-        progress.step(probe=0, step=1, hvp_s=1.0, ritz_min=-1.0, ritz_max=1.0)
+        progress.step(probes=[0], step=1, hvp_s=1.0, ritz_min=-1.0, ritz_max=1.0)
     stream.flush()
     assert raw.getvalue().decode().splitlines() == [
         "lambda <= 3 ? 4",
@@ -114,7 +127,7 @@ def test_a_terminal_gets_a_bar_and_notes_stay():
             progress.phase("probe 1/1")
             progress.note("a [note] that stays")
             for step in (1, 2, 3, 4):
-                progress.step(probe=0, step=step, hvp_s=0.5, ritz_min=-1396.0, ritz_max=893.0)
+                progress.step(probes=[0], step=step, hvp_s=0.5, ritz_min=-1396.0, ritz_max=893.0)
         progress.close()  # again, which does nothing
     reader.join(10)
     os.close(leader)

@@ -9,6 +9,7 @@ from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
 from hpc_hess.report.screen import inspect_run, inspect_text, print_summary
+from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store
 from tests.unit.report_case import lanczos, llm_like, make_result, write_run
 
@@ -48,8 +49,8 @@ def store_dir(tmp_path):
         for probe, steps in ((0, 12), (1, 3)):
             for step in range(steps):
                 store.write_row(probe, step, rng.standard_normal(1207).astype(np.float32))
-                rows = list(range(step + 1))
-                store.commit(probe, step + 1, alpha, beta, finished=step == 11, rows_needed=rows)
+                n = step + 1
+                store.commit(probe, [Member(alpha[:n], beta[:n], rows=range(n), ended=n == 12)])
     return tmp_path / "run"
 
 
@@ -66,6 +67,27 @@ def test_inspect_shows_the_state_of_an_unfinished_run(store_dir):
     ):
         assert expected in text, expected
     assert "result " not in text
+
+
+def test_inspect_shows_a_group_whose_member_ended_early(tmp_path):
+    layout, world = Layout({"b": (7,)}, 1), World.alone()
+    alpha, beta = (np.array(part) for part in lanczos(llm_like(), 5, 0))
+    with Store.create(
+        tmp_path, layout=layout, shard=layout.shard(0), world=world, driver="files", probes=3, steps=12, rows=12, width=2,
+        attributes={},
+    ) as store:  # fmt: skip
+        for probe in (0, 1):
+            store.write_row(probe, 3, np.ones(7, np.float32))
+        store.commit(0, [Member(alpha, beta, rows=[3]), Member(alpha[:2], beta[:2], rows=[3], ended=True)])
+    text = inspect_text(tmp_path)
+    for expected in (
+        "unfinished: 7 of 36 steps", "probe 1      5 of 12 steps; Ritz", "probe 2      2 of 12 steps, ended early; Ritz",
+        "probe 3      not begun", "2 bases, reused by each group: 12 rows of float32",
+    ):  # fmt: skip
+        assert expected in text, expected
+    stream = io.StringIO()
+    assert inspect_run(tmp_path, verify=True, stream=stream) == 0
+    assert "verified     2 committed basis rows" in stream.getvalue()
 
 
 def test_inspect_of_a_finished_run_shows_its_result(store_dir):

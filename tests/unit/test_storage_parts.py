@@ -146,13 +146,13 @@ def test_overlaps_are_the_shared_entries():
 
 # -- commit records ----------------------------------------------------------------------------------------------
 
-SLOTS = Slots(probes=2, rows=11, extra_bytes=100)
+SLOTS = Slots(probes=3, width=2, rows=11, extra_bytes=100)
 
 
 def ledger_with(*states):
     ledger = Ledger.empty(SLOTS, 10)
-    ledger.alpha[:], ledger.beta[:] = np.arange(20).reshape(2, 10), -np.arange(20.0).reshape(2, 10)
-    ledger.checksum[:] = np.arange(22, dtype=np.uint64).reshape(2, 11) + np.uint64(2**63)
+    ledger.alpha[:], ledger.beta[:] = np.arange(30).reshape(3, 10), -np.arange(30.0).reshape(3, 10)
+    ledger.checksum[:] = np.arange(33, dtype=np.uint64).reshape(3, 11) + np.uint64(2**63)
     for state in states:
         record = np.frombuffer(encode(state, SLOTS, ledger), np.uint8)
         ledger.commit[state.sequence % 2, : len(record)] = record
@@ -165,8 +165,9 @@ def flip(array, place):
     bits[place] ^= bits.dtype.type(1)
 
 
-OLD = Committed(6, 1, 3, False, b"old state", (0, 2, 3), (10, 3))
-NEW = Committed(7, 1, 4, False, b"new", (1, 3, 4, 10), (10, 4))
+# the group of probes 1 and 2; the latter has ended
+OLD = Committed(6, 1, (False, True), ((0, 2, 3), (1,)), b"old state", (10, 3, 2))
+NEW = Committed(7, 1, (False, True), ((1, 3, 4, 10), (0, 1)), b"new", (10, 4, 2))
 
 
 def test_a_record_comes_back():
@@ -175,10 +176,19 @@ def test_a_record_comes_back():
     assert decode(ledger.commit[0].tobytes(), ledger.extra[0].tobytes(), SLOTS, ledger) == OLD
 
 
+def test_a_state_says_how_far_its_group_is():
+    assert (NEW.width, NEW.group, NEW.step, NEW.finished) == (2, range(1, 3), 4, False)
+    assert [NEW.over(k) for k in range(3)] == [True, False, True]
+    assert [NEW.rows_of(k) for k in range(3)] == [(), (1, 3, 4, 10), (0, 1)]
+    assert not NEW.complete(3)
+    nothing = newest(SLOTS, ledger_with(), "x")  # an empty group, after which probe 0 is the next
+    assert (nothing.group.stop, nothing.step, nothing.finished, nothing.complete(3)) == (0, 0, True, False)
+
+
 def test_slots_share_no_page():
     assert SLOTS.commit_stride % 4096 == 0
     assert SLOTS.commit_stride - SLOTS.record_bytes >= 4096 - 1
-    big = Slots(probes=3, rows=100_000, extra_bytes=9000)
+    big = Slots(probes=3, width=2, rows=100_000, extra_bytes=9000)
     assert big.commit_stride - big.record_bytes >= 4096 - 1
     assert big.extra_stride - 9000 >= 4096 - 1
 
@@ -186,7 +196,7 @@ def test_slots_share_no_page():
 def test_every_torn_record_gives_the_one_before():
     whole = ledger_with(OLD, NEW)
     for cut in range(SLOTS.record_bytes):
-        ledger = ledger_with(OLD, Committed(5, 1, 2, False, b"oldest", (0, 1, 2), (10, 2)))
+        ledger = ledger_with(OLD, Committed(5, 1, (False,) * 2, ((0, 1, 2), ()), b"oldest", (10, 2, 2)))
         ledger.extra[1] = whole.extra[1]
         ledger.commit[1, :cut] = whole.commit[1, :cut]  # the rest is still the record of two commits ago
         assert newest(SLOTS, ledger, "x") == OLD, cut
@@ -200,7 +210,9 @@ def test_a_flipped_bit_of_what_the_newest_covers_falls_back(name):
     assert newest(SLOTS, ledger, "x") == OLD
 
 
-@pytest.mark.parametrize(("name", "place"), [("alpha", (0, 9)), ("beta", (1, 0)), ("checksum", (1, 3))])
+@pytest.mark.parametrize(
+    ("name", "place"), [("alpha", (0, 9)), ("beta", (1, 0)), ("checksum", (1, 3)), ("alpha", (2, 1)), ("checksum", (2, 1))]
+)
 def test_a_flipped_bit_of_what_both_cover_is_an_error(name, place):
     ledger = ledger_with(OLD, NEW)
     flip(getattr(ledger, name), place)
@@ -210,7 +222,7 @@ def test_a_flipped_bit_of_what_both_cover_is_an_error(name, place):
 
 def test_what_no_record_covers_may_change():
     ledger = ledger_with(OLD, NEW)
-    ledger.alpha[1, 4:] = 99
+    ledger.alpha[1, 4:], ledger.beta[2, 2:] = 99, 99
     ledger.checksum[1, [5, 6, 7, 8, 9]] = 1
     assert newest(SLOTS, ledger, "x") == NEW
 

@@ -14,6 +14,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.commit import Ledger
+from hpc_hess.storage.journal import Member
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import Schema, create_master
 from hpc_hess.storage.store import Store
@@ -31,6 +32,10 @@ from tests.store_toys import (
 
 WORLD = World.alone()
 NONE = np.empty(0)
+
+
+def member(step, rows=None, ended=False, probe=0):
+    return Member(*coefficients(probe, step), rows, ended)
 
 
 def rank_file(run: Path) -> Path:
@@ -59,14 +64,14 @@ def offset_of(path: Path, name: str, index: tuple[int, ...]) -> int:
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, keep_basis, dtype):
     store = create(tmp_path, WORLD, keep_basis=keep_basis, dtype=dtype)
     assert store.state.sequence == 0
-    assert np.isnan(store.recurrence(0)[0]).all()
+    assert len(store.recurrence(0)[0]) == 0
     stops = [(0, 0), (0, 3), (1, 0), (1, 5)]
     for stop in stops:
         advance(store, stop)
         store.close()
         store = reopen(tmp_path, WORLD)
         check_state(store)
-    assert np.isnan(store.recurrence(1)[0][5:]).all()
+    assert len(store.recurrence(1)[0]) == 5
     advance(store)
     assert (store.state.probe, store.state.step, store.state.finished) == (1, 6, True)
     assert store.state.lengths == (6, 6)
@@ -114,7 +119,7 @@ def test_a_selection_compacts_the_file(tmp_path):
         tmp_path, layout=layout, shard=shard, world=WORLD, driver="files", probes=1, steps=2, rows=2, attributes={}
     ) as store:
         store.write_row(0, 0, local_row(shard, 0, 0))
-        store.commit(0, 0, NONE, NONE)
+        store.commit(0, [Member(NONE, NONE)])
     with read_store(tmp_path) as view:
         assert [(p.name, p.offset, p.global_offset) for p in view.layout] == [("b", 0, 6), ("w", 700, 777)]
         assert view.probes[0].basis.shape == (2, 700 + 41 * 13)
@@ -124,9 +129,8 @@ def test_a_ring_of_rows_keeps_what_the_next_step_needs(tmp_path):
     rows, steps, kept = 4, 9, 3
     store = create(tmp_path, WORLD, probes=1, rows=rows, steps=steps)
     shard = store._shard
-    alpha, beta = coefficients(0, steps)
     store.write_row(0, 0, local_row(shard, 0, 0))
-    store.commit(0, 0, alpha, beta, rows_needed=[0])
+    store.commit(0, [member(0, [0])])
     for k in range(1, steps + 1):
         store.write_row(0, k % rows, local_row(shard, 0, k))
         needed = sorted({j % rows for j in range(max(0, k - kept + 1), k + 1)})
@@ -134,11 +138,11 @@ def test_a_ring_of_rows_keeps_what_the_next_step_needs(tmp_path):
             store.close()
             store = reopen(tmp_path, WORLD)
             assert store.state.step == 5
-            assert store.verify_rows(0, store.state.rows) == []
+            assert store.verify_rows(0, store.state.rows_of(0)) == []
             for j in (3, 4, 5):
                 np.testing.assert_array_equal(store.read_row(0, j % rows), local_row(shard, 0, j))
             store.write_row(0, k % rows, local_row(shard, 0, k))
-        store.commit(0, k, alpha, beta, rows_needed=needed)
+        store.commit(0, [member(k, needed)])
         assert store.verify_rows(0, needed) == []
         with pytest.raises(ValueError, match="needed by the last commit"):
             store.write_row(0, (k - 1) % rows, local_row(shard, 0, 0))
@@ -152,13 +156,13 @@ def test_extra_state_is_as_old_as_its_commit(tmp_path):
     store = create(tmp_path, WORLD, extra_bytes=5000)
     big = os.urandom(5000)
     store.write_row(0, 0, local_row(store._shard, 0, 0))
-    store.commit(0, 0, NONE, NONE, extra=big)
+    store.commit(0, [Member(NONE, NONE)], extra=big)
     with pytest.raises(ValueError, match="room for 5000"):
-        store.commit(0, 0, NONE, NONE, extra=big + b"!")
+        store.commit(0, [Member(NONE, NONE)], extra=big + b"!")
     store.close()
     store = reopen(tmp_path, WORLD)
     assert store.state.extra == big
-    store.commit(0, 0, NONE, NONE, extra=b"again the same step: the inside of a product")
+    store.commit(0, [Member(NONE, NONE)], extra=b"again the same step: the inside of a product")
     store.close()
     store = reopen(tmp_path, WORLD)
     assert store.state.extra.startswith(b"again")
@@ -170,14 +174,13 @@ def test_a_step_back_lets_later_steps_be_done_again(tmp_path):
     store = create(tmp_path, WORLD, probes=1)
     advance(store, (0, 5))
     alpha, beta = store.recurrence(0)
-    store.commit(0, 2, alpha, beta, extra=b"[0, 2]")
+    store.commit(0, [Member(alpha[:2], beta[:2])], extra=b"[0, 2]")
     alpha[2:], beta[2:] = 77.0, 78.0
     store.write_row(0, 3, local_row(store._shard, 1, 3))
-    store.commit(0, 3, alpha, beta)
+    store.commit(0, [Member(alpha[:3], beta[:3])])
     store.close()
     store = reopen(tmp_path, WORLD)
-    np.testing.assert_array_equal(store.recurrence(0)[0][:3], [*coefficients(0, 2)[0], 77.0])
-    assert np.isnan(store.recurrence(0)[0][3:]).all()
+    np.testing.assert_array_equal(store.recurrence(0)[0], [*coefficients(0, 2)[0], 77.0])
     np.testing.assert_array_equal(store.read_row(0, 3), local_row(store._shard, 1, 3))
     store.close()
 
@@ -190,8 +193,9 @@ def contents(run: Path) -> dict[Path, np.ndarray]:
     return {p: np.frombuffer(p.read_bytes(), np.uint8) for p in files}
 
 
-def test_a_step_changes_no_byte_outside_its_row_its_entries_and_its_slot(tmp_path):
-    store = create(tmp_path, WORLD)
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_step_changes_no_byte_outside_its_rows_its_entries_and_its_slot(tmp_path, width):
+    store = create(tmp_path, WORLD, width=width)
     advance(store, (0, 3))
     store.close()
     before = contents(tmp_path)
@@ -206,7 +210,7 @@ def test_a_step_changes_no_byte_outside_its_row_its_entries_and_its_slot(tmp_pat
     allowed = {
         ranks: [(offset_of(ranks, "basis/0", (4, 0)), 4 * size)],
         master: [
-            (offset_of(master, "probes/0/alpha", (3,)), 8), (offset_of(master, "probes/0/beta", (3,)), 8),
+            *[(offset_of(master, f"probes/{k}/{name}", (3,)), 8) for k in range(width) for name in ("alpha", "beta")],
             (offset_of(master, "probes/0/checksum", (4,)), 8),
             (offset_of(master, "extra", (slot, 0)), slots.extra_bytes),
             (offset_of(master, "commit", (slot, 0)), slots.record_bytes),
@@ -236,25 +240,30 @@ def test_all_space_is_allocated_at_creation(tmp_path):
 def test_rows_and_commits_that_break_a_rule_are_refused(tmp_path):
     store = create(tmp_path, WORLD)
     row = local_row(store._shard, 0, 0)
-    alpha, beta = coefficients(0, 6)
     with pytest.raises(ValueError, match="never written"):
-        store.commit(0, 0, alpha, beta)
+        store.commit(0, [member(0)])
     store.write_row(0, 0, row)
     for bad in (row[:-1], row.astype("float64"), row[None]):
         with pytest.raises(ValueError, match="a row is"):
             store.write_row(0, 0, bad)
     with pytest.raises(ValueError, match="no row 6"):
         store.write_row(0, 6, row)
-    store.commit(0, 0, alpha, beta)
+    store.commit(0, [member(0)])
     with pytest.raises(ValueError, match="needed by the last commit"):
         store.write_row(0, 0, row)
     with pytest.raises(ValueError, match="needed by the last commit"):
         store.write_row(1, 0, row)  # the basis is shared and probe 0 is not finished
     advance(store, (0, 2))
+    alpha, beta = coefficients(0, 2)
     with pytest.raises(ValueError, match="cannot change"):
-        store.commit(0, 2, alpha + 1e-16 + np.eye(6)[1], beta)
-    with pytest.raises(ValueError, match="cannot commit"):
-        store.commit(0, 7, alpha, beta)
+        store.commit(0, [Member(alpha + 1e-16 + np.eye(2)[1], beta)])
+    for probe, members in [(0, [member(7)]), (0, []), (0, [member(2), member(2)]), (1, [member(0)]), (2, [member(0)])]:
+        with pytest.raises(ValueError, match="cannot commit"):
+            store.commit(probe, members)
+    check_state(store)
+    advance(store, (1, 1))
+    with pytest.raises(ValueError, match="probe 0 is finished"):
+        store.write_row(0, 5, row)
     check_state(store)
     store.close()
 
@@ -324,6 +333,106 @@ def test_leftovers_of_a_killed_creation_are_swept(tmp_path):
     store.close()
 
 
+# -- groups ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_basis", [False, True])
+def test_a_group_goes_on_where_it_was_stopped(tmp_path, keep_basis):
+    """Groups (0, 1), (2, 3), (4): of the first, probe 1 ends early and stays while the other goes on."""
+    store = create(tmp_path, WORLD, probes=5, width=2, keep_basis=keep_basis)
+    assert store.schema.bases == (5 if keep_basis else 2)
+    for stop, lengths in [((0, 0), (0,) * 5), ((0, 3), (3, 3, 0, 0, 0)), ((0, 5), (5, 4, 0, 0, 0)),
+                          ((2, 0), (6, 4, 0, 0, 0)), ((2, 5), (6, 4, 5, 5, 0)), ((4, 2), (6, 4, 6, 6, 2))]:  # fmt: skip
+        advance(store, stop)
+        assert store.state.lengths == lengths
+        store.close()
+        store = reopen(tmp_path, WORLD)
+        check_state(store)
+        with read_store(tmp_path) as view:
+            assert view.verify() == []
+            assert [len(p.alpha) for p in view.probes] == list(lengths)
+    advance(store)
+    check_state(store)
+    assert store.state.complete(5)
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == []
+        assert [len(p.rows) for p in view.probes] == ([6, 4, 6, 6, 4] if keep_basis else [0, 0, 0, 0, 4])
+        for k, probe in enumerate(view.probes):
+            for row in probe.rows:
+                np.testing.assert_array_equal(probe.basis[row], whole_row(view.schema.num_params, k, row))
+
+
+def test_a_group_is_committed_at_once_or_not_at_all(tmp_path):
+    """A kill between the members' rows: the group is where it was, and every row of it holds."""
+    store = create(tmp_path, WORLD, width=2)
+    advance(store, (0, 3))
+    store.write_row(0, 4, local_row(store._shard, 1, 1))  # of the two rows of step 4, one is there, and not the right one
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    assert store.state.lengths == (3, 3)
+    check_state(store)
+    with pytest.raises(ValueError, match="rows \\[4\\] of probe 0 are to be committed but were never written"):
+        store.commit(0, [member(4), member(4, ended=True, probe=1)])
+    advance(store)
+    check_state(store)
+    store.close()
+
+
+def test_the_members_of_a_group_are_at_one_step_and_stay_together(tmp_path):
+    store = create(tmp_path, WORLD, probes=4, width=2)
+    advance(store, (0, 3))
+    with pytest.raises(ValueError, match="not at the same step"):
+        store.commit(0, [member(3), member(2, probe=1)])
+    for probe, members in [(0, [member(3)]), (1, [member(3, probe=1)]), (0, [member(3)] * 3), (2, [member(0)] * 2)]:
+        with pytest.raises(ValueError, match="cannot commit"):
+            store.commit(probe, members)
+    for probe in (1, 2, 3):  # probes 2 and 3 reuse the bases of 0 and 1
+        with pytest.raises(ValueError, match="row 2 is needed by the last commit"):
+            store.write_row(probe, 2, local_row(store._shard, probe, 2))
+    check_state(store)
+    store.close()
+
+
+def test_groups_of_other_widths_share_the_bases_of_the_widest(tmp_path):
+    store = create(tmp_path, WORLD, probes=7, width=3)
+    advance(store, (0, 2))
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    advance(store, (3, 1), width=1)  # the group that is going on keeps its width
+    assert (store.state.group, store.state.step) == (range(3, 4), 1)
+    check_state(store)
+    advance(store, (4, 3), width=2)
+    assert store.state.group == range(4, 6)
+    check_state(store)
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    advance(store)
+    check_state(store)
+    assert store.state.lengths == (6, 4, 6, 6, 4, 6, 6)
+    store.close()
+
+
+def test_a_wider_group_rebuilds_the_store_under_the_one_that_goes_on(tmp_path):
+    store = create(tmp_path, WORLD, probes=6, width=2)
+    advance(store, (2, 3))
+    store.close()
+    store = reopen(tmp_path, WORLD, width=4)
+    assert (store.schema.width, store.schema.bases, store.state.group) == (4, 4, range(2, 4))
+    check_state(store)
+    advance(store, (4, 2))
+    check_state(store)
+    store.close()
+    store = reopen(tmp_path, WORLD, width=1)  # never fewer than there are
+    assert store.schema.width == 4
+    check_state(store)
+    advance(store)
+    check_state(store)
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == []
+
+
 # -- damage ------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +447,7 @@ def test_a_flipped_bit_in_a_row_is_noticed(tmp_path):
     flip_bit(rank_file(tmp_path), offset_of(rank_file(tmp_path), "basis/0", (2, 700)) + 1)
     store = reopen(tmp_path, WORLD)
     assert store.state.step == 4
-    assert store.verify_rows(0, store.state.rows) == [2]
+    assert store.verify_rows(0, store.state.rows_of(0)) == [2]
     store.read_row(0, 1)
     store.read_row(0, 2, verify=False)
     with pytest.raises(StoreError, match=r"basis row 2 of probe 0 .* is damaged"):
@@ -441,8 +550,26 @@ def test_more_probes_and_steps_than_at_creation(tmp_path, keep_basis):
     store.close()
     with read_store(tmp_path) as view:
         assert view.verify() == []
-        assert [len(p.rows) for p in view.probes] == ([6, 6, 9] if keep_basis else [0, 0, 9])
+        assert [len(p.rows) for p in view.probes] == ([6, 6, 8] if keep_basis else [0, 0, 8])
     assert len(list(tmp_path.glob("krylov.ranks/*"))) == 1
+
+
+@pytest.mark.parametrize("keep_basis", [False, True])
+def test_more_probes_after_groups(tmp_path, keep_basis):
+    stopped(tmp_path, stop=None, probes=3, width=2, keep_basis=keep_basis)
+    store = reopen(tmp_path, WORLD, probes=6, width=3)
+    assert (store.state.group, store.state.finished, store.schema.probes) == (range(2, 3), True, 6)
+    check_state(store)
+    advance(store, (3, 5))
+    check_state(store)
+    store.close()
+    store = reopen(tmp_path, WORLD)
+    advance(store)
+    assert store.state.lengths == (6, 4, 6, 6, 4, 6)
+    store.close()
+    with read_store(tmp_path) as view:
+        assert view.verify() == []
+        assert [len(p.rows) for p in view.probes] == ([6, 4, 6, 6, 4, 6] if keep_basis else [0, 0, 0, 6, 4, 6])
 
 
 def test_a_damaged_row_stops_a_rebuild_and_leaves_the_store(tmp_path):
@@ -463,7 +590,7 @@ def test_seventy_billion_entries_fit_in_a_virtual_basis(tmp_path):
     layout = Layout(shapes | {f"layers.{k:02d}.norm": (4095,) for k in range(96)}, 6, dims)
     schema = Schema(
         run_id="r", driver="files", generation="g", num_shards=6, num_params=layout.num_params, fingerprint="f",
-        dtype="float32", probes=1, steps=3, rows=3, keep_basis=False, extra_bytes=10,
+        dtype="float32", probes=1, width=1, steps=3, rows=3, keep_basis=False, extra_bytes=10,
     )  # fmt: skip
     assert layout.num_params > 70e9
     create_master(tmp_path / "x.h5", schema, layout.parameters, {}, Ledger.empty(schema.slots, 3), layout)
