@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
-from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
-from hpc_hess.config import LanczosSection
+from hpc_hess.config import Config, LanczosSection
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
-from hpc_hess.parallel.vector import VectorSpace
-from hpc_hess.parallel.world import World
+from hpc_hess.model.blocklist import find_blocks
+from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.memory import gigabytes, host_bytes_free
+from hpc_hess.products import wants_reference
 
 _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, and the start vector is a third
-
-
-def host_bytes_free() -> int:
-    """Bytes of host memory this node can still give, the control group's limit included."""
-    free = psutil.virtual_memory().available
-    limit, used, stat = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat"))
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # no control group, or "max"
-        # file pages that can be dropped count as used
-        droppable = next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file"))
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + droppable)
-    return free
+_CHECK_VECTORS = 2  # the exact product and its difference from the one it is compared with
+# an exact product streams the parameters and the direction of a stage and of the next, as gathered and as unpacked;
+# the gradient, its tangent, and the buffer it is sent in. Alone there is nothing to gather.
+_STAGES, _STAGES_ALONE = 9, 3
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -45,7 +38,24 @@ def used_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def place_basis(world: World, space: VectorSpace, lanczos: LanczosSection) -> torch.device:
+def exact_product_bytes(config: Config, model: ShardedModel) -> int:
+    """Bytes a rank needs on its device for exact products and comparisons with them, activations aside.
+
+    The skeleton they stream through has no memory of its own. 0 where the run takes no exact product.
+    """
+    checked = wants_reference(config)
+    if not checked and config.operator.method != "exact":
+        return 0
+    blocks, numel = find_blocks(model.module) or [], {id(p): p.numel() for p in model.module.parameters()}
+    of_blocks = [[id(p) for p in block.parameters()] for block in blocks]
+    outside = numel.keys() - {p for block in of_blocks for p in block}
+    stage = max([sum(numel[p] for p in block) for block in of_blocks] + [numel[p] for p in outside])
+    item = torch.empty(0, dtype=model.space.dtype).element_size()
+    held = (_STAGES if model.sharded else _STAGES_ALONE) * stage
+    return item * (held + (_CHECK_VECTORS * model.space.size_local if checked else 0))
+
+
+def place_basis(config: Config, model: ShardedModel) -> torch.device:
     """Choose device or host memory for the basis. Collective: yes.
 
     Raises
@@ -53,12 +63,14 @@ def place_basis(world: World, space: VectorSpace, lanczos: LanczosSection) -> to
     ConfigError : it fits nowhere; names the window, the steps and the number of ranks that would.
 
     """
+    world, space, lanczos = model.world, model.space, config.lanczos
     rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
     largest = int(world.max_over_ranks(space.size_local, "largest shard"))
     row_bytes = largest * torch.empty(0, dtype=space.dtype).element_size()
     host = host_bytes_free() // world.launch.local_size
     device = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else host
-    free = {"device": device - _WORK_VECTORS * row_bytes, "host": host}
+    exact = exact_product_bytes(config, model)
+    free = {"device": device - _WORK_VECTORS * row_bytes - exact, "host": host}
     if space.device.type == "cpu":
         free["host"] = free["device"]
     budget = {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
@@ -69,9 +81,12 @@ def place_basis(world: World, space: VectorSpace, lanczos: LanczosSection) -> to
         if rows * row_bytes <= budget[place]:
             return space.device if place == "device" else torch.device("cpu")
     most = max(budget[place] for place in places)
+    remedy = _remedy(lanczos, rows, row_bytes, most, world.shard_size)
+    if config.operator.method == "finite_difference" and rows * row_bytes <= most + exact:
+        remedy = f"operator.check = false or {remedy}"
     raise ConfigError(
-        f"the Krylov basis needs {rows} rows x {_gb(row_bytes)} = {_gb(rows * row_bytes)} on each rank, but only "
-        f"{_gb(most)} are free; {_remedy(lanczos, rows, row_bytes, most, world.shard_size)}"
+        f"the Krylov basis needs {rows} rows x {gigabytes(row_bytes)} = {gigabytes(rows * row_bytes)} on each rank, but "
+        f"only {gigabytes(most)} are free beside the products; {remedy}"
     )
 
 
@@ -86,6 +101,3 @@ def _remedy(lanczos: LanczosSection, rows: int, row_bytes: int, free: int, ranks
     options.append(f"about {needed} ranks" if needed else "more nodes")
     return " or ".join(options) + " would fit"
 
-
-def _gb(count: int) -> str:
-    return f"{max(count, 0) / 1e9:.2f} GB"

@@ -14,19 +14,25 @@ import numpy as np
 
 from hpc_hess.check import check_ritz, relative_difference
 from hpc_hess.config import Config
-from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.errors import ModelError, StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, basis_rows
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.parallel.vector import Basis, VectorSpace
+from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import peak_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, check_repeatable, load_problem
-from hpc_hess.products import CurvatureOperator, build_operator, exact_operator
+from hpc_hess.products import (
+    CurvatureOperator,
+    build_operator,
+    reference_operator,
+    wants_reference,
+    what_is_computed,
+)
 from hpc_hess.report.progress import Progress, make_progress
+from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import print_summary
-from hpc_hess.result import RESULT_NAME, Tally, make_result, to_json, write_aside
+from hpc_hess.result import RESULT_NAME, Tally, make_result, to_json
 from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.events import EventLog
@@ -57,7 +63,7 @@ def run(config: Config, world: World) -> int:
         lock = RunLock.acquire(out, world)
         held.callback(lock.release)
         problem = load_problem(config, world, progress)
-        basis_device = place_basis(world, problem.model.space, config.lanczos)
+        basis_device = place_basis(config, problem.model)
         store = held.enter_context(_open_store(config, world, problem, out, existing, lock))
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())
@@ -152,8 +158,9 @@ class _Loop:
         self.space: VectorSpace = problem.model.space
         self.tally = Tally.from_json(store.state.extra)
         self.operator: CurvatureOperator
-        self._exact_product: StreamedOperator | None = None
-        self._checking = config.operator.check and config.operator.method == "finite_difference"
+        self._reference: CurvatureOperator | None = None
+        self._gradient: Vector | None = None  # at theta_0, where the reference needs it
+        self._checking = wants_reference(config)
 
     def run(self) -> str:
         """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
@@ -191,6 +198,9 @@ class _Loop:
         self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
         self.progress.phase("preparing the product")
         operator = build_operator(self.config, self.problem, loss, gradient)
+        self.tally.computes = what_is_computed(self.config, self.problem)
+        if self.config.operator.kind == "perplexity":
+            self._gradient = gradient
         if self.tally.operator_state:
             operator.from_state(self.tally.operator_state)
         for note in operator.notes:
@@ -254,15 +264,19 @@ class _Loop:
         values = ritz(process.alpha, process.beta).values
         self.progress.step(probe=probe, step=process.step_count, hvp_s=hvp_s, ritz_min=values[0], ritz_max=values[-1])
 
-    def _exact(self) -> StreamedOperator | None:
-        """The exact product to check finite differences with, built on first use; None where there is none."""
-        if self._exact_product is None and self._checking:
-            try:
-                self._exact_product = exact_operator(self.config, self.problem)
+    def _exact(self) -> CurvatureOperator | None:
+        """The exact product to compare with, built on first use; None where there is none. Collective: yes."""
+        if self._reference is None and self._checking:
+            try:  # a ModelError is raised on every rank, or on none
+                self._reference = reference_operator(self.config, self.problem, self.tally.loss, self._gradient)
             except ModelError as error:
                 self.progress.note(f"products are not checked against the exact one: {error}")
                 self._checking = False
-        return self._exact_product
+            else:
+                for note in self._reference.notes:
+                    if note not in self.operator.notes:
+                        self.progress.note(f"to compare with: {note}")
+        return self._reference
 
     def _check_ritz(self, process: Lanczos) -> None:
         """Measure the extreme Ritz pair with the exact product; needs the whole basis."""
