@@ -46,8 +46,8 @@ def exact_product_bytes(config: Config, model: ShardedModel) -> int:
     checked = wants_reference(config)
     if not checked and config.operator.method != "exact":
         return 0
-    blocks, numel = find_blocks(model.module) or [], {id(p): p.numel() for p in model.module.parameters()}
-    of_blocks = [[id(p) for p in block.parameters()] for block in blocks]
+    numel = {id(p): p.numel() for p in model.module.parameters()}
+    of_blocks = [[id(p) for p in block.parameters()] for block in find_blocks(model.module) or ()]
     outside = numel.keys() - {p for block in of_blocks for p in block}
     stage = max([sum(numel[p] for p in block) for block in of_blocks] + [numel[p] for p in outside])
     item = torch.empty(0, dtype=model.space.dtype).element_size()

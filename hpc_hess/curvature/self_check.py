@@ -120,10 +120,11 @@ def _one_of_each_kind(split: SplitModel) -> list[int]:
 
 
 def widened(leaf: Any) -> Any:
-    """bf16 would hide an error in rounding."""
+    """Return half-precision tensors in fp32: bf16 would hide an error in rounding."""
     low = isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
     return leaf.float() if low else leaf
 
 
 def first_line(error: BaseException) -> str:
+    """Return what a message shows of an error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

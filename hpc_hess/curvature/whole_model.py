@@ -206,7 +206,7 @@ class WholeModel:
         kept = {t.untyped_storage().data_ptr() for t in full.values()}
         saved = 0
 
-        def count(t: torch.Tensor) -> None:
+        def count(t: torch.Tensor) -> Any:
             nonlocal saved
             saved += t.numel() * t.element_size() * (t.untyped_storage().data_ptr() not in kept)
 
@@ -214,7 +214,7 @@ class WholeModel:
         with self._running(full) as notes:
             try:
                 leaves = {name: full[name].detach().requires_grad_() for name in self._selected}
-                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda _: None):
+                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda _: _):
                     (first,) = self._loss(index, leaves)
                 (second,) = self._loss(index, leaves)
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -231,7 +231,7 @@ class WholeModel:
     def _compare_gradients(self, full: Tensors) -> None:
         """Refuse a module or a loss that reads parameters elsewhere than in their modules: they would be constants."""
         named = dict(self._module.named_parameters())
-        own = {name: named[name] for name in self._selected if named[name].requires_grad}
+        own: Tensors = {name: named[name] for name in self._selected if named[name].requires_grad}
 
         def gradient(W: Tensors) -> list[torch.Tensor]:
             with torch.enable_grad():
