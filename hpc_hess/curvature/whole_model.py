@@ -36,7 +36,7 @@ from hpc_hess.parallel.memory import device_bytes_free, gigabytes
 from hpc_hess.parallel.vector import Vector
 
 _TANGENTS = 4  # of one micro-batch: the gradient and its tangent; their sum; what is sent to the other ranks
-_GRAPH = 4  # what two derivatives keep, in units of what one forward pass saves for its backward pass
+_GRAPH = 4  # what two derivatives hold over what one forward pass saves: measured 2.3 to 4.0 on a Llama
 
 
 class WholeModel:
