@@ -168,8 +168,8 @@ def _compare(
         record = operator.records[-1]
         schemes.append({"scheme": scheme, "step": record.step, "error": error, "predicted": record.predicted_error,
                         "gradients": record.gradients, "calibration": record.calibration})  # fmt: skip
+    progress.phase(f"{name}: central, {len(_SWEEP)} steps from {_SWEEP[0]:.0e} to {_SWEEP[-1]:.0e}")
     for eps in _SWEEP:
-        progress.phase(f"{name}: eps {eps:.0e}")
         operator = FiniteDifferenceHessian(problem.gradient, "central", eps, base)
         try:
             sweep.append({"step": eps, "error": relative_difference(operator.matvec(v), reference)})

@@ -12,7 +12,7 @@ def check_text(found: Mapping[str, Any]) -> str:
     lines = [
         "",
         f"loss {found['loss']:.6f}, |gradient| {found['gradient_norm']:.4g}, {found['num_params']:,} parameters",
-        f"products                 {found['computes']}",
+        f"computed                 {found['computes']}",
         f"same gradient twice      {_bitwise(found['repeat'])}",
         f"symmetry |uHv - vHu|     {found['symmetry']:.1e} of |Hv|",
         f"linearity                {found['linearity']:.1e} of |Hv|",

@@ -138,7 +138,7 @@ def test_what_has_no_exact_product_is_refused() -> None:
     with pytest.raises(ModelError, match="no second derivative .*once_differentiable"):
         whole(_flat(ToyBlock(), _OnceDifferentiable()))
     with pytest.raises(ModelError, match="dropout or another random operation"):
-        whole(_Random(_blocks()))
+        exact_or_whole(ExactHessian, wrap(_Random(_blocks()).double()), objective(micro_batches(2, 6)))
     with pytest.raises(ModelError, match="eval"):
         whole(_flat().train())
 

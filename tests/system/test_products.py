@@ -15,9 +15,14 @@ from hpc_hess import placement
 from hpc_hess.check import check
 from hpc_hess.config import make_config
 from hpc_hess.curvature import whole_model
-from hpc_hess.errors import ConfigError, ModelError
+from hpc_hess.errors import ConfigError, ModelError, NumericsError
+from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.shard import whole_model as wrap
 from hpc_hess.parallel.world import World
+from hpc_hess.problem import check_repeatable
 from hpc_hess.run import run
+from tests.numerics.exact_case import micro_batches, objective
+from tests.spawn import run_ranks
 from tests.toys import toy_model
 
 
@@ -150,6 +155,30 @@ def test_a_whole_model_that_does_not_fit(
     assert "products are not checked against the exact one" in " ".join("".join(capsys.readouterr()).split())
 
 
+def _two_ranks(world: World, toys: str, out: str) -> None:
+    """The whole model in float64, and bfloat16 where one weight of the last rank's shard is no bfloat16 number."""
+    import hpc_hess.model.blocks as blocks
+
+    run(settings(Path(toys), Path(out) / "bf16", model__source=str(Path(toys) / "almost"), **BF16), world)
+    blocks.find_blocks = lambda module: None
+    run(settings(Path(toys), Path(out) / "whole", operator__method="exact", **DOUBLE), world)
+
+
+def test_two_ranks_take_the_whole_model_and_agree_on_what_is_computed(world: World, toys: Path, tmp_path: Path) -> None:
+    model = toy_model("llama_untied")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+        model.get_submodule("lm_head").weight[-1, -1] = 1 / 3  # type: ignore[operator]
+    model.save_pretrained(toys / "almost")
+    run_ranks(_two_ranks, 2, str(toys), str(tmp_path), timeout_s=200)
+    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in ("bf16", "whole")}
+    assert results["bf16"]["operator"]["computes"] == "Hessian of the bf16-rounded function"
+    alone = finished(settings(toys, tmp_path / "alone", operator__method="exact", **DOUBLE), world)
+    for key in ("alpha", "beta"):
+        np.testing.assert_allclose(results["whole"]["probes"][0][key], alone["probes"][0][key], rtol=1e-8)
+
+
 # -- where the basis lies --------------------------------------------------------------------------------------------
 
 
@@ -168,6 +197,15 @@ def test_the_basis_leaves_room_for_the_check(
     with pytest.raises(ConfigError, match=r"free beside the products; operator\.check = false or lanczos\.steps = 5"):
         run(settings(toys, tmp_path / "does_not"), world)
     run(settings(toys, tmp_path / "unchecked", operator__check=False), world)
+
+
+# -- randomness ------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_left_on_is_seen_in_the_gradient() -> None:
+    gradient = Gradient(wrap(toy_model("gpt2").train()), objective(micro_batches()))
+    with pytest.raises(NumericsError, match="the same gradient computed twice differs by .* dropout"):
+        check_repeatable(gradient)
 
 
 # -- check -----------------------------------------------------------------------------------------------------------
