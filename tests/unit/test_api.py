@@ -138,6 +138,15 @@ def test_exact_hessian_of_a_classifier_is_the_dense_one(classifier: tuple[nn.Mod
     )
 
 
+def test_exact_product_in_half_precision(classifier: tuple[nn.Module, list[Any]]) -> None:
+    model, batches = classifier
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    expected = hpc_hess.hessian(model, batches, summed_cross_entropy, method="exact") @ v.double()
+    half = [(x.bfloat16(), classes) for x, classes in batches]
+    found = hpc_hess.hessian(model.bfloat16(), half, summed_cross_entropy, method="exact") @ v
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 def test_gauss_newton_of_a_language_model() -> None:
     model = toy_model("llama", dtype=torch.float64)
     batches = [{"input_ids": torch.randint(3, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))}]
