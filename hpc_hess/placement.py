@@ -14,7 +14,10 @@ from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.shard import ShardedModel
-from hpc_hess.parallel.memory import gigabytes, host_bytes_free
+from hpc_hess.parallel.memory import gigabytes as _gb
+from hpc_hess.parallel.memory import host_bytes_free
+from hpc_hess.parallel.vector import VectorSpace
+from hpc_hess.parallel.world import World
 from hpc_hess.products import wants_reference
 
 _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, and the start vector is a third
@@ -38,6 +41,48 @@ def used_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def place_basis(world: World, space: VectorSpace, lanczos: LanczosSection, exact_bytes: int = 0) -> torch.device:
+    """Choose device or host memory for the basis beside ``exact_bytes`` for exact products. Collective: yes.
+
+    Raises
+    ------
+    ConfigError : it fits nowhere; names the window, the steps and the number of ranks that would.
+
+    """
+    rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
+    largest = int(world.max_over_ranks(space.size_local, "largest shard"))
+    row_bytes = largest * torch.empty(0, dtype=space.dtype).element_size()
+    host = host_bytes_free() // world.launch.local_size
+    device = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else host
+    free = {"device": device - _WORK_VECTORS * row_bytes - exact_bytes, "host": host}
+    if space.device.type == "cpu":
+        free["host"] = free["device"]
+    budget = {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
+    places: list[Literal["device", "host"]] = (
+        ["device", "host"] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
+    )
+    for place in places:
+        if rows * row_bytes <= budget[place]:
+            return space.device if place == "device" else torch.device("cpu")
+    most = max(budget[place] for place in places)
+    raise ConfigError(
+        f"the Krylov basis needs {rows} rows x {_gb(row_bytes)} = {_gb(rows * row_bytes)} on each rank, but only "
+        f"{_gb(most)} are free beside the products; {_remedy(lanczos, rows, row_bytes, most, world.shard_size)}"
+    )
+
+
+def _remedy(lanczos: LanczosSection, rows: int, row_bytes: int, free: int, ranks: int) -> str:
+    fitting = max(0, free // row_bytes)
+    needed = ranks * -(-rows * row_bytes // free) if free > 0 else 0
+    options = []
+    if fitting >= 3:
+        if lanczos.reorthogonalise == "full":
+            options.append(f"lanczos.steps = {fitting}")
+        options.append(f"lanczos.reorthogonalise = {fitting - 1}" if fitting > 3 else 'lanczos.reorthogonalise = "none"')
+    options.append(f"about {needed} ranks" if needed else "more nodes")
+    return " or ".join(options) + " would fit"
+
+
 def exact_product_bytes(config: Config, model: ShardedModel) -> int:
     """Bytes a rank needs on its device for exact products and comparisons with them, activations aside.
 
@@ -53,51 +98,3 @@ def exact_product_bytes(config: Config, model: ShardedModel) -> int:
     item = torch.empty(0, dtype=model.space.dtype).element_size()
     held = (_STAGES if model.sharded else _STAGES_ALONE) * stage
     return item * (held + (_CHECK_VECTORS * model.space.size_local if checked else 0))
-
-
-def place_basis(config: Config, model: ShardedModel) -> torch.device:
-    """Choose device or host memory for the basis. Collective: yes.
-
-    Raises
-    ------
-    ConfigError : it fits nowhere; names the window, the steps and the number of ranks that would.
-
-    """
-    world, space, lanczos = model.world, model.space, config.lanczos
-    rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
-    largest = int(world.max_over_ranks(space.size_local, "largest shard"))
-    row_bytes = largest * torch.empty(0, dtype=space.dtype).element_size()
-    host = host_bytes_free() // world.launch.local_size
-    device = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else host
-    exact = exact_product_bytes(config, model)
-    free = {"device": device - _WORK_VECTORS * row_bytes - exact, "host": host}
-    if space.device.type == "cpu":
-        free["host"] = free["device"]
-    budget = {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
-    places: list[Literal["device", "host"]] = (
-        ["device", "host"] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
-    )
-    for place in places:
-        if rows * row_bytes <= budget[place]:
-            return space.device if place == "device" else torch.device("cpu")
-    most = max(budget[place] for place in places)
-    remedy = _remedy(lanczos, rows, row_bytes, most, world.shard_size)
-    if config.operator.method == "finite_difference" and rows * row_bytes <= most + exact:
-        remedy = f"operator.check = false or {remedy}"
-    raise ConfigError(
-        f"the Krylov basis needs {rows} rows x {gigabytes(row_bytes)} = {gigabytes(rows * row_bytes)} on each rank, but "
-        f"only {gigabytes(most)} are free beside the products; {remedy}"
-    )
-
-
-def _remedy(lanczos: LanczosSection, rows: int, row_bytes: int, free: int, ranks: int) -> str:
-    fitting = max(0, free // row_bytes)
-    needed = ranks * -(-rows * row_bytes // free) if free > 0 else 0
-    options = []
-    if fitting >= 3:
-        if lanczos.reorthogonalise == "full":
-            options.append(f"lanczos.steps = {fitting}")
-        options.append(f"lanczos.reorthogonalise = {fitting - 1}" if fitting > 3 else 'lanczos.reorthogonalise = "none"')
-    options.append(f"about {needed} ranks" if needed else "more nodes")
-    return " or ".join(options) + " would fit"
-

@@ -20,7 +20,7 @@ from hpc_hess.linalg.lanczos import Lanczos, basis_rows
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import peak_bytes, place_basis, used_bytes
+from hpc_hess.placement import exact_product_bytes, peak_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, check_repeatable, load_problem
 from hpc_hess.products import (
     CurvatureOperator,
@@ -63,7 +63,9 @@ def run(config: Config, world: World) -> int:
         lock = RunLock.acquire(out, world)
         held.callback(lock.release)
         problem = load_problem(config, world, progress)
-        basis_device = place_basis(config, problem.model)
+        basis_device = place_basis(
+            world, problem.model.space, config.lanczos, exact_product_bytes(config, problem.model)
+        )
         store = held.enter_context(_open_store(config, world, problem, out, existing, lock))
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())

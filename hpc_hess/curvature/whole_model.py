@@ -61,6 +61,8 @@ class WholeModel:
 
     """
 
+    lock_step = False
+
     def __init__(
         self, model: ShardedModel, objective: CausalLMObjective | CallableObjective, kind: Kind = "hessian", *,
         plain: nn.Module | None = None, compute_dtype: torch.dtype | None = None, reason: str = "", reserved: int = 0,
