@@ -16,9 +16,12 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
-from hpc_hess.curvature.exact import ExactHessian
+from hpc_hess.curvature.cross_entropy import Kind
+from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
-from hpc_hess.errors import ConfigError
+from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residual
+from hpc_hess.curvature.whole_model import WholeModel, exact_or_whole
+from hpc_hess.errors import ConfigError, DataError
 from hpc_hess.linalg import probes as probe_vectors
 from hpc_hess.linalg import quadrature
 from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
@@ -33,13 +36,17 @@ from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
 
 
 class Operator:
-    """A curvature matrix of a model in this process. Vectors are flat, in the order of ``layout``'s parameters."""
+    """A curvature matrix of a model in this process. Vectors are flat, in the order of ``layout``'s parameters.
+
+    ``notes`` say how exact products are taken: kernels that were switched, a model that is not split into blocks.
+    """
 
     def __init__(self, operator: LinearOperator) -> None:
         self._operator = operator
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
+        self.notes: list[str] = list(getattr(operator, "notes", []))
 
     def matvec(self, v: Any) -> Any:
         """Return A v for a flat vector of N entries: a numpy array, a torch tensor, or a Vector; in kind."""
@@ -62,12 +69,18 @@ class Operator:
         return ScipyOperator(self.shape, matvec=self.matvec, rmatvec=self.matvec, dtype=dtype)
 
 
+_KINDS: dict[str, type[StreamedOperator]] = {
+    "hessian": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual, "fisher": EmpiricalFisher,
+}  # fmt: skip
+
+
 def hessian(
     model: nn.Module,
     batches: Sequence[Any],
     loss: LossFunction | None = None,
     *,
     method: Literal["finite_difference", "exact"] = "finite_difference",
+    kind: Kind = "hessian",
     scheme: Scheme = "central",
     step: float | Literal["auto"] = "auto",
     include: Sequence[str] = ("*",),
@@ -81,25 +94,34 @@ def hessian(
     batches : a list; each element is passed to ``loss``.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
         The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``.
-    method, scheme, step : as in the configuration's [operator]; "exact" is for causal LMs with their own loss.
+    method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its own loss block by
+        block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
+    kind : "hessian"; by exact products of a causal LM with its own loss also "gauss_newton", "residual", "fisher".
     include, exclude : globs over parameter names; the Hessian of the selected parameters.
 
     Raises
     ------
-    DataError, LayoutError, NumericsError, ConfigError : with the remedy.
+    DataError, LayoutError, ModelError, NumericsError, ConfigError : with the remedy.
 
     """
+    if kind not in _KINDS:
+        raise ConfigError(f"kind = '{kind}' is not one of: {', '.join(_KINDS)}")
     if method not in ("finite_difference", "exact"):
         raise ConfigError(f"method = '{method}' is not one of: finite_difference, exact")
-    if method == "exact" and loss is not None:
-        raise ConfigError('method = "exact" streams the causal LM\'s own loss: leave loss out, or use finite_difference')
+    if kind != "hessian" and (method != "exact" or loss is not None):
+        raise ConfigError(f'kind = "{kind}" needs method = "exact" and the causal LM\'s own loss: leave loss out')
     model.eval()
     sharded = whole_model(model, list(include), list(exclude))
-    if method == "exact":
+    if method == "exact" and loss is None:
         micro_batches = [causal_lm_batch(batch) for batch in batches]
         count = sum(batch.num_tokens for batch in micro_batches)
-        return Operator(ExactHessian(sharded, CausalLMObjective(micro_batches, count, sharded.space.device)))
+        if not count:
+            raise DataError("there are no batches" if not micro_batches else "the batches predict no token")
+        own = CausalLMObjective(micro_batches, count, sharded.space.device)
+        return Operator(exact_or_whole(_KINDS[kind], sharded, own))
     objective = CallableObjective(batches, loss or causal_lm_loss, model)
+    if method == "exact":
+        return Operator(WholeModel(sharded, objective))
     return Operator(FiniteDifferenceHessian(Gradient(sharded, objective, Routing(model, "frozen")), scheme, step))
 
 

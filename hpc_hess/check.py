@@ -21,8 +21,9 @@ from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, check_repeatable, load_problem
-from hpc_hess.products import exact_operator
+from hpc_hess.products import exact_operator, what_is_computed
 from hpc_hess.report.progress import Progress, make_progress
+from hpc_hess.report.rundir import write_aside
 
 _SWEEP = [10.0**k for k in np.arange(-5, 0.75, 0.5)]
 
@@ -77,7 +78,12 @@ def check(config: Config, world: World) -> int:
     """Measure the configuration's products and write check.json and check.png to its run directory. Collective: yes.
 
     Determinism, symmetry, linearity; every scheme against the exact product on a probe and on the extreme Ritz vector
-    of a short Lanczos run; a sweep over steps on both.
+    of a short Lanczos run; a sweep over steps on both. In bfloat16, instead, the product against that in float32.
+
+    Raises
+    ------
+    ModelError : operator.method = "exact", and there is no exact product.
+
     """
     world.make_mesh(config.parallel.replicate)
     with make_progress(world.rank == 0, 1) as progress:
@@ -88,10 +94,10 @@ def check(config: Config, world: World) -> int:
 
         out = Path(config.run.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "check.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_aside(out / "check.json", json.dumps(found, indent=1) + "\n")
         figure = write_check_figure(found, out)
         print(check_text(found))
-        print(f"written to {out / 'check.json'} and {figure}")
+        print("\nwritten to " + " and ".join(str(path) for path in (out / "check.json", figure) if path))
     world.barrier("finish")
     return 0
 
@@ -101,16 +107,25 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     progress.phase("gradient at theta_0")
     base = problem.gradient.at_theta0()
     found: dict[str, Any] = {"loss": base[0], "gradient_norm": base[1].norm(), "num_params": space.size,
-                             "repeat": check_repeatable(problem.gradient)}  # fmt: skip
+                             "repeat": check_repeatable(problem.gradient),
+                             "computes": what_is_computed(config, problem)}  # fmt: skip
     progress.phase("exact product")
+    kind = config.operator.kind if config.operator.kind != "perplexity" else "hessian"
+    rounded = config.model.compute_dtype == "bfloat16"
+    exact: LinearOperator | None = None
     try:
-        exact: LinearOperator | None = exact_operator(config, problem)
+        reference = exact_operator(config, problem, kind, config.model.master_dtype)
+        exact = exact_operator(config, problem, kind) if rounded else reference
+        for note in reference.notes:
+            progress.note(note)
     except ModelError as error:
-        exact = None
+        if config.operator.method == "exact":
+            raise
         progress.note(f"no exact product to compare with: {error}")
     u, v = (start_vector(space, lanczos.seed, k, lanczos.distribution) for k in (0, 1))
-    differences = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
-    operator = exact if config.operator.method == "exact" and exact is not None else differences
+    operator = exact if config.operator.method == "exact" else None
+    if operator is None:
+        operator = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
     progress.phase("symmetry and linearity")
     hu, hv = operator.matvec(u), operator.matvec(v)
     scale = max(hu.norm(), hv.norm())
@@ -128,10 +143,15 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     found |= {"theta": theta, "theta_residual": residual, "orthogonality_loss": gram, "lanczos_steps": steps}
     if exact is None:
         return found
-    found["ritz"] = asdict(check_ritz(exact, process))
-    found["vectors"] = [
-        _compare(problem, base, exact, name, vector, progress) for name, vector in (("probe", u), ("Ritz vector", y))
-    ]
+    found["ritz"] = asdict(check_ritz(reference, process))
+    vectors = (("probe", u), ("Ritz vector", y))
+    if rounded:
+        found["vectors"] = [
+            {"name": name, "rounding": relative_difference(exact.matvec(vector), reference.matvec(vector))}
+            for name, vector in vectors
+        ]
+    elif kind == "hessian":
+        found["vectors"] = [_compare(problem, base, exact, name, vector, progress) for name, vector in vectors]
     return found
 
 
@@ -148,8 +168,8 @@ def _compare(
         record = operator.records[-1]
         schemes.append({"scheme": scheme, "step": record.step, "error": error, "predicted": record.predicted_error,
                         "gradients": record.gradients, "calibration": record.calibration})  # fmt: skip
+    progress.phase(f"{name}: central, {len(_SWEEP)} steps from {_SWEEP[0]:.0e} to {_SWEEP[-1]:.0e}")
     for eps in _SWEEP:
-        progress.phase(f"{name}: eps {eps:.0e}")
         operator = FiniteDifferenceHessian(problem.gradient, "central", eps, base)
         try:
             sweep.append({"step": eps, "error": relative_difference(operator.matvec(v), reference)})

@@ -209,7 +209,8 @@ def _check_combinations(config: Config) -> None:
     if operator.method == "finite_difference" and model.compute_dtype == "bfloat16":
         raise ConfigError(
             "finite differences cannot be computed in bfloat16: the forward pass rounds the step away (measured error "
-            'over 40 % at every step size); set model.compute_dtype = "float32"'
+            'over 40 % at every step size); set model.compute_dtype = "float32", or operator.method = "exact", which '
+            "takes no step"
         )
     if operator.method == "finite_difference" and operator.kind not in ("hessian", "perplexity"):
         raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = "exact"')

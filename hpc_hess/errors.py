@@ -16,7 +16,11 @@ class ConfigError(HpcHessError):
 
 
 class ModelError(ConfigError):
-    """The model cannot be loaded, sharded or split."""
+    """The model cannot be loaded, sharded or differentiated."""
+
+
+class SplitError(ModelError):
+    """The model's blocks cannot be told apart: exact products can only take it as a whole."""
 
 
 class DataError(ConfigError):

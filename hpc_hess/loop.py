@@ -11,16 +11,22 @@ import torch
 
 from hpc_hess.check import check_ritz, relative_difference
 from hpc_hess.config import Config
-from hpc_hess.curvature.exact import StreamedOperator
+from hpc_hess.curvature.whole_model import ExactOperator
 from hpc_hess.errors import ModelError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, next_products
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.parallel.vector import Basis, VectorSpace
+from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import peak_bytes
 from hpc_hess.problem import Problem, check_repeatable
-from hpc_hess.products import CurvatureOperator, build_operator, exact_operator
+from hpc_hess.products import (
+    CurvatureOperator,
+    build_operator,
+    reference_operator,
+    wants_reference,
+    what_is_computed,
+)
 from hpc_hess.report.progress import Progress
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import Tally
@@ -37,7 +43,7 @@ class Loop:
 
     Parameters
     ----------
-    exact : the operator's streamed products with operator.method = "exact", else None.
+    exact : the operator's exact products with operator.method = "exact", else None.
     bases : one for each probe of the widest group, the store's one in progress included.
     width : of the groups that begin here.
 
@@ -45,7 +51,7 @@ class Loop:
 
     def __init__(
         self, config: Config, world: World, problem: Problem, store: Store, *, events: EventLog, progress: Progress,
-        stopper: Stopper, exact: StreamedOperator | None, bases: list[Basis], width: int,
+        stopper: Stopper, exact: ExactOperator | None, bases: list[Basis], width: int,
     ) -> None:  # fmt: skip
         self.config, self.world, self.problem, self.store = config, world, problem, store
         self.events, self.progress, self.stopper, self.bases, self.width = events, progress, stopper, bases, width
@@ -53,7 +59,9 @@ class Loop:
         self.tally = Tally.from_json(store.state.extra)
         self.operator: CurvatureOperator
         self._exact = exact
-        self._checking = config.operator.check and config.operator.method == "finite_difference"
+        self._compared_with: CurvatureOperator | None = None
+        self._gradient: Vector | None = None  # at theta_0, where that one needs it
+        self._checking = wants_reference(config)
 
     def run(self) -> str:
         """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
@@ -83,6 +91,9 @@ class Loop:
         self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
         self.progress.phase("preparing the product")
         operator = build_operator(self.config, self.problem, loss, gradient, self._exact)
+        self.tally.computes = what_is_computed(self.config, self.problem)
+        if self.config.operator.kind == "perplexity":
+            self._gradient = gradient
         if self.tally.operator_state:
             operator.from_state(self.tally.operator_state)
         for note in operator.notes:
@@ -188,15 +199,19 @@ class Loop:
             ritz_min=min(v[0] for v in values), ritz_max=max(v[-1] for v in values),
         )  # fmt: skip
 
-    def _reference(self) -> StreamedOperator | None:
-        """The exact product to check finite differences with, built on first use; None where there is none."""
-        if self._checking and self._exact is None:
-            try:
-                self._exact = exact_operator(self.config, self.problem)
+    def _reference(self) -> CurvatureOperator | None:
+        """The exact product to compare with, built on first use; None where there is none. Collective: yes."""
+        if self._compared_with is None and self._checking:
+            try:  # a ModelError is raised on every rank, or on none
+                self._compared_with = reference_operator(self.config, self.problem, self.tally.loss, self._gradient)
             except ModelError as error:
                 self.progress.note(f"products are not checked against the exact one: {error}")
                 self._checking = False
-        return self._exact if self._checking else None
+            else:
+                for note in self._compared_with.notes:
+                    if note not in self.operator.notes:
+                        self.progress.note(f"to compare with: {note}")
+        return self._compared_with
 
     def _check_ritz(self, process: Lanczos) -> None:
         """Measure the extreme Ritz pair with the exact product; needs the whole basis."""

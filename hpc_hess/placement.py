@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
-from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
-from hpc_hess.config import LanczosSection
+from hpc_hess.config import Config, LanczosSection
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
+from hpc_hess.model.blocklist import find_blocks
+from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.memory import gigabytes as _gb
+from hpc_hess.parallel.memory import host_bytes_free
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
+from hpc_hess.products import wants_reference
 
 _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, and the start vector is a third
-
-
-def host_bytes_free() -> int:
-    """Bytes of host memory this node can still give, the control group's limit included."""
-    free = psutil.virtual_memory().available
-    limit, used, stat = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat"))
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # no control group, or "max"
-        # file pages that can be dropped count as used
-        droppable = next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file"))
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + droppable)
-    return free
+_CHECK_VECTORS = 2  # the exact product and its difference from the one it is compared with
+# an exact product streams the parameters and the direction of a stage and of the next, as gathered and as unpacked;
+# the gradient, its tangent, and the buffer it is sent in. Alone there is nothing to gather.
+_STAGES, _STAGES_ALONE = 9, 3
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -46,7 +42,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def place_basis(
-    world: World, space: VectorSpace, lanczos: LanczosSection, wanted: int = 1, at_least: int = 1
+    world: World, space: VectorSpace, lanczos: LanczosSection, wanted: int = 1, at_least: int = 1, exact_bytes: int = 0
 ) -> tuple[int, torch.device]:
     """Choose for how many probes at a time there is room for a basis, and device or host memory. Collective: yes.
 
@@ -54,6 +50,7 @@ def place_basis(
     ----------
     wanted : probes in lock-step; if lanczos.lock_step is "auto" fewer will do, on the device rather than on the host.
     at_least : as many as a group that is going on has.
+    exact_bytes : what exact products need beside it: :func:`exact_product_bytes`.
 
     Raises
     ------
@@ -65,7 +62,7 @@ def place_basis(
     rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
     largest = int(world.max_over_ranks(space.size_local, "largest shard"))
     row_bytes = largest * torch.empty(0, dtype=space.dtype).element_size()
-    budget = _budget(world, space)
+    budget = _budget(world, space, exact_bytes)
     places: list[Literal["device", "host"]] = (
         ["device", "host"] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
     )
@@ -81,14 +78,17 @@ def place_basis(
         options.insert(0, f"lanczos.lock_step = {fewer}")
     raise ConfigError(
         f"the Krylov basis needs {what} x {_gb(row_bytes)} = {_gb(width * rows * row_bytes)} on each rank, but only "
-        f"{_gb(most)} are free; {' or '.join(options)} would fit"
+        f"{_gb(most)} are free beside the products; {' or '.join(options)} would fit"
     )
 
 
-def _budget(world: World, space: VectorSpace) -> dict[str, int]:
+def _budget(world: World, space: VectorSpace, exact_bytes: int) -> dict[str, int]:
     """Return the bytes free for each rank on the device and on the host, the least over all ranks. Collective: yes."""
     host = host_bytes_free() // world.launch.local_size
-    device = torch.cuda.mem_get_info(space.device)[0] if space.device.type == "cuda" else host
+    if space.device.type == "cpu":
+        device = host = host - exact_bytes
+    else:
+        device = torch.cuda.mem_get_info(space.device)[0] - exact_bytes
     free = {"device": device, "host": host}
     return {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
 
@@ -110,5 +110,18 @@ def _remedy(lanczos: LanczosSection, width: int, rows: int, row_bytes: int, free
     return options
 
 
-def _gb(count: int) -> str:
-    return f"{max(count, 0) / 1e9:.2f} GB"
+def exact_product_bytes(config: Config, model: ShardedModel) -> int:
+    """Bytes a rank needs on its device for exact products and comparisons with them, activations aside.
+
+    The skeleton they stream through has no memory of its own. 0 where the run takes no exact product.
+    """
+    checked = wants_reference(config)
+    if not checked and config.operator.method != "exact":
+        return 0
+    numel = {id(p): p.numel() for p in model.module.parameters()}
+    of_blocks = [[id(p) for p in block.parameters()] for block in find_blocks(model.module) or ()]
+    outside = numel.keys() - {p for block in of_blocks for p in block}
+    stage = max([sum(numel[p] for p in block) for block in of_blocks] + [numel[p] for p in outside])
+    item = torch.empty(0, dtype=model.space.dtype).element_size()
+    held = (_STAGES if model.sharded else _STAGES_ALONE) * stage
+    return item * (held + (_CHECK_VECTORS * model.space.size_local if checked else 0))

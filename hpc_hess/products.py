@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from hpc_hess.config import Config
 from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
@@ -12,7 +14,10 @@ from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residu
 from hpc_hess.curvature.perplexity import PerplexityHessian
 from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.curvature.streaming import Settings
+from hpc_hess.curvature.whole_model import ExactOperator, exact_or_whole
+from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.operator import products
+from hpc_hess.model.precision import survives
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.problem import Problem, dtype_of
 
@@ -68,9 +73,9 @@ class _Differences:
 
 
 class _Exact:
-    """Streamed products: nothing to remember between them."""
+    """Exact products: nothing to remember between them."""
 
-    def __init__(self, operator: StreamedOperator) -> None:
+    def __init__(self, operator: ExactOperator) -> None:
         self._operator, self.space, self.notes = operator, operator.space, operator.notes
 
     def matvec(self, v: Vector) -> Vector:
@@ -110,18 +115,68 @@ _STREAMED: dict[str, type[StreamedOperator]] = {
 }  # fmt: skip
 
 
-def exact_operator(config: Config, problem: Problem, kind: str = "hessian") -> StreamedOperator:
-    """Return the streamed operator of ``kind``. Collective: yes. Raises ModelError where the model cannot be split."""
-    return _STREAMED[kind](
-        problem.model, problem.objective, plain=problem.plain, compute_dtype=dtype_of(config.model.compute_dtype),
+def exact_operator(
+    config: Config, problem: Problem, kind: str = "hessian", compute_dtype: str | None = None
+) -> ExactOperator:  # fmt: skip
+    """Return the exact operator of ``kind``, computed as configured or in ``compute_dtype``. Collective: yes.
+
+    Streamed block by block, or of the whole model where its blocks cannot be told apart. Raises ModelError, on every
+    rank, where neither is possible.
+    """
+    space, lanczos = problem.model.space, config.lanczos
+    row_bytes = space.size_local * torch.empty(0, dtype=space.dtype).element_size()
+    # the host's memory for the basis counts as free until it is written to
+    basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
+    return exact_or_whole(
+        _STREAMED[kind], problem.model, problem.objective, plain=problem.plain,
+        compute_dtype=dtype_of(compute_dtype or config.model.compute_dtype),
         settings=Settings(
             keep_state=config.operator.keep_state, boundaries_on_host=config.operator.boundaries == "host"
         ),
+        reserved=basis_bytes if space.device.type == "cpu" else 0,
     )  # fmt: skip
 
 
+def wants_reference(config: Config) -> bool:
+    """Whether the run's products are to be compared with exact ones in the masters' precision."""
+    rounded = config.model.compute_dtype != config.model.master_dtype
+    return config.operator.check and (config.operator.method == "finite_difference" or rounded)
+
+
+def reference_operator(config: Config, problem: Problem, loss: float, gradient: Vector | None) -> CurvatureOperator:
+    """Return the same matrix by the exact product in the masters' precision. Collective: yes. Raises ModelError.
+
+    ``gradient`` at theta_0 is needed for kind "perplexity" only.
+    """
+    kind = config.operator.kind
+    inner = _Exact(exact_operator(config, problem, kind, config.model.master_dtype))
+    if kind != "perplexity":
+        return inner
+    assert gradient is not None
+    return _Perplexity(inner, loss, gradient)
+
+
+_MATRICES = {
+    "hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix", "residual": "Hessian residual",
+    "fisher": "empirical Fisher matrix", "perplexity": "perplexity Hessian",
+}  # fmt: skip
+
+
+def what_is_computed(config: Config, problem: Problem) -> str:
+    """Say which function's matrix the products are of. Collective: yes.
+
+    In bfloat16 that depends on the weights: those that bfloat16 holds exactly, as in released checkpoints, lose
+    nothing in the cast, and only the arithmetic is rounded; others are first moved to another point.
+    """
+    matrix, model = _MATRICES[config.operator.kind], config.model
+    if model.compute_dtype != "bfloat16":
+        return f"{matrix} of the {model.compute_dtype.replace('float', 'fp')} function"
+    exact = problem.model.world.all_true(survives(problem.model.module, torch.bfloat16), "weights in bfloat16")
+    return f"{matrix} of the fp32 function estimated in bf16" if exact else f"{matrix} of the bf16-rounded function"
+
+
 def build_operator(
-    config: Config, problem: Problem, loss: float, gradient: Vector, exact: StreamedOperator | None
+    config: Config, problem: Problem, loss: float, gradient: Vector, exact: ExactOperator | None
 ) -> CurvatureOperator:
     """Build the operator of [operator] at theta_0, where loss and gradient are known. Collective: yes.
 

@@ -38,6 +38,7 @@ class Tally:
     step_max: float = 0.0
     realised_error: float = 0.0
     predicted_error: float = 0.0
+    computes: str = ""  # which function's matrix, and in which precision
     calibration_gradients: int = 0
     error_probe: float | None = None  # against the exact product, on the first probe
     ritz_check: dict[str, float] = field(default_factory=dict)  # RitzCheck of the extreme Ritz pair
@@ -104,7 +105,7 @@ def make_result(
                  "fingerprint": problem.samples.fingerprint},
         "operator": {"name": config.operator.kind, "method": config.operator.method,
                      "scheme": config.operator.scheme, "dtype": config.model.compute_dtype,
-                     "master_dtype": config.model.master_dtype},
+                     "master_dtype": config.model.master_dtype, "computes": tally.computes or None},
         "loss": tally.loss,
         "gradient_norm": tally.gradient_norm,
         "steps": config.lanczos.steps,
@@ -139,12 +140,13 @@ def make_result(
 
 
 def _product_errors(tally: Tally) -> dict[str, Any]:
-    """Measured where the exact product was at hand, else predicted by the step controller."""
+    """Measured where the exact product (of bfloat16: in float32) was at hand, else predicted by the step controller."""
+    predicted = tally.predicted_error or None
     if tally.error_probe is None:
-        return {"hvp_relative": tally.predicted_error or None, "hvp_relative_is": "predicted"}
+        return {"hvp_relative": predicted, "hvp_relative_is": None if predicted is None else "predicted"}
     errors: dict[str, Any] = {
         "hvp_relative": tally.error_probe, "hvp_relative_is": "measured", "hvp_relative_probe": tally.error_probe,
-        "hvp_relative_predicted": tally.predicted_error,
+        "hvp_relative_predicted": predicted,
     }  # fmt: skip
     if tally.ritz_check:
         check = RitzCheck(**tally.ritz_check)
@@ -157,13 +159,6 @@ def _product_errors(tally: Tally) -> dict[str, Any]:
 def to_json(result: dict[str, Any]) -> str:
     """Return the text of result.json."""
     return json.dumps(result, indent=1) + "\n"
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place: a reader sees the old one or the new one."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _cpu() -> str:

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpc_hess.config import Config
-from hpc_hess.curvature.exact import StreamedOperator
+from hpc_hess.curvature.whole_model import ExactOperator
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
 from hpc_hess.parallel.vector import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import place_basis, used_bytes
+from hpc_hess.placement import exact_product_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, load_problem
 from hpc_hess.products import exact_operator
 from hpc_hess.report.progress import make_progress
+from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import print_summary
 from hpc_hess.report.words import probes_text
-from hpc_hess.result import RESULT_NAME, make_result, to_json, write_aside
+from hpc_hess.result import RESULT_NAME, make_result, to_json
 from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
@@ -64,13 +65,15 @@ def run(config: Config, world: World) -> int:
         problem = load_problem(config, world, progress)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
-        exact: StreamedOperator | None = None
+        exact: ExactOperator | None = None
         if config.operator.method == "exact" and not (found and found.state.complete(config.lanczos.probes)):
             progress.phase("exact product")
             exact = exact_operator(config, problem, config.operator.kind)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
         going_on = found.state.width if found and not found.state.finished else 1
-        width, device = place_basis(world, problem.model.space, config.lanczos, wanted, going_on)
+        width, device = place_basis(
+            world, problem.model.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
+        )
         store = held.enter_context(_open_store(config, world, problem, out, found, attributes, width, lock))
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())

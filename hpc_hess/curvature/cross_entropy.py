@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+Kind = Literal["hessian", "gauss_newton", "residual", "fisher"]
 
 
 def loss_cotangents(
@@ -27,3 +31,19 @@ def loss_cotangents(
     one = torch.full_like(targets, -scale, dtype=wide)[:, None]
     g = p.scatter_add(-1, targets[:, None], one)
     return g.to(dtype), g_dot.to(dtype)
+
+
+def starting_cotangents(
+    kind: Kind, logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what the way back starts with at the logits: the tangent of the cotangent, and the cotangent.
+
+    The latter is None for the kinds that need no second derivative of the logits. Arguments as
+    :func:`loss_cotangents`.
+    """
+    g, g_dot = loss_cotangents(logits, logits_dot, targets, scale)
+    if kind == "residual":
+        g_dot = torch.zeros_like(g_dot)
+    elif kind == "fisher":  # g is scale times a token's own gradient
+        g_dot = g * ((g * logits_dot).sum(-1, keepdim=True) / scale)
+    return g_dot, g if kind in ("hessian", "residual") else None

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from hpc_hess.curvature.cross_entropy import Kind
 from hpc_hess.curvature.self_check import choose_way
-from hpc_hess.curvature.streaming import Kind, Settings, Sweeps
+from hpc_hess.curvature.streaming import Settings, Sweeps
 from hpc_hess.curvature.tangents import Way
-from hpc_hess.errors import ModelError, NumericsError
+from hpc_hess.errors import ModelError, NumericsError, SplitError
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch
@@ -19,6 +20,7 @@ from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.record import record
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.model.splice import differentiable_kernels
+from hpc_hess.parallel.in_step import in_step
 from hpc_hess.parallel.vector import Vector
 
 
@@ -45,7 +47,8 @@ class StreamedOperator:
 
     Raises
     ------
-    ModelError : the model cannot be split, dropout is on, the loss is not the causal LM's, no second derivative.
+    SplitError : the model cannot be split into blocks.
+    ModelError : dropout is on, the loss is not the causal LM's, no second derivative. On every rank, if on any.
 
     """
 
@@ -67,12 +70,23 @@ class StreamedOperator:
         self._batches = [_on_device(b, objective.device) for b in objective.micro_batches]
         self._exchange = Exchange(model, compute_dtype)
         if plain is not None:
-            _move_buffers(plain, model.space.device)
-        self._split = SplitModel(plain if plain is not None else model.module)
+            move_buffers(plain, model.space.device)
+        module = plain if plain is not None else model.module
         self._settings = replace(settings or Settings(), kind=self.kind)
-        with differentiable_kernels(self._split.module) as notes, honest_casts(self._exchange.dtype):
-            boundaries = record(self._split, self._batches[0], self._exchange.parameters)
-            choice = choose_way(self._split, self._batches[0], boundaries, self._exchange.parameters)
+        parted = SplitError(f"cannot split {type(module).__name__}: the ranks' data take different ways through its blocks")
+        with (
+            in_step(model.world, "preparing the exact product", parted) as agree_on,
+            differentiable_kernels(module) as notes,
+            honest_casts(self._exchange.dtype),
+        ):
+
+            def fetch(names: list[str]) -> dict[str, torch.Tensor]:
+                agree_on(names)
+                return self._exchange.parameters(names)
+
+            self._split = SplitModel(module)
+            boundaries = record(self._split, self._batches[0], fetch, self._batches[1:])
+            choice = choose_way(self._split, self._batches[0], boundaries, fetch)
         self.notes = [*notes, *choice.notes]
         agree = model.world.all_true
         way: Way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
@@ -133,7 +147,8 @@ class ExactHessian(StreamedOperator):
     kind = "hessian"
 
 
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Take a module's buffers to ``device``; its parameters stay where they are."""
     for owner in module.modules():
         for key, buffer in owner._buffers.items():
             if buffer is not None and buffer.device != device:

@@ -41,9 +41,9 @@ def choose_way(
     with torch.no_grad():
         arguments, tensors = split.arguments(fetch(split.names_of(0)), batch)
         for number in _one_of_each_kind(split):
-            full = {n: _wide(t) for n, t in fetch(split.names_of(1 + number)).items()}
-            leaves = [_wide(leaf) for leaf in arguments[number]]
-            x = (_wide(boundaries[number]), *(_wide(tensors[1 + e]) for e in split.extras_of(number)))
+            full = {n: widened(t) for n, t in fetch(split.names_of(1 + number)).items()}
+            leaves = [widened(leaf) for leaf in arguments[number]]
+            x = (widened(boundaries[number]), *(widened(tensors[1 + e]) for e in split.extras_of(number)))
 
             def f(W: Tensors, x: Several, number: int = number, leaves: list[Any] = leaves) -> Several:
                 return (split.block(number, W, leaves, *x),)
@@ -76,13 +76,13 @@ def _check_block(split: SplitModel, number: int, f: Stage, W: Tensors, x: Severa
     try:
         reference = derivatives("reverse", *one)
     except (NotImplementedError, RuntimeError) as error:
-        raise ModelError(f"{block} has no second derivative ({_line(error)}): use finite differences") from error
+        raise ModelError(f"{block} has no second derivative ({first_line(error)}): use finite differences") from error
     if choice.way == "dual":
         try:
-            wrong = _disagree(derivatives("dual", *one), reference)
+            wrong = disagreement(derivatives("dual", *one), reference)
             why = f"its forward derivative, differentiated, is off by {wrong:.0e}" if wrong else ""
         except (NotImplementedError, RuntimeError) as error:
-            why = _line(error)
+            why = first_line(error)
         if why:
             choice.way, choice.lock_step = "reverse", False
             choice.notes.append(f"{block}: exact products by double backward, which costs more ({why})")
@@ -91,16 +91,16 @@ def _check_block(split: SplitModel, number: int, f: Stage, W: Tensors, x: Severa
             both = torch.vmap(lambda V, x_dot, bar_dot: tuple(derivatives("dual", V, x_dot, bar_dot)))(
                 V, x_dot, bar_dot
             )
-            wrong = _disagree([t[0] for t in both], reference)
+            wrong = disagreement([t[0] for t in both], reference)
             why = f"off by {wrong:.0e}" if wrong else ""
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            why = _line(error)
+            why = first_line(error)
         if why:
             choice.lock_step = False
             choice.notes.append(f"{block}: several directions are multiplied one after the other ({why})")
 
 
-def _disagree(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+def disagreement(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Return the largest relative difference of a tensor if it is beyond rounding, else 0."""
     floor = _FLOOR * max(float(r.norm()) for r in reference)
     errors = [float((f - r).norm()) / (float(r.norm()) + floor) for f, r in zip(found, reference, strict=True)]
@@ -119,11 +119,12 @@ def _one_of_each_kind(split: SplitModel) -> list[int]:
     return sorted(kinds.values())
 
 
-def _wide(leaf: Any) -> Any:
-    """bf16 would hide an error in rounding."""
+def widened(leaf: Any) -> Any:
+    """Return half-precision tensors in fp32: bf16 would hide an error in rounding."""
     low = isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
     return leaf.float() if low else leaf
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what a message shows of an error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

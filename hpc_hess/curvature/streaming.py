@@ -21,15 +21,13 @@ from typing import Literal
 
 import torch
 
-from hpc_hess.curvature.cross_entropy import loss_cotangents
+from hpc_hess.curvature.cross_entropy import Kind, starting_cotangents
 from hpc_hess.curvature.ports import Mapped, One
 from hpc_hess.curvature.projections import Projections
 from hpc_hess.curvature.tangents import Pull, Several, Stage, Tensors, Way, pull_again, push, push_keeping
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import MicroBatch, shifted_targets
-
-Kind = Literal["hessian", "gauss_newton", "residual", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -191,12 +189,8 @@ class _Sweep:
         parts: list[tuple[Several, Several | None]] = []
         for chunk in predicted.new_tensor(range(len(predicted))).split(self._chunk()):
             (z,), (z_dot,), back = self._keeping(logits, W2, V2, (rows[chunk],), (rows_dot[chunk],))
-            g, g_dot = loss_cotangents(z, z_dot, targets[predicted[chunk]], self.scale)
-            if self.settings.kind == "residual":
-                g_dot = torch.zeros_like(g_dot)
-            elif self.settings.kind == "fisher":  # g is scale times a token's own gradient
-                g_dot = g * ((g * z_dot).sum(-1, keepdim=True) / self.scale)
-            tangents, h_bar_dot, h_bar = back((g_dot,), None if self.gauss_newton else (g,))
+            g_dot, g = starting_cotangents(self.settings.kind, z, z_dot, targets[predicted[chunk]], self.scale)
+            tangents, h_bar_dot, h_bar = back((g_dot,), None if g is None else (g,))
             total = {n: total[n].add_(t) if n in total else t for n, t in tangents.items()}
             parts.append((h_bar_dot, h_bar))
         bar_dot = self._spread([p[0] for p in parts], predicted, hidden)

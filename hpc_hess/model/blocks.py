@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from hpc_hess.errors import ModelError
+from hpc_hess.errors import ModelError, SplitError
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.loss import MicroBatch
 from hpc_hess.model.splice import Forward, Places, parameter_places, plain_forward, replaced_forwards, substituted
@@ -59,6 +59,13 @@ class Finished(BaseException):
     """Leaves the model's forward early, once the part that was asked for is computed."""
 
 
+def require_eval(module: nn.Module) -> None:
+    """Raise ModelError where a part of ``module`` is in training mode."""
+    training = next((name for name, m in module.named_modules() if m.training), None)
+    if training is not None:
+        raise ModelError(f"module '{training}' is in training mode, so dropout may be on: call model.eval() first")
+
+
 class SplitModel:
     """The parts of a causal LM as functions.
 
@@ -66,21 +73,20 @@ class SplitModel:
 
     Raises
     ------
-    ModelError : no list of blocks, no output head, dropout left on.
+    SplitError : no list of blocks, no output head.
+    ModelError : dropout left on.
 
     """
 
     def __init__(self, module: nn.Module) -> None:
         blocks = find_blocks(module)
         if blocks is None:
-            raise ModelError(f"cannot split {type(module).__name__}: no nn.ModuleList of repeated blocks was found")
+            raise SplitError(f"cannot split {type(module).__name__}: no nn.ModuleList of repeated blocks was found")
         find_head: Any = getattr(module, "get_output_embeddings", lambda: None)
         head = find_head()
         if not isinstance(head, nn.Module):
-            raise ModelError(f"cannot split {type(module).__name__}: get_output_embeddings() returns no module")
-        training = next((name for name, m in module.named_modules() if m.training), None)
-        if training is not None:
-            raise ModelError(f"module '{training}' is in training mode, so dropout may be on: call model.eval() first")
+            raise SplitError(f"cannot split {type(module).__name__}: get_output_embeddings() returns no module")
+        require_eval(module)
         self.module, self.blocks, self.head = module, list(blocks), head
         self.places: dict[str, Places] = parameter_places(module)
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -199,8 +205,8 @@ class SplitModel:
         """Run the model with blocks and head replaced; parameters that are not given are zeros without memory."""
         count, calls = 0, self.known.calls
 
-        def depart(what: str) -> ModelError:
-            return ModelError(
+        def depart(what: str) -> SplitError:
+            return SplitError(
                 f"{type(self.module).__name__} {what} differently from when it was recorded: its forward depends on the "
                 "data, and exact products cannot split it"
             )

@@ -6,13 +6,13 @@ no activations: autograd's graph is built with empty hands, only to see which te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hpc_hess.errors import ModelError
+from hpc_hess.errors import SplitError
 from hpc_hess.model.blocks import Arguments, Call, Parts, SplitModel
 from hpc_hess.model.loss import MicroBatch
 from hpc_hess.model.splice import plain_forward, substituted
@@ -20,15 +20,18 @@ from hpc_hess.model.splice import plain_forward, substituted
 Fetch = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
-def record(split: SplitModel, batch: MicroBatch, fetch: Fetch) -> list[torch.Tensor]:
+def record(
+    split: SplitModel, batch: MicroBatch, fetch: Fetch, others: Sequence[MicroBatch] = ()
+) -> list[torch.Tensor]:
     """Set ``split.parts`` and return the boundary tensor before each block call, and after the last.
 
-    ``fetch`` returns full parameters by name. The parts are replayed and compared with what was recorded.
+    ``fetch`` returns full parameters by name. The parts are replayed and compared with what was recorded; the ``other``
+    micro-batches must call the same blocks in the same order.
     Collective: as ``fetch``, which is called in the same order on every rank.
 
     Raises
     ------
-    ModelError : the model cannot be split into a chain of blocks; says where it departs from one.
+    SplitError : the model cannot be split into a chain of blocks; says where it departs from one.
 
     """
     watch = _Watch(split, fetch)
@@ -38,13 +41,15 @@ def record(split: SplitModel, batch: MicroBatch, fetch: Fetch) -> list[torch.Ten
         forwards = [watch.block_forward(i) for i in range(len(split.blocks))]
         try:
             logits = split.run(batch, outside, forwards, watch.on_head)
-        except (NotImplementedError, RuntimeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             text = str(error).strip().split("\n", 1)[0]
-            raise ModelError(f"cannot run {watch.kind} block by block ({text})") from error
+            raise SplitError(f"cannot run {watch.kind} block by block ({text})") from error
         watch.finish(logits)
     split.parts = watch.parts
     with torch.no_grad():
         _compare_replay(split, batch, outside, watch)
+        for other in others:
+            split.arguments({name: outside[name] for name in watch.parts.prologue}, other)
     return watch.boundaries
 
 
@@ -119,13 +124,13 @@ class _Watch:
             for i, leaf in enumerate(leaves):
                 if _differentiable(leaf):
                     return i
-            raise ModelError(f"cannot split {self.kind}: no argument of its first block depends on the parameters")
+            raise SplitError(f"cannot split {self.kind}: no argument of its first block depends on the parameters")
         for i, leaf in enumerate(leaves):
             for j, out in enumerate(self.outputs):
                 if out is not None and leaf is out:
                     self.calls[-1].out_boundary = j
                     return i
-        raise ModelError(
+        raise SplitError(
             f"cannot split {self.kind}: call {number} of a block does not take the tensor that call {number - 1} "
             "returned, so there is computation between the blocks"
         )
@@ -146,7 +151,7 @@ class _Watch:
     def _refuse_blocks(self, tensor: torch.Tensor, what: str, but: torch.Tensor | None = None) -> None:
         for source in _sources(tensor):
             if source in self.made and (but is None or source != id(but)):
-                raise ModelError(
+                raise SplitError(
                     f"cannot split {self.kind}: {what} depends on the output of block call {self.made[source]}, which "
                     "is not handed from block to block"
                 )
@@ -155,13 +160,13 @@ class _Watch:
         """Stand in for the head: watch its input and answer for the first token only."""
         self.head_calls += 1
         if not self.calls or self.head_calls > 1:
-            raise ModelError(f"cannot split {self.kind}: its head is not called once, after the blocks")
+            raise SplitError(f"cannot split {self.kind}: its head is not called once, after the blocks")
         last = self.calls[-1]
         if last.out_boundary < 0:  # as in the calls before it, or found by what the head depends on
             sources = _sources(hidden)
             last.out_boundary = next((j for j, o in enumerate(self.outputs) if id(o) in sources), -1)
             if last.out_boundary < 0:
-                raise ModelError(f"cannot split {self.kind}: its head does not depend on its last block")
+                raise SplitError(f"cannot split {self.kind}: its head does not depend on its last block")
         boundary = self.outputs[last.out_boundary]
         assert boundary is not None
         self._refuse_blocks(hidden, "the head's input", boundary)
@@ -173,7 +178,7 @@ class _Watch:
 
     def finish(self, logits: torch.Tensor) -> None:
         if self.hidden is None:
-            raise ModelError(f"cannot split {self.kind}: its forward does not call get_output_embeddings()")
+            raise SplitError(f"cannot split {self.kind}: its forward does not call get_output_embeddings()")
         self._refuse_blocks(logits, "what follows the head")
         self.logits = logits.detach()
         used = sorted({name for t in [*self.prologue, *self.extras] for name in self._used(t)})
@@ -191,7 +196,7 @@ def _compare_replay(split: SplitModel, batch: MicroBatch, outside: dict[str, tor
 
     def check(new: Any, old: Any, what: str) -> None:
         if isinstance(old, torch.Tensor) and not (isinstance(new, torch.Tensor) and _same(new, old)):
-            raise ModelError(
+            raise SplitError(
                 f"cannot split {watch.kind}: {what} is not the same when the model is run in parts, so it depends on "
                 "something that is not handed from block to block (or its forward is random)"
             )

@@ -64,7 +64,9 @@ class ShardedModel:
         """Set the parameters to ``flat``."""
         self._foreach(torch._foreach_copy_, self.local_parameters, list(self.pieces_of(flat)))
 
-    def move_parameters(self, flat: torch.Tensor, direction: torch.Tensor, step: float, *, dither: bool = False) -> torch.Tensor:
+    def move_parameters(
+        self, flat: torch.Tensor, direction: torch.Tensor, step: float, *, dither: bool = False
+    ) -> torch.Tensor:
         """Set the parameters to ``flat + step * direction``; return this rank's <theta - flat, direction> as stored.
 
         ``dither``: see :func:`kernels.displace`.
@@ -218,7 +220,7 @@ def _fully_shard(
     for m in module.modules():
         if isinstance(m, FSDPModule):
             if world.device.type == "cpu" and hasattr(m, "set_custom_reduce_scatter"):
-                m.set_custom_reduce_scatter(_ReduceScatter())
+                m.set_custom_reduce_scatter(_ReduceScatter())  # type: ignore[arg-type]
             # the loss is already divided by the tokens of the whole set: plain sums over ranks
             m.set_gradient_divide_factor(1.0)
             m.set_force_sum_reduction_for_comms(True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hpc_hess.errors import ModelError
@@ -92,7 +93,8 @@ def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
                 notes[f'experts computed by "eager" for exact products: "{experts}" lacks derivatives'] = None
         for config, key, _ in saved:
             setattr(config, key, "eager")
-        with _Decomposed():
+        # F.multi_head_attention_forward calls the fused kernel where no mode sees it
+        with _Decomposed(), sdpa_kernel(SDPBackend.MATH):
             yield list(notes)
     finally:
         for config, key, used in saved:

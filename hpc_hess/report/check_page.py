@@ -12,6 +12,7 @@ def check_text(found: Mapping[str, Any]) -> str:
     lines = [
         "",
         f"loss {found['loss']:.6f}, |gradient| {found['gradient_norm']:.4g}, {found['num_params']:,} parameters",
+        f"computed                 {found['computes']}",
         f"same gradient twice      {_bitwise(found['repeat'])}",
         f"symmetry |uHv - vHu|     {found['symmetry']:.1e} of |Hv|",
         f"linearity                {found['linearity']:.1e} of |Hv|",
@@ -24,9 +25,13 @@ def check_text(found: Mapping[str, Any]) -> str:
             f"|Hy - theta y| = {ritz['residual']:.2g} (Lanczos: {ritz['lanczos_residual']:.2g})"
         )
     for vector in found.get("vectors", []):
+        if "rounding" in vector:
+            lines.append(f"bf16 against fp32        off by {vector['rounding']:.1e} of |Hv| on the {vector['name']}")
+            continue
         lines += ["", f"{vector['name']}:", "  scheme     step       error      predicted  gradients"]
         for row in vector["schemes"]:
-            lines.append(f"  {row['scheme']:<10} {row['step']:<10.2e} {row['error']:<10.1e} {row['predicted']:<10.1e} "
+            predicted = "n/a" if row["predicted"] is None else f"{row['predicted']:.1e}"
+            lines.append(f"  {row['scheme']:<10} {row['step']:<10.2e} {row['error']:<10.1e} {predicted:<10} "
                          f"{row['gradients']} (+ {row['calibration']} to calibrate)")  # fmt: skip
         best = min(vector["sweep"], key=lambda row: row["error"], default=None)
         if best:
@@ -39,14 +44,15 @@ def _bitwise(repeat: float) -> str:
 
 
 def write_check_figure(found: Mapping[str, Any], folder: Path) -> Path | None:
-    """Draw error against step for each vector, with the steps the program chose. None without an exact product."""
-    if not found.get("vectors"):
+    """Draw error against step for each vector, with the steps the program chose. None where no step was compared."""
+    vectors = [vector for vector in found.get("vectors", []) if "sweep" in vector]
+    if not vectors:
         return None
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for vector, colour in zip(found["vectors"], ("#0072B2", "#D55E00"), strict=False):
+    for vector, colour in zip(vectors, ("#0072B2", "#D55E00"), strict=False):
         sweep = vector["sweep"]
         axes.loglog([r["step"] for r in sweep], [r["error"] for r in sweep], "o-", color=colour, ms=4, lw=1.5,
                     label=f"central, {vector['name']}")  # fmt: skip

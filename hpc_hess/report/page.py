@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from hpc_hess.report.figures import Plot, write_figures
-from hpc_hess.report.rundir import RunFiles, read_run, step_events
+from hpc_hess.report.rundir import RunFiles, read_run, step_events, write_aside
 from hpc_hess.report.spectrum import (
     extreme_residuals,
     extremes,
@@ -56,9 +55,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     plots = write_figures(run.result, run.events, run.path / "figures")
     page = run.path / "report.html"
-    aside = page.with_suffix(".html.part")  # a reader never meets half a page
-    aside.write_text(render(run, plots), encoding="utf-8")
-    os.replace(aside, page)
+    write_aside(page, render(run, plots))
     return page
 
 

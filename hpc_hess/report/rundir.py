@@ -1,4 +1,4 @@
-"""What a run directory says in text: result.json, config.toml, events.jsonl."""
+"""A run directory's text files: result.json, config.toml, events.jsonl."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class RunFiles:
     result: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place: a reader sees the old one or the new one. Local."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def read_run(run_dir: str | Path, need_result: bool = True) -> RunFiles:

@@ -32,7 +32,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     if data.get("tokens"):
         head += f", {data['tokens']:,} tokens"
     head += f", {plural(result.get('steps'), 'step')}, {plural(len(result.get('probes') or []), 'probe')}"
-    lines = [head]
+    lines = [head, *_computes(result)]
     for label, value, residual in (("lambda max", high, above), ("lambda min", low, below)):
         text = interval_text(result, value, residual, scale)
         lines.append(_line(label, number(value, 6) + (f"  ({text})" if text else "")))
@@ -54,6 +54,15 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     if report_path is not None:
         lines.append(_line("report", str(Path(report_path).resolve())))
     return "\n".join(lines)
+
+
+def _computes(result: Mapping[str, Any]) -> list[str]:
+    """Say which function's matrix it is where the arithmetic is rounded, and how far off its products are."""
+    operator, error = result.get("operator") or {}, (result.get("errors") or {}).get("hvp_relative")
+    if operator.get("dtype") != "bfloat16" or not operator.get("computes"):
+        return []
+    off = "not compared with fp32" if error is None else f"its products differ by {number(100 * error, 2)} % from fp32"
+    return [_line("computed", f"{operator['computes']}; {off}")]
 
 
 def print_summary(

@@ -132,9 +132,12 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     low, high = extremes(result)
     error = (result.get("errors") or {}).get("hvp_relative")
     if isinstance(error, int | float) and error > 0.01:
+        rounded = (result.get("operator") or {}).get("dtype") == "bfloat16"
+        mended = 'operator.scheme = "fourth" or operator.method = "exact"'
         found.append(
             f"A product is off by {number(100 * error, 2)} %: features of the spectrum finer than that are not real; "
-            'operator.scheme = "fourth" or operator.method = "exact" mends it.'
+            + ('model.compute_dtype = "float32"' if rounded else mended)
+            + " mends it."
         )
     name = str((result.get("operator") or {}).get("name") or "")
     if name in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):

@@ -10,6 +10,7 @@ from hpc_hess.curvature.gauss_newton import GaussNewton, Residual
 from hpc_hess.curvature.streaming import Settings
 from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.model.loss import CallableObjective, shifted_targets
+from hpc_hess.model.precision import survives
 from hpc_hess.model.shard import whole_model
 from tests.numerics.exact_case import (
     ToyBlock,
@@ -103,6 +104,29 @@ def test_a_micro_batch_that_predicts_nothing_adds_nothing() -> None:
         assert error(ExactHessian(model, objective(padded)).matvec(v), expected.data) < 1e-14
 
 
+def test_a_kernel_without_derivatives_is_switched_and_named() -> None:
+    model, loss = case("llama")
+    (v,) = vectors(model, 1)
+    expected = ExactHessian(model, loss).matvec(v)
+    model.module.config._attn_implementation = "flash_attention_2"
+    hessian = ExactHessian(model, loss)
+    assert 'attention computed by "eager" for exact products: "flash_attention_2" lacks derivatives' in hessian.notes
+    assert error(hessian.matvec(v), expected.data) < 1e-13
+    assert model.module.config._attn_implementation == "flash_attention_2", "the user's setting is left as it was"
+
+
+class _AttentionDropout(ToyBlock):
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        q = self.norm(x)[:, None]
+        return x + torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.1)[:, 0]
+
+
+def test_attention_dropout_in_eval_mode_is_refused() -> None:
+    model = whole_model(ToyLM([_AttentionDropout(), ToyBlock()]).double())
+    with pytest.raises(ModelError, match="attention dropout is on"):
+        ExactHessian(model, objective(micro_batches(2, 6)))
+
+
 def test_fp32_and_bf16_errors() -> None:
     model, loss = case("llama", torch.float32)
     double = toy_model("llama", dtype=torch.float64)
@@ -113,6 +137,25 @@ def test_fp32_and_bf16_errors() -> None:
     half = error(ExactHessian(model, loss, compute_dtype=torch.bfloat16).matvec(v), expected)
     assert single < 1e-5
     assert 1e-4 < half < 0.1, "tangents in bf16 have bf16's errors, no more"
+
+
+def test_weights_that_are_bf16_to_begin_with_lose_nothing_in_the_cast() -> None:
+    """Other weights are moved by it: what comes out is the product at the rounded ones, to the bit."""
+    errors, halves = {}, {}
+    for rounded in (False, True):
+        module = toy_model("llama_untied")
+        if rounded:
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.copy_(parameter.bfloat16())
+        model, loss = whole_model(module), objective(micro_batches())
+        assert survives(module, torch.bfloat16) == rounded
+        vs = vectors(model, 4)
+        full = ExactHessian(model, loss).matmat(vs)
+        halves[rounded] = ExactHessian(model, loss, compute_dtype=torch.bfloat16).matmat(vs)
+        errors[rounded] = sum(error(h, f.data) for h, f in zip(halves[rounded], full, strict=True)) / len(vs)
+    assert all(torch.equal(a.data, b.data) for a, b in zip(halves[False], halves[True], strict=True))
+    assert 1e-3 < errors[True] < 0.9 * errors[False] < 0.05  # measured: 1.35e-2 and 1.78e-2
 
 
 @pytest.mark.parametrize("block", [0, 1])

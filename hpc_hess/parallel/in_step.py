@@ -1,0 +1,44 @@
+"""Ranks that go through the same collectives one after the other, and end together when one of them fails between two."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from hpc_hess.errors import CollectiveError, HpcHessError
+from hpc_hess.parallel.world import World
+
+Agree = Callable[[object], None]
+
+
+@contextlib.contextmanager
+def in_step(world: World, name: str, parted: HpcHessError) -> Iterator[Agree]:
+    """Run a block that holds collectives; yields agree(what), to be called before each of them. Collective: yes.
+
+    Where a rank raises an HpcHessError, the others meet it at their next agree(), or at the block's end, instead of
+    waiting in a collective for a rank that will not come: the block raises that error on every rank. Ranks that are
+    about to do different things (``what``, picklable, differs) all raise ``parted``.
+    """
+    over = False
+
+    def agree(what: object, error: HpcHessError | None = None) -> None:
+        nonlocal over
+        everyone = world.gather((what, None if error is None else (type(error), str(error))), name)
+        failed = {rank: found for rank, (_, found) in enumerate(everyone) if found is not None}
+        over = bool(failed) or any(other != what for other, _ in everyone)
+        if failed:
+            rank, (kind, text) = min(failed.items())
+            raise error if error is not None and rank == world.rank else kind(text)
+        if over:
+            raise parted
+
+    try:
+        yield agree
+    except CollectiveError:  # the others are not there to agree with
+        raise
+    except HpcHessError as error:
+        if over:
+            raise
+        agree(None, error)
+    else:
+        agree("the end")
