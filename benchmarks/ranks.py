@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from tests.toys import TOYS, toy_directory
 STEPS = 10
 
 
-def recurrences(world: World, folder: str, dtype: str) -> dict[str, tuple[list[float], list[float]]]:
+def recurrences(world: World, folder: str, dtype: str, models: list[str]) -> dict[str, tuple[list[float], list[float]]]:
     """Return alpha and beta of every toy. Collective: yes."""
     world.make_mesh(1)
     found = {}
-    for name in TOYS:
+    for name in models:
         config = make_config({
             "model": {"source": f"{folder}/{name}", "attention": "eager", "master_dtype": dtype, "compute_dtype": dtype},
             "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 13, "sequences": 5},
@@ -46,14 +47,17 @@ def recurrences(world: World, folder: str, dtype: str) -> dict[str, tuple[list[f
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=list(TOYS), choices=list(TOYS))
+    models = parser.parse_args().models
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in TOYS:
+        for name in models:
             toy_directory(name, Path(folder) / name)
         np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, 96, 200))
         for dtype, bound in (("float64", 1e-8), ("float32", 1e-3)):
-            runs = {n: run_ranks(recurrences, n, folder, dtype, timeout_s=1200)[0] for n in (1, 2, 3, 4)}
-            for name in TOYS:
+            runs = {n: run_ranks(recurrences, n, folder, dtype, models, timeout_s=1200)[0] for n in (1, 2, 3, 4)}
+            for name in models:
                 alpha, beta = (np.array(x) for x in runs[1][name])
                 scale = max(np.abs(alpha).max(), beta.max())
                 row: dict[str, Any] = {"model": name, "dtype": dtype, "asked": bound}
