@@ -14,9 +14,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=4)
     args = parser.parse_args()
     config: dict[str, Any] = {
-        "data": {"sequences": args.sequences, "sequence_length": 128},
+        "data": {"sequences": args.sequences, "sequence_length": 128, "micro_batch": args.micro_batch},
         "lanczos": {"steps": args.steps, "probes": 1},
         "operator": {"check": False},  # the comparison with the exact product is no part of a step
     }
@@ -39,7 +40,7 @@ def main() -> None:
     ]  # fmt: skip
     write("product_cost", "Cost of a central product and of Lanczos on SmolLM2-135M", rows,
           {"ranks": args.ranks, "steps": args.steps, "sequences": args.sequences, "sequence_length": 128,
-           "reorthogonalise": "full", "scheme": "central"})  # fmt: skip
+           "micro_batch": args.micro_batch, "reorthogonalise": "full", "scheme": "central"})  # fmt: skip
 
 
 if __name__ == "__main__":
