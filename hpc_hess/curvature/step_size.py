@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ _STENCIL: dict[str, dict[int, float]] = {
     "fourth": {-2: -0.5, -1: 1, 1: -1, 2: 0.5},
 }
 _MAX_ROUNDS = 3
+# contrast (see Differences) is about 2 at the best central step, 1.5 at the best forward one
+_RESOLVED, _DROWNED = 1.2, 6.0
+_STRETCH = 10.0
 CALIBRATION_GRADIENTS = 5
 
 
@@ -166,7 +169,7 @@ class StepController:
         if near is None:
             return True
         ratio = v.participation / near.participation
-        affordable = self.calibration_gradients <= 0.5 * self.product_gradients + 2 * CALIBRATION_GRADIENTS
+        affordable = self.calibration_gradients <= 0.5 * self.product_gradients + 3 * CALIBRATION_GRADIENTS
         return affordable and not 1 / self.reach <= ratio <= self.reach
 
     def step(self, v: Concentration) -> float:
@@ -191,25 +194,28 @@ class StepController:
     def calibrate(
         self, v: Concentration, shifted: Callable[[float], tuple[float, Vector]], base: Callable[[], Vector]
     ) -> Calibration:
-        """Measure around theta_0 along the vector of ``v`` until the spacing used suits it. Collective: yes.
+        """Measure around theta_0 along the vector of ``v`` until noise and derivative are told apart. Collective: yes.
 
-        The spacing is the step it gives; for "fourth", whose step is far wider, the step that "central" would take:
-        there the fourth difference is noise, at the step of "fourth" it is all derivative.
+        Where a spacing shows nothing but noise a far wider one follows; where the derivative drowns the noise, a
+        narrower one. The spacing is near the step it gives; for "fourth", whose step is far wider, near the step that
+        "central" would take: there the fourth difference is noise, at the step of "fourth" it is all derivative.
         """
         spacing = "central" if self.scheme == "fourth" else self.scheme
         h = self.step(v) if spacing == self.scheme else self._rule_of_thumb(v, spacing)
+        sigma = math.inf
         for _ in range(_MAX_ROUNDS):
             found = measure(shifted, base(), h, self.scheme)
             self.calibration_gradients += CALIBRATION_GRADIENTS
-            step, coefficient, excess = balance(found, self.scheme)
-            best = balance(found, spacing)[0]
-            if found.contrast < 1.05:  # nothing but noise at this spacing: the derivative is an upper bound
-                h = min(best, 4 * h)
-                continue
-            if not h / 4 <= best <= 4 * h:  # the fourth difference is only noise near or below the best step
-                h = best
-                continue
-            break
+            # noise is the same at every spacing: what a wide one finds beyond a narrow one's is the derivative's
+            sigma, known = min(sigma, found.sigma), sigma < math.inf
+            found = replace(found, sigma=sigma)
+            if found.contrast < _RESOLVED:
+                h *= _STRETCH
+            elif found.contrast > _DROWNED and not known:
+                h = balance(found, spacing)[0] / 3
+            else:
+                break
+        step, coefficient, excess = balance(found, self.scheme)
         calibration = Calibration(
             v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess
         )
