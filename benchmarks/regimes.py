@@ -146,6 +146,7 @@ class Plan:
 
     powers: dict[str, tuple[float, float, float]]
     ritz_steps: int
+    vectors: tuple[str, ...] = VECTORS
 
     def steps(self, dtype: str) -> list[float]:
         low, high, stride = self.powers[dtype]
@@ -154,15 +155,16 @@ class Plan:
 
 TOY_PLAN = Plan({"float64": (-8, 1.5, 0.5), "float32": (-6, 1.5, 0.5),
                  "bfloat16": (-4, 1.5, 0.5), "bfloat16, weights too": (-4, 1.5, 0.5)}, 20)  # fmt: skip
-SMOLLM2_PLAN = Plan({"float64": (-7, 1, 1), "float32": (-5, 1, 0.5), "bfloat16": (-3, 1.5, 0.5),
-                     "bfloat16, weights too": (-2, 1, 1)}, 10)  # fmt: skip
+SMOLLM2_PLAN = Plan({"float64": (-7, 0, 1), "float32": (-4.5, 1, 0.5), "bfloat16": (-1.5, 1.5, 0.5),
+                     "bfloat16, weights too": (-1, 1, 1)}, 8, ("random", "Ritz"))  # fmt: skip
 
 
 def sweep(name: str, config: dict[str, Any], plan: Plan, dtypes: list[str]) -> list[dict[str, Any]]:
     """Return a curve for each number format and vector."""
     began = time.perf_counter()
     narrow = load(config, "float32")
-    vectors = test_vectors(narrow, plan.ritz_steps)
+    vectors = {k: v for k, v in test_vectors(narrow, plan.ritz_steps).items() if k in plan.vectors}
+    print(f"{name}, vectors: {time.perf_counter() - began:.0f} s", flush=True)
     theta = narrow.model.read_parameters()
     curves: list[dict[str, Any]] = []
     references: dict[str, torch.Tensor] = {}
@@ -242,7 +244,8 @@ def fit(curve: dict[str, Any], truncation: float | None = None) -> dict[str, flo
 
     A side is the points, going away from the best step, while each has over 1.5 times the error of the last (further
     out the step is lost when it is stored) and, beyond the best step, the error is below 0.3 (the leading term rules).
-    ``truncation``: T where it is known better (it belongs to the function, not to the number format). ``optimum`` minimises (T eps^2)^2 + (R / eps)^2.
+    ``truncation``: T where it is known better (it belongs to the function, not to the number format). ``optimum``
+    minimises (T eps^2)^2 + (R / eps)^2.
     """
     points = sorted(curve["points"], key=lambda p: p["eps"])
     i = min(range(len(points)), key=lambda k: points[k]["error"])

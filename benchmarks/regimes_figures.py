@@ -44,7 +44,7 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlim(5e-9, 60)
-            axes.set_ylim(1e-11, 30)
+            axes.set_ylim(1e-11, 2e3)
         row[0].set_ylabel(f"{kind} vector\nrelative error of H v" if kind != "final norm" else
                           "vector on the final norm\nrelative error of H v")  # fmt: skip
     for axes, model in zip(grid[0], models, strict=True):
@@ -53,7 +53,7 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
         axes.set_xlabel("step eps along the unit vector")
     handles = [Line2D([], [], color=c, marker="o", ms=3, label=d) for d, c in COLOURS.items()]
     handles += [
-        Line2D([], [], color=MUTED, ls="--", lw=0.9, label="fit: R / eps and T eps², where both could be fitted"),
+        Line2D([], [], color=MUTED, ls="--", lw=0.9, label="fits R / eps and T eps², extended"),
         Line2D([], [], color=MUTED, marker="x", ms=6, ls="", mew=1.4, label="where the two cross"),
         Line2D([], [], color=MUTED, marker="*", ms=12, ls="", mec=INK, mew=0.6, label="step chosen by step = \"auto\""),
         Line2D([], [], color=MUTED, ls="-", lw=3, alpha=0.6, label="exact product (no step), right edge"),
@@ -70,9 +70,9 @@ def _draw_curve(axes: Axes, curve: dict[str, Any], truncation_constant: float | 
     found = regimes.fit(curve, truncation_constant)
     if "crossing" in found:
         crossing, truncation = float(found["crossing"] or 0), float(found["truncation"] or 0)
-        near, far = np.geomspace(crossing / 300, crossing, 2), np.geomspace(crossing, crossing * 30, 2)
-        axes.plot(near, float(found["rounding"] or 0) / near, "--", color=colour, lw=0.9, alpha=0.8)
-        axes.plot(far, truncation * far**2, "--", color=colour, lw=0.9, alpha=0.8)
+        across = np.geomspace(crossing / 30, crossing * 30, 2)  # both lines go on beyond the crossing
+        axes.plot(across, float(found["rounding"] or 0) / across, "--", color=colour, lw=0.9, alpha=0.8)
+        axes.plot(across, truncation * across**2, "--", color=colour, lw=0.9, alpha=0.8)
         axes.plot(crossing, truncation * crossing**2, "x", color=colour, ms=6, mew=1.4)
     if curve["auto"]:
         axes.plot(curve["auto"]["eps"], curve["auto"]["error"], "*", color=colour, ms=12, mec=INK, mew=0.6, zorder=5)

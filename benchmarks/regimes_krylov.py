@@ -8,7 +8,8 @@ function. The same start vector everywhere. Measured at every step:
 * excess: Ritz values beyond a gap of the true spectrum, less the eigenvalues beyond it, largest over gaps of at least
   1 % of the spectrum's range. Cauchy interlacing forbids any for an orthonormal basis and an exact product, so each is
   an artefact: a ghost (a copy of a converged eigenvalue) or spurious;
-* overshoot: how far the Ritz values leave the spectrum; extreme: error of lambda_max and lambda_min, the larger one;
+* overshoot: how far the Ritz values leave the spectrum; below, above: how many lie outside it by over 1 % of its range;
+* extreme: error of lambda_max and lambda_min, the larger one;
 * wasserstein: between the quadrature and that of the exact float64 product with full reorthogonalisation at the same step;
 * for the Gauss-Newton matrix, which is positive semi-definite: the most negative Ritz value, the weight of all below
   zero, and how many lie below -1e-6 lambda_max.
@@ -41,7 +42,7 @@ from hpc_hess.parallel.vector import Basis, Vector
 from hpc_hess.problem import Problem
 
 Float = NDArray[np.float64]
-SHAPE = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 64}
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 48}
 ROWS, LENGTH, STEPS = 2, 32, 100
 CURVES = RESULTS / "regimes_krylov_curves.json"
 FIXED = (1e-3, 1e-2, 1e-1)
@@ -127,6 +128,8 @@ def measure(process: Lanczos, errors: list[float], truth: Truth, reference: list
     series: dict[str, list[float]] = {"product_error": errors, "orthogonality": gram}
     series["excess"] = [truth.excess(q.values) for q in quadratures]
     series["overshoot"] = [max(q.values[-1] - high, low - q.values[0], 0.0) / scale for q in quadratures]
+    for side, sign, edge in (("below", -1, low), ("above", 1, high)):
+        series[side] = [int((sign * (q.values - edge) > 0.01 * scale).sum()) for q in quadratures]
     series["extreme"] = [max(abs(q.values[-1] - high), abs(q.values[0] - low)) / scale for q in quadratures]
     series["lowest"] = [q.values[0] / high for q in quadratures]
     series["negative_weight"] = [float(q.weights[q.values < 0].sum()) for q in quadratures]
@@ -136,7 +139,8 @@ def measure(process: Lanczos, errors: list[float], truth: Truth, reference: list
             wasserstein_distance(q.values, r.values, q.weights, r.weights) / scale
             for q, r in zip(quadratures, reference, strict=False)
         ]
-    return {"asymmetry": process.asymmetry / scale, **{k: [float(f"{x:.4g}") for x in v] for k, v in series.items()}}
+    short = {k: [float(f"{x:.4g}") for x in v] for k, v in series.items()}
+    return {"asymmetry": process.asymmetry / scale, **short, "alpha": process.alpha, "beta": process.beta}
 
 
 def operators(wide: Problem, narrow: Problem) -> dict[str, Any]:
@@ -201,7 +205,9 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
         "steps": run["steps"], "product error, first": run["product_error"][0],
         "median": float(np.median(run["product_error"])), "worst": max(run["product_error"]),
         "orthogonality": last["orthogonality"], "excess": int(max(run["excess"])), "from step": first or "",
-        "overshoot": last["overshoot"], "extreme": last["extreme"], "wasserstein": last["wasserstein"],
+        "overshoot": last["overshoot"],
+        "below, above": f"{last['below']:g}, {last['above']:g}", "extreme": last["extreme"],
+        "wasserstein": last["wasserstein"],
         "asymmetry": run["asymmetry"] if run["reorthogonalise"] == "full" else "",
     }  # fmt: skip
     if run["matrix"] == "gauss_newton":
