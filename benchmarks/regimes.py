@@ -1,0 +1,366 @@
+"""Where Hessian products can be trusted: error against step, by number format, model size and vector.
+
+Central differences of gradients over a sweep of steps, and the exact product, against the exact product in float64 at
+the same parameters. Number formats:
+
+* float64, float32: parameters, gradients and vectors in that format;
+* bfloat16: float32 masters and vectors, forward and backward on a bfloat16 copy of the parameters (what FSDP's mixed
+  precision does). The program refuses this for differences; here the objective makes the copy;
+* bfloat16, weights too: the same at parameters that bfloat16 can hold, as in a checkpoint released in it. The reference
+  is taken there as well, so that casting the parameters costs nothing until they are moved.
+
+``python -m benchmarks.regimes`` measures the toys, then regimes_krylov, and draws the figures; ``--smollm2`` measures
+SmolLM2-135M instead (minutes; ``--dtypes`` cuts it in pieces). Results of other models in the files are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from benchmarks.common import RESULTS, machine, write
+from hpc_hess.check import extreme_ritz_vector, start_vector
+from hpc_hess.config import make_config
+from hpc_hess.curvature.exact import ExactHessian
+from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.step_size import concentration
+from hpc_hess.errors import NumericsError
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.loss import CausalLMObjective, Contribution
+from hpc_hess.parallel.vector import Basis, Vector
+from hpc_hess.parallel.world import World
+from hpc_hess.problem import Problem, load_problem
+from hpc_hess.report.progress import make_progress
+
+SMOLLM2 = "SmolLM2-135M"
+TOYS: dict[str, dict[str, int]] = {  # Llama shape, tied embeddings, seeded weights of spread 1 / sqrt(hidden)
+    "0.09 M": {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 256},
+    "1 M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 1024},
+    "10 M": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 8, "vocab_size": 4096},
+}
+DTYPES = ("float64", "float32", "bfloat16", "bfloat16, weights too")
+VECTORS = ("random", "Ritz", "final norm")
+CURVES = RESULTS / "regimes_curves.json"
+
+
+# -- the function in each number format ----------------------------------------------------------------------------
+
+
+class _BFloat16Copy(nn.Module):
+    """The module, called with its parameters cast to bfloat16; gradients flow back to the float32 masters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        cast = {name: p.to(torch.bfloat16) for name, p in self.module.named_parameters()}
+        return functional_call(self.module, cast, kwargs=inputs)  # ties are kept
+
+
+class BFloat16Objective(CausalLMObjective):
+    """The same loss, computed in bfloat16 up to the logits; the cross-entropy is float32, as in the program."""
+
+    def __init__(self, plain: CausalLMObjective) -> None:
+        super().__init__(plain.micro_batches, plain.num_tokens, plain.device)
+
+    def contribution(self, module: nn.Module, index: int) -> Contribution:
+        return super().contribution(_BFloat16Copy(module), index)
+
+
+def hold_bfloat16_weights(problem: Problem) -> None:
+    """Round the parameters to values that bfloat16 can hold."""
+    model = problem.model
+    model.write_parameters(model.read_parameters().bfloat16().to(model.space.dtype))
+
+
+@contextmanager
+def toy(shape: dict[str, int], rows: int, length: int) -> Iterator[dict[str, Any]]:
+    """Give the configuration of a Llama-shaped toy on random tokens, as files in a temporary directory."""
+    from transformers import LlamaConfig
+
+    heads = 4 if shape["hidden_size"] >= 48 else 2
+    config = LlamaConfig(
+        **shape, num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=shape["hidden_size"] ** -0.5,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokens = np.random.default_rng(0).integers(3, shape["vocab_size"], rows * length)
+        np.save(Path(folder) / "tokens.npy", tokens)
+        yield {
+            "model": {"source": f"{folder}/config.json"},
+            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": rows},
+        }
+
+
+def load(config: dict[str, Any], dtype: str) -> Problem:
+    """Load the function with parameters in ``dtype`` (float64 or float32)."""
+    model = {**config.get("model", {}), "master_dtype": dtype, "compute_dtype": dtype}
+    return load_problem(make_config({**config, "model": model}), World.alone("cpu"), make_progress(False, 1))
+
+
+def exact_product(problem: Problem, compute: torch.dtype | None = None) -> ExactHessian:
+    return ExactHessian(problem.model, problem.objective, compute_dtype=compute)
+
+
+# -- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def test_vectors(problem: Problem, steps: int) -> dict[str, Vector]:
+    """Return unit vectors: Gaussian, the extreme Ritz vector of ``steps`` exact steps, Gaussian on the last RMSNorm."""
+    space = problem.model.space
+    process = Lanczos(exact_product(problem), Basis(space, steps), steps)
+    process.start(start_vector(space, 0, 0, "gaussian"))
+    while not process.finished:
+        process.step()
+    random, norm = start_vector(space, 0, 1, "gaussian"), space.zeros()
+    for piece in space.shard.pieces:
+        if piece.parameter.name == "model.norm.weight":
+            norm.data[piece.start : piece.stop] = random.data[piece.start : piece.stop]
+    return {"random": random, "Ritz": extreme_ritz_vector(process)[0], "final norm": norm.scale_(1 / norm.norm())}
+
+
+# -- the sweep -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on one model: powers of ten swept for each number format, steps to the Ritz vector."""
+
+    powers: dict[str, tuple[float, float, float]]
+    ritz_steps: int
+    vectors: tuple[str, ...] = VECTORS
+
+    def steps(self, dtype: str) -> list[float]:
+        low, high, stride = self.powers[dtype]
+        return [float(10**k) for k in np.arange(low, high + 0.01, stride)]
+
+
+TOY_PLAN = Plan({"float64": (-8, 1.5, 0.5), "float32": (-6, 1.5, 0.5),
+                 "bfloat16": (-4, 1.5, 0.5), "bfloat16, weights too": (-4, 1.5, 0.5)}, 20)  # fmt: skip
+SMOLLM2_PLAN = Plan({"float64": (-7, 0, 1), "float32": (-4.5, 1, 0.5), "bfloat16": (-1.5, 1.5, 0.5),
+                     "bfloat16, weights too": (-1, 1, 1)}, 8, ("random", "Ritz"))  # fmt: skip
+
+
+def sweep(name: str, config: dict[str, Any], plan: Plan, dtypes: list[str]) -> list[dict[str, Any]]:
+    """Return a curve for each number format and vector."""
+    began = time.perf_counter()
+    narrow = load(config, "float32")
+    vectors = {k: v for k, v in test_vectors(narrow, plan.ritz_steps).items() if k in plan.vectors}
+    print(f"{name}, vectors: {time.perf_counter() - began:.0f} s", flush=True)
+    theta = narrow.model.read_parameters()
+    curves: list[dict[str, Any]] = []
+    references: dict[str, torch.Tensor] = {}
+    for rounded in (False, True):  # is theta rounded to bfloat16?
+        wanted = [d for d in dtypes if (d == DTYPES[3]) == rounded]
+        if not wanted:
+            continue
+        wide = load(config, "float64")
+        if rounded:
+            hold_bfloat16_weights(wide)
+            hold_bfloat16_weights(narrow)
+        exact = exact_product(wide)
+        wrap = wide.model.space.wrap
+        references = {k: exact.matvec(wrap(v.data.double())).data for k, v in vectors.items()}
+        del exact
+        for dtype in wanted:
+            problem = wide if dtype == "float64" else narrow
+            curves += _curves(name, problem, dtype, vectors, references, plan.steps(dtype))
+            print(f"{name}, {dtype}: {time.perf_counter() - began:.0f} s", flush=True)
+        del wide, wrap
+    narrow.model.write_parameters(theta)
+    return curves
+
+
+def _curves(
+    name: str, problem: Problem, dtype: str, vectors: dict[str, Vector], references: dict[str, torch.Tensor],
+    steps: list[float],
+) -> list[dict[str, Any]]:  # fmt: skip
+    space = problem.model.space
+    low = dtype.startswith("bfloat16")
+    exact = None if dtype == "float64" else exact_product(problem, torch.bfloat16 if low else None)
+    exact_errors: dict[str, float] = {}
+    if exact is not None:
+        for kind, v in vectors.items():
+            exact_errors[kind] = _error(exact.matvec(v), references[kind])
+        del exact
+    gradient = Gradient(problem.model, BFloat16Objective(problem.objective)) if low else problem.gradient
+    base = gradient.at_theta0()
+    curves = []
+    for kind, v in vectors.items():
+        u = space.wrap(v.data.to(space.dtype))
+        spread = concentration(v)
+        auto = _difference(gradient, base, u, references[kind], "auto")
+        points = [_difference(gradient, base, u, references[kind], eps) for eps in steps]
+        curves.append({
+            "model": name, "parameters": space.size, "dtype": dtype, "vector": kind,
+            "participation": spread.participation, "product_norm": float(references[kind].norm()),
+            "exact_error": exact_errors.get(kind), "auto": auto, "points": [p for p in points if p],
+        })  # fmt: skip
+    return curves
+
+
+def _difference(
+    gradient: Gradient, base: tuple[float, Vector], v: Vector, reference: torch.Tensor, step: Any
+) -> dict[str, Any] | None:
+    """One central difference: its step, the share of it that was stored, its error; None where there is no step."""
+    operator = FiniteDifferenceHessian(gradient, "central", step, base)
+    try:
+        product = operator.matvec(v)
+    except NumericsError:  # nothing moves when the step is stored, or the loss overflows
+        return None
+    record = operator.records[-1]
+    return {"eps": record.step, "realised": record.realised, "error": _error(product, reference),
+            "predicted": record.predicted_error}  # fmt: skip
+
+
+def _error(product: Vector, reference: torch.Tensor) -> float:
+    """Relative error in float64."""
+    return float((product.data.double() - reference).norm() / reference.norm())
+
+
+# -- what the curves say -----------------------------------------------------------------------------------------------
+
+
+def fit(curve: dict[str, Any], truncation: float | None = None) -> dict[str, float | None]:
+    """Fit error = T eps^2 beyond the best step and R / eps before it, and cross them.
+
+    A side is the points, going away from the best step, while each has over 1.5 times the error of the last (further
+    out the step is lost when it is stored) and, beyond the best step, the error is below 0.3 (the leading term rules).
+    ``truncation``: T where it is known better (it belongs to the function, not to the number format). ``optimum``
+    minimises (T eps^2)^2 + (R / eps)^2.
+    """
+    points = sorted(curve["points"], key=lambda p: p["eps"])
+    i = min(range(len(points)), key=lambda k: points[k]["error"])
+    found: dict[str, float | None] = {}
+    for side, power, way in (("truncation", 2, points[i:]), ("rounding", -1, points[i::-1])):
+        kept = _rising(way)
+        if side == "truncation":
+            kept = [p for p in kept if p["error"] < 0.3]
+        x, y = (np.log([p[key] for p in kept]) for key in ("eps", "error"))
+        found[f"{side}_slope"] = float(np.polyfit(x, y, 1)[0]) if len(x) >= 3 else None
+        found[side] = float(np.exp(np.median(y - power * x))) if len(x) >= 2 else None
+    found["truncation"] = truncation or found["truncation"]
+    if found["truncation"] and found["rounding"]:
+        found["crossing"] = (found["rounding"] / found["truncation"]) ** (1 / 3)
+        found["optimum"] = found["crossing"] * 2 ** (-1 / 6)
+    return found
+
+
+def _rising(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points after the first whose error is over twice its error and 1.5 times that of the one before."""
+    kept: list[dict[str, Any]] = []
+    for before, point in pairwise(points):
+        rises = point["error"] > 1.5 * before["error"]
+        if kept and not rises:
+            break
+        if rises and point["error"] > 2 * points[0]["error"]:
+            kept.append(point)
+    return kept
+
+
+def truncation_of(curves: list[dict[str, Any]], like: dict[str, Any]) -> float | None:
+    """Return T of the float64 curve of the same model and vector, if there is one."""
+    for c in curves:
+        if (c["model"], c["vector"], c["dtype"]) == (like["model"], like["vector"], "float64"):
+            return fit(c)["truncation"]
+    return None
+
+
+def usable(curve: dict[str, Any], bound: float = 0.01) -> tuple[float | None, float | None]:
+    """Return the steps between which the error is below ``bound``, interpolated; None where the sweep ends first."""
+    points = sorted(curve["points"], key=lambda p: p["eps"])
+    good = [i for i, p in enumerate(points) if p["error"] < bound]
+    if not good:
+        return math.nan, math.nan
+
+    def cross(inside: int, outside: int) -> float | None:
+        if not 0 <= outside < len(points):
+            return None
+        a, b = points[inside], points[outside]
+        share = math.log(bound / a["error"]) / math.log(b["error"] / a["error"])
+        return a["eps"] * (b["eps"] / a["eps"]) ** share
+
+    return cross(good[0], good[0] - 1), cross(good[-1], good[-1] + 1)
+
+
+def summary(curve: dict[str, Any], truncation: float | None) -> dict[str, Any]:
+    """One row of the table."""
+    best, auto, fitted = min(curve["points"], key=lambda p: p["error"]), curve["auto"], fit(curve, truncation)
+    low, high = usable(curve)
+    ends = [curve["points"][0]["eps"], curve["points"][-1]["eps"]]
+    span = "none" if low is not None and math.isnan(low) else (
+        f"{'<' if low is None else ''}{low or ends[0]:.1e} to {'>' if high is None else ''}{high or ends[1]:.1e}"
+    )  # fmt: skip
+    return {
+        "model": curve["model"], "format": curve["dtype"], "vector": curve["vector"],
+        "participation": curve["participation"], "error < 1 %, eps": span,
+        "best eps": best["eps"], "best error": best["error"],
+        "slope near": _round(fitted["rounding_slope"]), "slope far": _round(fitted["truncation_slope"]),
+        "crossing": fitted.get("crossing"), "optimum of the fit": fitted.get("optimum"),
+        "auto eps": auto["eps"] if auto else None, "auto error": auto["error"] if auto else None,
+        "auto predicted": auto["predicted"] if auto else None,
+        "auto / best": auto["error"] / best["error"] if auto else None,
+        "exact product's error": curve["exact_error"],
+    }  # fmt: skip
+
+
+def _round(x: float | None) -> float | None:
+    return None if x is None else round(x, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", action="store_true", help="measure SmolLM2-135M, 1 x 128 tokens, and not the toys")
+    parser.add_argument("--models", nargs="*", choices=list(TOYS), default=list(TOYS), help="which toys")
+    parser.add_argument("--no-krylov", action="store_true", help="leave regimes_krylov out")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--figures", action="store_true", help="only rewrite tables and figures from the stored curves")
+    args = parser.parse_args()
+    curves: list[dict[str, Any]] = []
+    if args.smollm2 and not args.figures:
+        data = {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 1}
+        curves = sweep(SMOLLM2, {"data": data}, SMOLLM2_PLAN, args.dtypes)
+    elif not args.figures:
+        for name in args.models:
+            with toy(TOYS[name], 1, 64) as config:
+                curves += sweep(name, config, TOY_PLAN, args.dtypes)
+    kept = json.loads(CURVES.read_text())["curves"] if CURVES.exists() else []
+    fresh = {(c["model"], c["dtype"]) for c in curves}
+    curves += [c for c in kept if (c["model"], c["dtype"]) not in fresh]
+    names = [*TOYS, SMOLLM2]
+    curves.sort(key=lambda c: (names.index(c["model"]), VECTORS.index(c["vector"]), DTYPES.index(c["dtype"])))
+    CURVES.write_text(json.dumps({"machine": machine(), "curves": curves}, default=float) + "\n")
+    write("regimes", "Error of a Hessian product against step, number format, size and vector",
+          [summary(c, truncation_of(curves, c)) for c in curves],
+          {"reference": "exact product in float64 at the same parameters", "scheme": "central",
+           "toys": "1 x 64 random tokens", SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
+           "threads": torch.get_num_threads()})  # fmt: skip
+    if not (args.smollm2 or args.figures or args.no_krylov):
+        from benchmarks import regimes_krylov
+
+        regimes_krylov.main()
+    from benchmarks.regimes_figures import draw
+
+    draw()
+
+
+if __name__ == "__main__":
+    main()
