@@ -35,7 +35,7 @@ _STENCIL: dict[str, dict[int, float]] = {
 }
 _MAX_ROUNDS = 3
 # contrast (see Differences) is about 2 at the best central step, 1.5 at the best forward one
-_RESOLVED, _DROWNED = 1.2, 6.0
+_RESOLVED, _DROWNED = 1.5, 6.0
 _STRETCH = 10.0
 CALIBRATION_GRADIENTS = 5
 
@@ -202,19 +202,21 @@ class StepController:
         """
         spacing = "central" if self.scheme == "fourth" else self.scheme
         h = self.step(v) if spacing == self.scheme else self._rule_of_thumb(v, spacing)
-        sigma = math.inf
+        sigma, wide = math.inf, None
         for _ in range(_MAX_ROUNDS):
             found = measure(shifted, base(), h, self.scheme)
             self.calibration_gradients += CALIBRATION_GRADIENTS
             # noise is the same at every spacing: what a wide one finds beyond a narrow one's is the derivative's
-            sigma, known = min(sigma, found.sigma), sigma < math.inf
-            found = replace(found, sigma=sigma)
-            if found.contrast < _RESOLVED:
+            first, sigma = sigma == math.inf, min(sigma, found.sigma)
+            if found.contrast < _RESOLVED and wide is None:
                 h *= _STRETCH
-            elif found.contrast > _DROWNED and not known:
-                h = balance(found, spacing)[0] / 3
+            elif found.contrast > _DROWNED and first:
+                wide, h = found, balance(found, spacing)[0] / 3
             else:
                 break
+        if wide is not None and found.contrast < _RESOLVED:
+            found = wide
+        found = replace(found, sigma=sigma)
         step, coefficient, excess = balance(found, self.scheme)
         calibration = Calibration(
             v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess

@@ -398,6 +398,31 @@ def test_a_flip_adds_a_jump_that_freezing_avoids(name: str) -> None:
     assert differences["free"] > 3 * differences["frozen"]
 
 
+@pytest.mark.parametrize("kind", ["random", "extreme eigenvector", "one norm"])
+def test_the_chosen_step_is_near_the_best_one(kind: str) -> None:
+    """Their best steps lie three decades apart, and how concentrated a vector is does not tell which is which."""
+    reference_model, _, reference_spy = build("llama")
+    model = whole_model(toy_model("llama", dtype=torch.float32))
+    gradient = Gradient(model, ragged_objective(rows=3), Routing(model.module, "frozen"))
+    v = unit(reference_model)
+    if kind == "one norm":
+        kept = next(p for p in reference_model.shard.pieces if p.parameter.name == "model.norm.weight")
+        norm = v.data[kept.start : kept.stop].clone()
+        v.data.zero_()[kept.start : kept.stop] = norm
+    for _ in range(12 if kind == "extreme eigenvector" else 0):
+        v.data = hessian_product(reference_model.module, reference_spy, v.data)
+        v.scale_(1 / v.norm())
+    v.scale_(1 / v.norm())
+    exact = hessian_product(reference_model.module, reference_spy, v.data)
+    single = model.space.wrap(v.data.float())
+
+    def error(step: float | Literal["auto"]) -> float:
+        return error_of(FiniteDifferenceHessian(gradient, "central", step).matvec(single), exact)
+
+    best = min(error(float(step)) for step in np.logspace(-4.5, 0, 19))
+    assert error("auto") < 4 * best
+
+
 class _Quadratic(nn.Module):
     """Curvature 2 on a few parameters near 0, none on the many others, which are stored near 1."""
 
