@@ -90,8 +90,7 @@ def _spmd(args: argparse.Namespace) -> int:
         code = world.fail(caught, debug=args.debug)
         sys.stdout.flush()
         os._exit(code)  # no clean-up that waits for ranks which will not come
-    world.leave()
-    return code
+    return code  # the process group ends with the process: see __main__
 
 
 def _inspect(args: argparse.Namespace) -> int:
