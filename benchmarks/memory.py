@@ -49,12 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--default-only", action="store_true", help="one run, with the check against the exact product")
+    parser.add_argument("--check", choices=["both", "with", "without"], default="both", help="against the exact product")
     args = parser.parse_args()
     length = 128
-    cases = {"with the check against the exact product (the default)": True}
-    if not args.default_only:
-        cases["without it"] = False
+    cases = {"with the check against the exact product (the default)": True, "without it": False}
+    if args.check != "both":
+        cases = {name: check for name, check in cases.items() if check == (args.check == "with")}
     data = {"sequences": args.ranks, "sequence_length": length}
     results = {
         name: run_program({"data": data, "lanczos": {"steps": args.steps}, "operator": {"check": check}}, args.ranks)
