@@ -10,8 +10,8 @@ from hpc_hess.parallel.launcher import leave_mpi
 def entry() -> None:
     """Run one command and end the process at once, without the interpreter's own clean-up.
 
-    By then everything is written and the ranks have parted, but threads of torch and gloo are still alive; one that
-    wakes up while the interpreter is taken down aborts the process, now and then, after a run that went well.
+    By then everything is written and the ranks are past their last barrier, but threads of torch and gloo are alive; one
+    that wakes up while the interpreter is taken down aborts the process, now and then, after a run that went well.
     """
     code = main()
     leave_mpi()
