@@ -51,6 +51,7 @@ class FiniteDifferenceHessian:
         if not math.isfinite(gradient_0.norm()):
             raise NumericsError("the gradient is not finite at the model's parameters")
         self.base: Vector | None = gradient_0 if scheme == "forward" else None
+        self._minus: Vector | None = None  # kept: fresh memory of this size takes longer than its arithmetic
 
     def matvec(self, v: Vector) -> Vector:
         """Return H v (same dtype as v). Collective: yes.
@@ -113,34 +114,40 @@ class FiniteDifferenceHessian:
             self._check_realised(realised, eps)
             result.axpy_(-1.0, self.base).scale_(norm / realised)
             return realised / eps, result, 1
-        realised, result = self._difference(v, eps / norm, norm)
-        self._check_realised(realised, eps)
-        result.scale_(norm / realised)
+        distance, result = self._difference(v, eps / norm, norm)
+        self._check_realised(distance, eps)
+        realised = distance / (2 * eps)
         if self.scheme == "central":
-            return realised / eps, result, 2
+            return realised, result.scale_(norm / distance), 2
         double, wide = self._difference(v, 2 * eps / norm, norm)
         # Richardson: the error of order eps^2 cancels
-        return realised / eps, result.scale_(4 / 3).axpy_(-norm / (3 * double), wide), 4
+        return realised, result.scale_(4 * norm / (3 * distance)).axpy_(-norm / (3 * double), wide), 4
 
     def _shifted(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
         """Return the realised step <theta - theta_0, v> / |v| and the gradient at theta = theta_0 + factor v."""
-        wanted = factor * norm * norm
-        along = self._move(v, factor, dither=False)
-        if abs(along / wanted - 1) > _LOST:
-            along = self._move(v, factor, dither=True)
-        _, gradient = self.gradient()
-        return along / norm, gradient
+        along, _ = self._move(v, factor, norm)
+        return along / norm, self.gradient()[1]
 
-    def _move(self, v: Vector, factor: float, *, dither: bool) -> float:
-        """Store theta_0 + factor v in the model; return <theta - theta_0, v> as stored. Collective: yes."""
-        along = self.gradient.model.move_parameters(self.theta0, v.data, factor, dither=dither)
-        return float(self.space.sum(along, "realised step"))
+    def _move(self, v: Vector, factor: float, norm: float, *, dither: bool = False) -> tuple[float, bool]:
+        """Store theta = theta_0 + factor v in the model, dithered if asked to or if rounding would lose too much.
+
+        Returns <theta - theta_0, v> as stored, and whether it was dithered. Collective: yes.
+        """
+        along = math.nan
+        for attempt in [True] if dither else [False, True]:
+            local = self.gradient.model.move_parameters(self.theta0, v.data, factor, dither=attempt)
+            along = float(self.space.sum(local, "realised step"))
+            if abs(along / (factor * norm * norm) - 1) <= _LOST:
+                return along, attempt
+        return along, True
 
     def _difference(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
-        """Return half the realised distance and half of g(theta_0 + factor v) - g(theta_0 - factor v)."""
-        forth, plus = self._shifted(v, factor, norm)
-        back, minus = self._shifted(v, -factor, norm)
-        return 0.5 * (forth - back), plus.axpy_(-1.0, minus).scale_(0.5)
+        """Return the realised distance and g(theta_0 + factor v) - g(theta_0 - factor v)."""
+        forth, dithered = self._move(v, factor, norm)
+        _, plus = self.gradient()
+        back, _ = self._move(v, -factor, norm, dither=dithered)
+        _, self._minus = self.gradient(self._minus)
+        return (forth - back) / norm, plus.axpy_(-1.0, self._minus)
 
     def _check_realised(self, realised: float, eps: float) -> None:
         if not (math.isfinite(realised) and realised > 0):

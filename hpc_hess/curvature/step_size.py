@@ -210,7 +210,7 @@ class StepController:
             first, sigma = sigma == math.inf, min(sigma, found.sigma)
             if found.contrast < _RESOLVED and wide is None:
                 h *= _STRETCH
-            elif found.contrast > _DROWNED and first:
+            elif found.contrast > _DROWNED and (first or wide is not None):
                 wide, h = found, balance(found, spacing)[0] / 3
             else:
                 break

@@ -43,8 +43,10 @@ class Gradient:
 
         """
         model = self.model
-        out = out if out is not None else model.space.zeros()
-        out.data.zero_()
+        if out is None:
+            out = model.space.zeros()
+        else:
+            out.data.zero_()
         model.attach_gradients(out.data)
         parts: list[torch.Tensor] = []
         ids: list[int] = []

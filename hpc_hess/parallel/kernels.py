@@ -1,4 +1,4 @@
-"""Local vector kernels: float64 sums over float32 data, in blocks small enough for cache.
+"""Local vector kernels: float64 sums over float32 data, in blocks that stay in cache.
 
 Each sweep over the Krylov basis reads it once. Subtracting the first projection and computing the second share a
 sweep, as do the second subtraction and the norm, so two passes of Gram-Schmidt cost three sweeps instead of four.
@@ -11,57 +11,74 @@ from collections.abc import Iterator
 
 import torch
 
-_CACHE_ENTRIES = 1 << 17  # float64 entries of a block: 1 MiB, half of a common second-level cache
+_THREAD_ENTRIES = 1 << 19  # float64 entries of a block for each thread: 4 MiB; smaller ones cost more in starts of loops
+_CPU_ENTRIES = 1 << 22  # at most: a block should stay in the last-level cache
 _DEVICE_ENTRIES = 1 << 26  # on a GPU launches cost more than cache misses
 
 
 def _blocks(rows: int, size: int, device: torch.device) -> Iterator[slice]:
-    entries = _CACHE_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
-    width = max(1024, entries // (rows + 1))
+    """Cut ``size`` columns so that ``rows`` of them fit a block."""
+    entries = _DEVICE_ENTRIES
+    if device.type == "cpu":
+        entries = min(_THREAD_ENTRIES * torch.get_num_threads(), _CPU_ENTRIES)
+    width = max(1024, entries // rows)
     for start in range(0, size, width):
         yield slice(start, min(start + width, size))
 
 
+def _doubled(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield block, rows[:, block] and w[block], the two as float64 in a buffer that the next block overwrites."""
+    num_rows, buffer = rows.shape[0], torch.empty(0, dtype=torch.float64, device=w.device)
+    for block in _blocks(num_rows + 1, w.numel(), w.device):
+        width = block.stop - block.start
+        if not buffer.numel():  # the first block is the widest
+            buffer = torch.empty((num_rows + 1) * width, dtype=torch.float64, device=w.device)
+        part, x = buffer[width : (num_rows + 1) * width].view(num_rows, width), buffer[:width]
+        yield block, part.copy_(rows[:, block]), x.copy_(w[block])
+
+
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return sum a_i b_i as a float64 tensor of shape (1,)."""
-    total = torch.zeros(1, dtype=torch.float64, device=a.device)
-    for block in _blocks(1, a.numel(), a.device):
-        total += torch.dot(a[block].double(), b[block].double())
-    return total
+    return project(a.unsqueeze(0), b)
 
 
 def project(rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Return rows @ w in float64; rows (k, n), w (n,)."""
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=w.device)
-    for block in _blocks(rows.shape[0], w.numel(), w.device):
-        total += torch.mv(rows[:, block].to(w.device).double(), w[block].double())
+    for _, part, x in _doubled(rows, w):
+        total.addmv_(part, x)
     return total
 
 
 def subtract_then_project(rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """Do w -= rows^T coefficients in place and return rows @ w of the new w, in one sweep over ``rows``."""
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=w.device)
-    for block in _blocks(rows.shape[0], w.numel(), w.device):
-        part = rows[:, block].to(w.device).double()
-        w[block] -= torch.mv(part.T, coefficients)
-        total += torch.mv(part, w[block].double())
+    for part, x in _subtracted(rows, w, coefficients):
+        total.addmv_(part, x)
     return total
 
 
 def subtract_then_square(rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """Do w -= rows^T coefficients in place and return |w|^2 (shape (1,)) of the new w, in one sweep over ``rows``."""
     total = torch.zeros(1, dtype=torch.float64, device=w.device)
-    for block in _blocks(rows.shape[0], w.numel(), w.device):
-        w[block] -= torch.mv(rows[:, block].to(w.device).double().T, coefficients)
-        part = w[block].double()
-        total += torch.dot(part, part)
+    for _, x in _subtracted(rows, w, coefficients):
+        total += torch.dot(x, x)
     return total
+
+
+def _subtracted(
+    rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Do w -= rows^T coefficients block by block; yield each block of rows and of the new w, as stored, in float64."""
+    for block, part, x in _doubled(rows, w):
+        w[block] = torch.addmv(x, part.T, coefficients, alpha=-1, out=x)
+        yield part, x.copy_(w[block])
 
 
 def combine(rows: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -> None:
     """Write out = rows^T coefficients, accumulated in float64."""
-    for block in _blocks(rows.shape[0], out.numel(), out.device):
-        out[block] = torch.mv(rows[:, block].to(out.device).double().T, coefficients)
+    for block, part, x in _doubled(rows, out):
+        out[block] = torch.mv(part.T, coefficients, out=x)
 
 
 _LOW_BITS = 29  # of a float64 mantissa that a float32 has no place for
@@ -84,7 +101,7 @@ def displace(
     """
     total = torch.zeros(1, dtype=torch.float64, device=out.device)
     noise = _dither(out.device) if dither and out.dtype == torch.float32 else None
-    for block in _blocks(1, out.numel(), out.device):
+    for block in _blocks(2, out.numel(), out.device):
         along = direction[block].double()
         if noise is None:
             torch.add(base[block], direction[block], alpha=step, out=out[block])
