@@ -14,8 +14,8 @@ from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.memory import device_bytes_free, host_bytes_free
 from hpc_hess.parallel.memory import gigabytes as _gb
-from hpc_hess.parallel.memory import host_bytes_free
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.products import wants_reference
@@ -84,11 +84,8 @@ def place_basis(
 
 def _budget(world: World, space: VectorSpace, exact_bytes: int) -> dict[str, int]:
     """Return the bytes free for each rank on the device and on the host, the least over all ranks. Collective: yes."""
-    host = host_bytes_free() // world.launch.local_size
-    if space.device.type == "cpu":
-        device = host = host - exact_bytes
-    else:
-        device = torch.cuda.mem_get_info(space.device)[0] - exact_bytes
+    device = device_bytes_free(world) - exact_bytes
+    host = device if space.device.type == "cpu" else host_bytes_free() // world.launch.local_size
     free = {"device": device, "host": host}
     return {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
 

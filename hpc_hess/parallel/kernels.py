@@ -13,6 +13,9 @@ import torch
 
 _THREAD_ENTRIES = 1 << 19  # float64 entries of a block for each thread: 4 MiB; smaller ones cost more in starts of loops
 _CPU_ENTRIES = 1 << 22  # at most: a block should stay in the last-level cache
+# Fewer threads do the sweeps no service: two cores took 0.7 s with two threads, 0.92 s with one, and at random up to 4 s
+# with two, waiting for each other at each of thousands of barriers while the host ran something else.
+_FEW_THREADS = 4
 _DEVICE_ENTRIES = 1 << 26  # on a GPU launches cost more than cache misses
 
 
@@ -29,12 +32,18 @@ def _blocks(rows: int, size: int, device: torch.device) -> Iterator[slice]:
 def _doubled(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield block, rows[:, block] and w[block], the two as float64 in a buffer that the next block overwrites."""
     num_rows, buffer = rows.shape[0], torch.empty(0, dtype=torch.float64, device=w.device)
-    for block in _blocks(num_rows + 1, w.numel(), w.device):
-        width = block.stop - block.start
-        if not buffer.numel():  # the first block is the widest
-            buffer = torch.empty((num_rows + 1) * width, dtype=torch.float64, device=w.device)
-        part, x = buffer[width : (num_rows + 1) * width].view(num_rows, width), buffer[:width]
-        yield block, part.copy_(rows[:, block]), x.copy_(w[block])
+    threads = torch.get_num_threads()
+    if threads < _FEW_THREADS:
+        torch.set_num_threads(1)
+    try:
+        for block in _blocks(num_rows + 1, w.numel(), w.device):
+            width = block.stop - block.start
+            if not buffer.numel():  # the first block is the widest
+                buffer = torch.empty((num_rows + 1) * width, dtype=torch.float64, device=w.device)
+            part, x = buffer[width : (num_rows + 1) * width].view(num_rows, width), buffer[:width]
+            yield block, part.copy_(rows[:, block]), x.copy_(w[block])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

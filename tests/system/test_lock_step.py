@@ -14,10 +14,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hpc_hess import loop, placement
+from hpc_hess import loop
 from hpc_hess.config import Config, load_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.parallel import memory
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.report import page
@@ -183,7 +184,7 @@ def go_with_little_memory(world: World, folder: Path) -> None:
     """There is room for two probes of five rows and what a product needs besides."""
     room = (4 + 1 + 2 * 5) * 26_784 * 8
     with (
-        mock.patch.object(placement, "host_bytes_free", return_value=room),
+        mock.patch.object(memory, "host_bytes_free", return_value=room),
         mock.patch("hpc_hess.run.exact_product_bytes", return_value=0),
     ):
         with pytest.raises(ConfigError, match=r"3 probes x 5 rows .* lanczos\.lock_step = 1 or .* would fit"):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess import placement
 from hpc_hess.check import check
 from hpc_hess.config import make_config
 from hpc_hess.curvature import whole_model
 from hpc_hess.errors import ConfigError, ModelError, NumericsError
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.shard import whole_model as wrap
+from hpc_hess.parallel import memory
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import check_repeatable
 from hpc_hess.run import run
@@ -191,9 +191,9 @@ def test_the_basis_leaves_room_for_the_check(
     embedding = model.get_parameter("model.embed_tokens.weight").numel()
     block = sum(p.numel() for p in model.get_submodule("model.layers.0").parameters())
     need = 4 * ((6 + 4 + 2) * size + 3 * max(embedding, block))
-    monkeypatch.setattr(placement, "host_bytes_free", lambda: need)
+    monkeypatch.setattr(memory, "host_bytes_free", lambda: need)
     run(settings(toys, tmp_path / "fits"), world)
-    monkeypatch.setattr(placement, "host_bytes_free", lambda: need - 4)
+    monkeypatch.setattr(memory, "host_bytes_free", lambda: need - 4)
     with pytest.raises(ConfigError, match=r"free beside the products; lanczos\.steps = 5"):
         run(settings(toys, tmp_path / "does_not"), world)
     run(settings(toys, tmp_path / "unchecked", operator__check=False), world)

@@ -61,7 +61,7 @@ def test_against_numpy(rows: int, size: int, row_dtype: torch.dtype, dtype: torc
 def test_the_block_size_changes_no_value_beyond_rounding(cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
     v, w, c = _data(6, 9_999, torch.float32, torch.float32)
     monkeypatch.setattr(kernels, "_THREAD_ENTRIES", cache)
-    assert len(list(kernels._blocks(6, 9_999, w.device))) == {1: 10, 4096: 10, 1 << 26: 1}[cache]
+    assert (len(list(kernels._blocks(6, 9_999, w.device))) > 1) == (cache < 1 << 26)
     np.testing.assert_allclose(kernels.project(v, w).numpy(), _np(v) @ _np(w), rtol=1e-11)
     kernels.subtract_then_square(v, w, torch.from_numpy(c))
     expected = _np(_data(6, 9_999, torch.float32, torch.float32)[1]) - _np(v).T @ c
