@@ -110,13 +110,12 @@ class FiniteDifferenceHessian:
         """Return the realised share of ``eps``, the product, and the gradients spent."""
         if self.scheme == "forward":
             assert self.base is not None
-            realised, result = self._shifted(v, eps / norm, norm)
-            self._check_realised(realised, eps)
-            result.axpy_(-1.0, self.base).scale_(norm / realised)
-            return realised / eps, result, 1
+            distance, result = self._shifted(v, eps / norm, norm)
+            self._check_realised(distance / eps, eps)
+            return distance / eps, result.axpy_(-1.0, self.base).scale_(norm / distance), 1
         distance, result = self._difference(v, eps / norm, norm)
-        self._check_realised(distance, eps)
         realised = distance / (2 * eps)
+        self._check_realised(realised, eps)
         if self.scheme == "central":
             return realised, result.scale_(norm / distance), 2
         double, wide = self._difference(v, 2 * eps / norm, norm)
@@ -150,7 +149,8 @@ class FiniteDifferenceHessian:
         return (forth - back) / norm, plus.axpy_(-1.0, self._minus)
 
     def _check_realised(self, realised: float, eps: float) -> None:
-        if not (math.isfinite(realised) and realised > 0):
+        """Refuse a step that storing loses even when it is dithered: ``realised`` is its share that was stored."""
+        if not 0.5 <= realised <= 2:
             raise NumericsError(
-                f"a step of {eps:.1e} changes no parameter when it is stored in {self.space.dtype}: raise operator.step"
+                f"a step of {eps:.1e} is lost when it is stored in {self.space.dtype}: raise operator.step"
             )

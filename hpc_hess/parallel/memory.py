@@ -32,4 +32,5 @@ def device_bytes_free(world: World) -> int:
 
 def gigabytes(count: float) -> str:
     """Return a number of bytes as messages show it."""
-    return f"{max(count, 0) / 1e9:.2f} GB"
+    count = max(count, 0)
+    return f"{count / 1e6:.2f} MB" if 0 < count < 1e7 else f"{count / 1e9:.2f} GB"

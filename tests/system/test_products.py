@@ -148,7 +148,7 @@ def test_a_whole_model_that_does_not_fit(
     world: World, toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(whole_model, "device_bytes_free", lambda world: 1000)
-    with pytest.raises(ModelError, match=r"ModuleList .* needs .* GB on each rank .* are free"):
+    with pytest.raises(ModelError, match=r"ModuleList .* needs .* [GM]B on each rank .* are free"):
         run(settings(toys, tmp_path / "exact", operator__method="exact"), world)
     result = finished(settings(toys, tmp_path / "differences"), world)
     assert result["errors"]["hvp_relative_is"] == "predicted"
