@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-_THREAD_ENTRIES = 1 << 19  # float64 entries of a block for each thread: 4 MiB; smaller ones cost more in starts of loops
+_THREAD_ENTRIES = 1 << 20  # float64 entries of a block for each thread: 8 MiB; smaller ones cost more in starts of loops
 _CPU_ENTRIES = 1 << 22  # at most: a block should stay in the last-level cache
 # Fewer threads do the sweeps no service: two cores took 0.7 s with two threads, 0.92 s with one, and at random up to 4 s
 # with two, waiting for each other at each of thousands of barriers while the host ran something else.
