@@ -107,7 +107,14 @@ def main() -> None:
             "error, dominant": errors[-1], "asked  ": asked[1],
             "cost in gradients": statistics.median(costs), "asked": asked[2],
         })  # fmt: skip
-        print(rows[-1], flush=True)
+        save()
+
+    def save() -> None:
+        """After every row: a run that is cut off leaves what it measured."""
+        write("products", "Hessian products on SmolLM2-135M, 2 x 128 tokens", rows,
+              {"probes": NUM_PROBES, "dominant eigenvalue": f"{value:.6g}", "its residual": f"{residual:.2g}",
+               "gradient, s (median)": round(statistics.median(gradient_s), 2), "threads": torch.get_num_threads(),
+               "attention": "sdpa for gradients, math for exact products"})  # fmt: skip
 
     def plain(operator: Any) -> Callable[[Vector], tuple[Vector, float]]:
         return lambda v: timed(lambda: operator.matvec(v))
@@ -141,10 +148,7 @@ def main() -> None:
         seconds = timed(lambda v=v: gauss_newton.matvec(v))[1]
         costs.append(seconds / (0.5 * (near + gradient_now())))
     rows.append({"method": "Gauss-Newton, exact fp32", "cost in gradients": statistics.median(costs), "asked": "<= 2.1"})
-    write("products", "Hessian products on SmolLM2-135M, 2 x 128 tokens", rows,
-          {"probes": NUM_PROBES, "dominant eigenvalue": f"{value:.6g}", "its residual": f"{residual:.2g}",
-           "gradient, s (median)": round(statistics.median(gradient_s), 2), "threads": torch.get_num_threads(),
-           "attention": "sdpa for gradients, math for exact products"})  # fmt: skip
+    save()
 
 
 if __name__ == "__main__":
