@@ -37,6 +37,7 @@ _MAX_ROUNDS = 3
 # contrast (see Differences) is about 2 at the best central step, 1.5 at the best forward one
 _RESOLVED, _DROWNED = 1.5, 6.0
 _STRETCH = 10.0
+_FAR = 10.0  # times the noise of an earlier vector: not noise, but derivatives beyond what the contrast resolves
 CALIBRATION_GRADIENTS = 5
 
 
@@ -64,7 +65,7 @@ class Calibration:
     """What one calibration found. Norms are Euclidean, steps in units of the unit vector.
 
     ``derivative``: norm of the truncated derivative of the gradient along the vector; ``excess``: the predicted error
-    over its noise part, at the chosen step.
+    over its noise part, at the chosen step; ``sigma``: the noise of a gradient.
     """
 
     participation: float
@@ -73,6 +74,7 @@ class Calibration:
     derivative: float
     product_norm: float
     excess: float
+    sigma: float = math.inf
 
     @property
     def relative_error(self) -> float:
@@ -203,6 +205,7 @@ class StepController:
         spacing = "central" if self.scheme == "fourth" else self.scheme
         h = self.step(v) if spacing == self.scheme else self._rule_of_thumb(v, spacing)
         sigma, wide = math.inf, None
+        noise = _FAR * min((c.sigma for c in self.calibrations), default=math.inf)
         for _ in range(_MAX_ROUNDS):
             found = measure(shifted, base(), h, self.scheme)
             self.calibration_gradients += CALIBRATION_GRADIENTS
@@ -210,7 +213,7 @@ class StepController:
             first, sigma = sigma == math.inf, min(sigma, found.sigma)
             if found.contrast < _RESOLVED and wide is None:
                 h *= _STRETCH
-            elif found.contrast > _DROWNED and (first or wide is not None):
+            elif (found.contrast > _DROWNED or found.sigma > noise) and (first or wide is not None):
                 wide, h = found, balance(found, spacing)[0] / 3
             else:
                 break
@@ -219,7 +222,8 @@ class StepController:
         found = replace(found, sigma=sigma)
         step, coefficient, excess = balance(found, self.scheme)
         calibration = Calibration(
-            v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess
+            v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess,
+            sigma,
         )
         self.calibrations.append(calibration)
         return calibration

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_hess.curvature import step_size
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import Lanczos
@@ -421,6 +422,26 @@ def test_the_chosen_step_is_near_the_best_one(kind: str) -> None:
 
     best = min(error(float(step)) for step in np.logspace(-4.5, 0, 19))
     assert error("auto") < 4 * best
+
+
+def test_noise_far_above_an_earlier_vectors_is_taken_for_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on SmolLM2: ten times too wide the contrast is 5, as if resolved, but the noise 2000 times a random v's."""
+    wide = step_size.Differences(3.2e-3, 0.1975, 4.8e7, 1400.0, 5.2)
+    narrow = step_size.Differences(1.4e-4, 1.0e-4, 6.2e7, 1400.0, 1.4)
+    spread = step_size.Concentration(1.0, 500.0)
+
+    def calibrated(*answers: step_size.Differences, after: step_size.Differences | None = None) -> float:
+        controller = step_size.StepController("central", 0.1, torch.float32)
+        queue = [*([after] if after else []), *answers]
+        monkeypatch.setattr(step_size, "measure", lambda *_: queue.pop(0))
+        for _ in range(1 + bool(after)):
+            found = controller.calibrate(spread, lambda eps: None, lambda: None)  # type: ignore
+        assert not queue
+        return found.step
+
+    resolved = step_size.Differences(1.0, 1.17e-4, 4e-4, 0.3, 2.0)
+    assert calibrated(wide, narrow, after=resolved) < 3e-4  # 4.5e-4 off the exact product
+    assert calibrated(wide) > 2e-3  # nothing to compare with: 4.9e-2 off
 
 
 class _Quadratic(nn.Module):
