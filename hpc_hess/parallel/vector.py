@@ -104,6 +104,7 @@ class Basis:
         """
         rows, order = self._window(first, stop)
         c1 = self.space.sum(kernels.project(rows, w.data), "first projection")
+        c1 = c1.to(self.space.dtype).double()  # what is subtracted, so that the sum below is <v_j, w>
         c2 = self.space.sum(kernels.subtract_then_project(rows, w.data, c1), "second projection")
         square = self.space.sum(kernels.subtract_then_square(rows, w.data, c2), "norm")
         total = (c1 + c2).cpu()

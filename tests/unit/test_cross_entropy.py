@@ -27,4 +27,4 @@ def test_one_large_and_many_small_probabilities(dtype: torch.dtype, bound: float
     _, g_dot = torch.autograd.functional.jvp(gradient, exact.detach(), along.double())
     for found, expected in zip(loss_cotangents(logits, along, targets, scale), (g, g_dot), strict=True):
         assert found.dtype == dtype
-        assert float((found.detach().double() - expected).norm() / expected.norm().detach()) < bound
+        assert float(((found.double() - expected).norm() / expected.norm()).detach()) < bound
