@@ -11,7 +11,7 @@ from benchmarks.common import run_program, write
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--micro-batch", type=int, default=4)
@@ -38,7 +38,8 @@ def main() -> None:
          "measured": sum(e["calibration_gradients"] for e in steps)},
         {"what": "checkpoints / products", "asked": "", "measured": f"{100 * checkpoint_s / sum(hvp):.1f} %"},
     ]  # fmt: skip
-    write("product_cost", "Cost of a central product and of Lanczos on SmolLM2-135M", rows,
+    name = "product_cost" if args.ranks == 1 else f"product_cost_{args.ranks}_ranks"
+    write(name, "Cost of a central product and of Lanczos on SmolLM2-135M", rows,
           {"ranks": args.ranks, "steps": args.steps, "sequences": args.sequences, "sequence_length": 128,
            "micro_batch": args.micro_batch, "reorthogonalise": "full", "scheme": "central"})  # fmt: skip
 
