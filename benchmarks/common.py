@@ -34,14 +34,15 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(name: str, title: str, rows: list[dict[str, Any]], settings: dict[str, Any], note: str = "") -> None:
-    """Write results/NAME.json and results/NAME.md, and print the table."""
+def write(name: str, title: str, rows: list[dict[str, Any]], settings: dict[str, Any], note: str = "",
+          command: str = "") -> None:  # fmt: skip
+    """Write results/NAME.json and results/NAME.md, and print the table. ``command`` repeats it, else NAME does."""
     RESULTS.mkdir(exist_ok=True)
     record = {"title": title, "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
               "settings": settings, "note": note, "rows": rows}  # fmt: skip
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = table(rows)
-    lines = [f"# {title}", "", f"Repeat: `python -m benchmarks.{name}`. Measured {record['date']} on " +
+    lines = [f"# {title}", "", f"Repeat: `python -m benchmarks.{command or name}`. Measured {record['date']} on " +
              ", ".join(f"{k} {v}" for k, v in record["machine"].items() if v is not None) + ".",
              "Settings: " + ", ".join(f"{k} = {v}" for k, v in settings.items()) + ".", "", text]  # fmt: skip
     if note:

@@ -41,7 +41,8 @@ def main() -> None:
     name = "product_cost" if args.ranks == 1 else f"product_cost_{args.ranks}_ranks"
     write(name, "Cost of a central product and of Lanczos on SmolLM2-135M", rows,
           {"ranks": args.ranks, "steps": args.steps, "sequences": args.sequences, "sequence_length": 128,
-           "micro_batch": args.micro_batch, "reorthogonalise": "full", "scheme": "central"})  # fmt: skip
+           "micro_batch": args.micro_batch, "reorthogonalise": "full", "scheme": "central"},
+          command=f"product_cost --ranks {args.ranks}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A block's matrix products on duals: one fused operation each, whose result can be kept between the two sweeps.
+"""A block's products with weights on duals: one fused operation each, whose result can be kept between the two sweeps.
 
 A linear layer's backward needs its inputs, never its own result; the result only serves what follows. Keeping the
 results (with their tangents) of a block's linear layers therefore spares the way back all its forward products, for
@@ -73,6 +73,8 @@ class _Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
         if func is torch.addmm and not kwargs and args[1].ndim == args[2].ndim == 2:
             return self._product(args[1], args[2].mT) + args[0]
         return func(*args, **kwargs)
@@ -95,6 +97,39 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, kept: Kept) -> tuple[torch.
         return _Product.apply(x, weight, value), None
     value, tangent = _DualProduct.apply(x, x_dot, weight, weight_dot, value, tangent)
     return forward_ad.make_dual(value, tangent), (value, tangent)
+
+
+def _embedding(
+    input: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """As F.embedding. Its own tangent under vmap copies the whole table of every direction to look up a few rows."""
+    if any(args[:1] + args[2:]) or any(kwargs.values()):  # a largest norm, frequencies, sparse gradients
+        return F.embedding(input, weight, padding_idx, *args, **kwargs)
+    weight, weight_dot = forward_ad.unpack_dual(weight)
+    value = _Lookup.apply(weight, input, padding_idx)
+    return value if weight_dot is None else forward_ad.make_dual(value, weight_dot[input])
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, with PyTorch's backward; no gradient for the row of padding."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: torch.Tensor, input: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+        return weight[input]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        weight, input, padding_idx = inputs
+        ctx.save_for_backward(input)
+        size = weight.shape[0]
+        ctx.size, ctx.padding = size, -1 if padding_idx is None else padding_idx % size
+
+    @staticmethod
+    def backward(ctx: Any, bar: torch.Tensor) -> Any:
+        (input,) = ctx.saved_tensors
+        return torch.ops.aten.embedding_dense_backward(bar, input, ctx.size, ctx.padding, False), None, None
 
 
 class _Product(torch.autograd.Function):

@@ -109,7 +109,7 @@ class Exchange:
         piece = self._pieces[name]
         assert piece.place is not None
         parts = [d[slice(*piece.place)].view(piece.local.shape) for d in self._directions]
-        return (parts[0][None] if len(parts) == 1 else torch.stack(parts)).to(self.dtype)
+        return (_standing_alone(parts[0])[None] if len(parts) == 1 else torch.stack(parts)).to(self.dtype)
 
     def _span(self, name: str) -> int:
         return math.prod(self._pieces[name].local_shape(0, self._ranks))  # rank 0's piece is the largest
@@ -185,6 +185,14 @@ class Exchange:
         assert place is not None
         for result, tangent in zip(self._results, tangents, strict=True):
             result[slice(*place)].add_(tangent.reshape(-1))
+
+
+def _standing_alone(view: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a tensor whose storage is no larger than itself.
+
+    Forward-mode differentiation copies any tangent that lies in a larger storage than its primal.
+    """
+    return torch.from_dlpack(view) if view.numel() else view
 
 
 def _piece(parameter: torch.Tensor, place: tuple[int, int] | None) -> _Piece:
