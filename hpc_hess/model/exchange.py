@@ -184,7 +184,7 @@ class Exchange:
         place = self._pieces[name].place
         assert place is not None
         for result, tangent in zip(self._results, tangents, strict=True):
-            result[slice(*place)].add_(tangent.reshape(-1))
+            result[slice(*place)].view(tangent.shape).add_(tangent)  # a reshape of the tangent would copy it
 
 
 def _standing_alone(view: torch.Tensor) -> torch.Tensor:
