@@ -100,11 +100,12 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, kept: Kept) -> tuple[torch.
 
 
 def _embedding(
-    input: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
-) -> Any:
-    """As F.embedding. Its own tangent under vmap copies the whole table of every direction to look up a few rows."""
-    if any(args[:1] + args[2:]) or any(kwargs.values()):  # a largest norm, frequencies, sparse gradients
-        return F.embedding(input, weight, padding_idx, *args, **kwargs)
+    input: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """As F.embedding, whose own tangent under vmap copies every direction's whole table to look up a few rows."""
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     weight, weight_dot = forward_ad.unpack_dual(weight)
     value = _Lookup.apply(weight, input, padding_idx)
     return value if weight_dot is None else forward_ad.make_dual(value, weight_dot[input])
@@ -123,8 +124,8 @@ class _Lookup(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         weight, input, padding_idx = inputs
         ctx.save_for_backward(input)
-        size = weight.shape[0]
-        ctx.size, ctx.padding = size, -1 if padding_idx is None else padding_idx % size
+        ctx.size = weight.shape[0]
+        ctx.padding = -1 if padding_idx is None else padding_idx % ctx.size
 
     @staticmethod
     def backward(ctx: Any, bar: torch.Tensor) -> Any:

@@ -4,8 +4,9 @@ Each sweep over the Krylov basis reads it once. Subtracting the first projection
 sweep, as do the second subtraction and the norm, so two passes of Gram-Schmidt cost three sweeps instead of four.
 
 On a CPU, where converting a float32 basis costs as much again as reading it, the projections are float32 within short
-blocks and float64 over these: 2e-10 of |v| |w| on 134 M entries, where a float32 sum over all of them lost 3e-3. The
-second pass takes up what the first leaves, norms and dots are float64 throughout, so T is right to some 1e-7 of beta.
+blocks and float64 over these. The second pass takes up what the first leaves, and norms and dots are float64 throughout:
+on 34 M entries alpha is within 1.1e-9 of |w| and beta within 1.4e-8 of itself, whatever the vectors (all in float64
+6e-12; plain float32 sums over 134 M entries moved alpha by 3e-3).
 """
 
 from __future__ import annotations

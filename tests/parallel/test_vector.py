@@ -146,3 +146,32 @@ def test_every_window_of_a_ring_in_order() -> None:
             weights = torch.arange(1.0, j + 2 - first)
             expected = weights.double() @ frame[first : j + 1]
             torch.testing.assert_close(basis.combine(weights, first).data, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("concentrated", [False, True])
+@pytest.mark.parametrize("along", [0.3, 100.0])
+def test_float32_vectors_keep_float64_coefficients(concentrated: bool, along: float) -> None:
+    """Long float32 vectors, also where the first pass cancels nearly all: alpha, beta and orthogonality."""
+    size, generator = 1 << 20, torch.Generator().manual_seed(0)
+    frame = torch.randn(4, size, generator=generator, dtype=torch.float64)
+    if concentrated:  # as the dominant eigenvector of a language model: nearly all of it on a few hundred entries
+        frame[0] *= 1e-4
+        frame[0, 5000:5500] += 1
+    frame = torch.linalg.qr(frame.T)[0].T.contiguous()
+    space = VectorSpace(World.alone(), Layout({"a": (size,)}), torch.float32)
+    basis = Basis(space, 4)
+    for j, row in enumerate(frame):
+        basis[j] = space.wrap(row.float())
+    new = torch.randn(size, generator=generator, dtype=torch.float64)
+    w = space.wrap((along * frame[0] + new / new.norm()).float())
+
+    rows, exact = basis.rows.double(), w.data.double()
+    expected = torch.zeros(4, dtype=torch.float64)
+    norm = float(exact.norm())
+    for _ in range(2):
+        projected = rows @ exact
+        exact, expected = exact - rows.T @ projected, expected + projected
+    coefficients, remaining = basis.orthogonalise_(w, 0, 4)
+    assert float((coefficients - expected).abs().max()) < 2e-8 * norm
+    assert remaining == pytest.approx(float(exact.norm()), rel=1e-6)
+    assert float((rows @ w.data.double()).abs().max()) < 1e-6 * remaining

@@ -150,10 +150,11 @@ def test_killed_at_random_instants(tmp_path):
             os.kill(rank_0 if kill % 2 else process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
         wait_until_unlocked(run)
-        assert committed_toy(run) >= before
-        late = committed_toy(run) == (2, 6)
-        broken_off += not late
-        window_s *= 0.5 if late and kill % 2 else 1.0  # a fast machine is done sooner
+        reached = committed_toy(run)
+        assert reached >= before
+        broken_off += reached < (2, 6)
+        if kill % 2 and reached == (2, 6):  # a fast machine is done sooner
+            window_s /= 2
     assert broken_off >= KILLS // 4, "the kills came too late to mean anything"
     assert state_of(mpirun(2, run, "mpio", 9, 9, "pairs")) == [2, 6, True]
     verified(run, "mpio")
