@@ -9,6 +9,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,28 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _show(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def random_llama(shape: dict[str, int], rows: int, length: int) -> Iterator[dict[str, Any]]:
+    """Give the configuration of a Llama with seeded weights on random tokens, as files in a temporary directory."""
+    import numpy as np
+    from transformers import LlamaConfig
+
+    hidden = shape["hidden_size"]
+    heads = 4 if hidden >= 48 else 2
+    config = LlamaConfig(**{
+        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": max(256, length),
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": hidden**-0.5,
+        "architectures": ["LlamaForCausalLM"], **shape,
+    })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, shape["vocab_size"], rows * length))
+        yield {
+            "model": {"source": f"{folder}/config.json"},
+            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": rows},
+        }
 
 
 def run_program(config: dict[str, Any], ranks: int = 1, *, threads: int | None = None) -> dict[str, Any]:

@@ -1,154 +1,227 @@
-"""Every Hessian product on SmolLM2-135M, 2 x 128 tokens of the GPL-3: error against float64, and cost in gradients.
+"""Every Hessian product: error against float64, and cost in gradients, on SmolLM2-135M or a random Llama of 1.1 B.
 
-The reference is the exact product in float64. "dominant" is the eigenvector of largest |eigenvalue|, from 30 Lanczos
-steps with the exact product in float32 (its residual is printed). Costs are medians, and each product is timed next to
-gradients of the same run: base gradient and calibration are apart.
+``--model smollm2``: 2 x 128 tokens of the GPL-3. ``--model llama-1b`` (a GPU): 4 x 1024 random tokens; ``toy`` tries
+that path anywhere. The reference is the exact product in float64. "dominant" is the eigenvector of largest
+|eigenvalue|, from Lanczos steps with the exact product in float32 (its residual is printed). Costs are medians, and
+each product is timed next to gradients of the same run: base gradient and calibration are apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
 
-from benchmarks.common import write
+from benchmarks.common import random_llama, write
+from hpc_hess.check import extreme_ritz_vector, start_vector
 from hpc_hess.config import make_config
 from hpc_hess.curvature.exact import ExactHessian
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.gauss_newton import GaussNewton
 from hpc_hess.curvature.streaming import Settings
-from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.parallel.memory import gigabytes
 from hpc_hess.parallel.vector import Basis, Vector
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
+from hpc_hess.problem import Problem, load_problem, release_memory
 from hpc_hess.report.progress import make_progress
 
 NUM_PROBES = 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# every head with keys and values of its own: PyTorch's memory-efficient attention takes no grouped ones
+LLAMAS = {
+    "llama-1b": ({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32768,
+                  "num_attention_heads": 32, "num_key_value_heads": 32}, 4, 1024),
+    "toy": ({"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 1024,
+             "num_attention_heads": 4, "num_key_value_heads": 4}, 2, 64),
+}  # fmt: skip
 
 
-def load(dtype: str, **model: Any) -> Problem:
-    config = make_config({
-        "model": {"master_dtype": dtype, "compute_dtype": dtype, **model},
-        "data": {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 2},
-    })  # fmt: skip
-    return load_problem(config, World.alone(), make_progress(True, 1))
+@dataclass(frozen=True)
+class Asked:
+    """What the product should reach: error on random vectors, on the dominant eigenvector, gradients."""
+
+    random: str = ""
+    dominant: str = ""
+    cost: str = ""
+
+
+@contextlib.contextmanager
+def subject(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give a model's title and its configuration."""
+    if model == "smollm2":
+        data = {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 2}
+        yield "SmolLM2-135M, 2 x 128 tokens", {"model": {}, "data": data}
+        return
+    shape, rows, length = LLAMAS[model]
+    with random_llama(shape, rows, length) as config:
+        title = "a random Llama of 1.1 B parameters" if model == "llama-1b" else "a random toy"
+        yield f"{title}, {rows} x {length} tokens, {DEVICE}", config
+
+
+def load(config: dict[str, Any], dtype: str) -> Problem:
+    model = {**config["model"], "master_dtype": dtype, "compute_dtype": dtype}
+    return load_problem(make_config({**config, "model": model}), World.alone(DEVICE), make_progress(True, 1))
 
 
 def probe(problem: Problem, k: int) -> Vector:
-    space = problem.model.space
-    v = space.zeros()
-    probes.fill(v.data, *space.shard.global_intervals, seed=0, probe=k, distribution="gaussian")
-    return v.scale_(1 / v.norm())
+    return start_vector(problem.model.space, 0, k, "gaussian")
 
 
 def dominant(problem: Problem, operator: Any, steps: int) -> tuple[Vector, float, float]:
     """Return the Ritz vector of largest |Ritz value|, the value, and its residual."""
-    basis = Basis(problem.model.space, steps)
-    process = Lanczos(operator, basis, steps)
+    process = Lanczos(operator, Basis(problem.model.space, steps), steps)
     process.start(probe(problem, 0))
     while not process.finished:
         process.step()
-    values, vectors = eigh_tridiagonal(np.array(process.alpha), np.array(process.beta[:-1]))
-    i = int(np.abs(values).argmax())
-    y = basis.combine(torch.from_numpy(np.ascontiguousarray(vectors[:, i])))
-    return y.scale_(1 / y.norm()), float(values[i]), abs(process.beta[-1] * float(vectors[-1, i]))
+    return extreme_ritz_vector(process)
+
+
+def settle() -> None:
+    """Wait until the device has done all it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    settle()
     began = time.perf_counter()
     value = function()
+    settle()
     return value, time.perf_counter() - began
+
+
+class Table:
+    """Measures products of one problem against references, and writes the table after every row.
+
+    Vectors and references wait in host memory: those of a large model would not fit a GPU beside what is measured.
+    """
+
+    def __init__(self, problem: Problem, vectors: list[torch.Tensor], references: list[torch.Tensor],
+                 save: Callable[[list[dict[str, Any]], float], None]) -> None:  # fmt: skip
+        self.problem, self.vectors, self.references, self._save = problem, vectors, references, save
+        self.rows: list[dict[str, Any]] = []
+        self.gradient_s: list[float] = []
+        self._out = problem.model.space.zeros()
+
+    def gradient(self) -> float:
+        """Return the seconds of a gradient now."""
+        self.gradient_s.append(timed(lambda: self.problem.gradient(self._out))[1])
+        return self.gradient_s[-1]
+
+    def row(
+        self, name: str, asked: Asked, product: Callable[[Vector], tuple[Vector, float]], *, errors: bool = True
+    ) -> None:
+        """Measure one product on every vector."""
+        found, costs, seconds, peak = [], [], [], 0.0
+        space = self.problem.model.space
+        for waiting, reference in zip(self.vectors, self.references, strict=True):
+            v = space.wrap(waiting.to(space.device))
+            near = self.gradient()
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            result, spent = product(v)
+            if DEVICE == "cuda":
+                peak = max(peak, torch.cuda.max_memory_allocated())
+            if errors:
+                against = reference.to(space.device)
+                found.append(float((result.data - against).norm() / against.norm()))
+                del against
+            del result
+            seconds.append(spent)
+            costs.append(spent / (0.5 * (near + self.gradient())))
+        row: dict[str, Any] = {"method": name}
+        if errors:
+            row |= {"error, random": statistics.median(found[:NUM_PROBES]), "asked ": asked.random,
+                    "error, dominant": found[-1], "asked  ": asked.dominant}  # fmt: skip
+        row |= {"cost in gradients": statistics.median(costs), "asked": asked.cost, "seconds": statistics.median(seconds)}
+        if peak:
+            row["peak memory"] = gigabytes(peak)
+        self.rows.append(row)
+        self._save(self.rows, statistics.median(self.gradient_s))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--power-steps", type=int, default=30)
+    parser.add_argument("--model", choices=["smollm2", *LLAMAS], default="smollm2")
+    parser.add_argument("--power-steps", type=int, default=12)
     args = parser.parse_args()
-    problem = load("float32")
+    with subject(args.model) as (title, config):
+        measure(args, title, config)
+
+
+def measure(args: argparse.Namespace, title: str, config: dict[str, Any]) -> None:
+    problem = load(config, "float32")
     exact = ExactHessian(problem.model, problem.gradient.objective)
     top, value, residual = dominant(problem, exact, args.power_steps)
     print(f"dominant eigenvalue {value:.6g}, residual {residual:.2g}", flush=True)
-    vectors = [probe(problem, k + 1) for k in range(NUM_PROBES)] + [top]
+    vectors = [probe(problem, k + 1).data.cpu() for k in range(NUM_PROBES)] + [top.data.cpu()]
+    del top
+    references = references_in_float64(config, vectors)
 
-    reference_problem = load("float64")
-    reference = ExactHessian(reference_problem.model, reference_problem.gradient.objective)
-    space = reference_problem.model.space
-    references = [reference.matvec(space.wrap(v.data.double())).data.float() for v in vectors]
-    del reference, reference_problem
-
-    def error(product: Vector, k: int) -> float:
-        return float((product.data - references[k]).norm() / references[k].norm())
-
-    gradient_s: list[float] = []
-
-    def gradient_now() -> float:
-        gradient_s.append(timed(problem.gradient)[1])
-        return gradient_s[-1]
-
-    gradient_now()
-    rows: list[dict[str, Any]] = []
-
-    def measure(name: str, asked: tuple[Any, Any, Any], product: Callable[[Vector], tuple[Vector, float]]) -> None:
-        errors, costs = [], []
-        for k, v in enumerate(vectors):
-            near = gradient_now()
-            result, seconds = product(v)
-            errors.append(error(result, k))
-            costs.append(seconds / (0.5 * (near + gradient_now())))
-        rows.append({
-            "method": name, "error, random": statistics.median(errors[:NUM_PROBES]), "asked ": asked[0],
-            "error, dominant": errors[-1], "asked  ": asked[1],
-            "cost in gradients": statistics.median(costs), "asked": asked[2],
-        })  # fmt: skip
-        save()
-
-    def save() -> None:
-        """After every row: a run that is cut off leaves what it measured."""
-        write("products", "Hessian products on SmolLM2-135M, 2 x 128 tokens", rows,
+    def save(rows: list[dict[str, Any]], gradient_s: float) -> None:
+        name = "products" if args.model == "smollm2" else f"products_{args.model.replace('-', '_')}"
+        write(name, f"Hessian products on {title}", rows,
               {"probes": NUM_PROBES, "dominant eigenvalue": f"{value:.6g}", "its residual": f"{residual:.2g}",
-               "gradient, s (median)": round(statistics.median(gradient_s), 2), "threads": torch.get_num_threads(),
-               "attention": "sdpa for gradients, math for exact products"})  # fmt: skip
+               "gradient, s (median)": round(gradient_s, 3), "threads": torch.get_num_threads(),
+               "attention": "sdpa for gradients, math for exact products", "TF32": "off"},
+              command=f"products --model {args.model}")  # fmt: skip
+
+    table = Table(problem, vectors, references, save)
+    table.gradient()
 
     def plain(operator: Any) -> Callable[[Vector], tuple[Vector, float]]:
         return lambda v: timed(lambda: operator.matvec(v))
 
-    measure("exact fp32, one vector, recomputing", ("<= 3e-5", "<= 2e-5", "<= 3.7"), plain(exact))
-    keeping = ExactHessian(problem.model, problem.gradient.objective, settings=Settings(keep_state=True))
-    measure("exact fp32, one vector, keeping state", ("<= 3e-5", "<= 2e-5", "<= 2.9"), plain(keeping))
+    def operator(kind: type[ExactHessian] | type[GaussNewton] = ExactHessian, *, keep_state: bool = False,
+                 compute_dtype: torch.dtype | None = None) -> Any:  # fmt: skip
+        return kind(problem.model, problem.gradient.objective, compute_dtype=compute_dtype,
+                    settings=Settings(keep_state=keep_state))  # fmt: skip
+
+    asked = Asked("<= 3e-5", "<= 2e-5", "<= 3.7")
+    table.row("exact fp32, one vector, recomputing", asked, plain(exact))
+    table.row("exact fp32, one vector, keeping state", replace(asked, cost="<= 2.9"), plain(operator(keep_state=True)))
 
     def lock_step(v: Vector) -> tuple[Vector, float]:
         others = [probe(problem, 10 + k) for k in range(3)]
         results, seconds = timed(lambda: exact.matmat([v, *others]))
         return results[0], seconds / 4
 
-    measure("exact fp32, 4 in lock-step, per vector", ("<= 3e-5", "<= 2e-5", "<= 2.5"), lock_step)
-    for scheme, asked in (("fourth", ("<= 4e-4", "<= 1e-3", "<= 4.2")), ("central", ("<= 1e-3", "<= 2.5e-3", "<= 2.1")),
-                          ("forward", ("<= 6e-3", "<= 1.5e-2", "<= 1.05"))):  # fmt: skip
-        operator = FiniteDifferenceHessian(problem.gradient, scheme)  # type: ignore[arg-type]
+    table.row("exact fp32, 4 in lock-step, per vector", replace(asked, cost="<= 2.5"), lock_step)
+    if args.model != "smollm2":  # no fast bfloat16 on most CPUs
+        bfloat16 = operator(compute_dtype=torch.bfloat16)
+        table.row("exact bf16 (fp32 masters), one vector", Asked(), plain(bfloat16))
+    for scheme, limits in (("fourth", Asked("<= 4e-4", "<= 1e-3", "<= 4.2")),
+                           ("central", Asked("<= 1e-3", "<= 2.5e-3", "<= 2.1")),
+                           ("forward", Asked("<= 6e-3", "<= 1.5e-2", "<= 1.05"))):  # fmt: skip
+        differences = FiniteDifferenceHessian(problem.gradient, scheme)  # type: ignore[arg-type]
 
-        def product(v: Vector, operator: FiniteDifferenceHessian = operator) -> tuple[Vector, float]:
+        def product(v: Vector, operator: FiniteDifferenceHessian = differences) -> tuple[Vector, float]:
             result, seconds = timed(lambda: operator.matvec(v))
             record = operator.records[-1]
             print(f"  step {record.step:.3g} realised {record.realised:.6f} predicted {record.predicted_error:.2g}")
             return result, seconds - record.calibration_s
 
-        measure(scheme, asked, product)
-    del operator
-    gauss_newton = GaussNewton(problem.model, problem.gradient.objective)
-    costs = []
-    for v in vectors[:NUM_PROBES]:
-        near = gradient_now()
-        seconds = timed(lambda v=v: gauss_newton.matvec(v))[1]
-        costs.append(seconds / (0.5 * (near + gradient_now())))
-    rows.append({"method": "Gauss-Newton, exact fp32", "cost in gradients": statistics.median(costs), "asked": "<= 2.1"})
-    save()
+        table.row(f"{scheme} differences, fp32", limits, product)
+        del differences, product
+    table.row("Gauss-Newton, exact fp32", Asked(cost="<= 2.1"), plain(operator(GaussNewton)), errors=False)
+
+
+def references_in_float64(config: dict[str, Any], vectors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the exact products in float64, rounded to float32, in host memory."""
+    problem = load(config, "float64")
+    operator = ExactHessian(problem.model, problem.gradient.objective)
+    space = problem.model.space
+    found = [operator.matvec(space.wrap(v.to(space.device).double())).data.float().cpu() for v in vectors]
+    del operator, problem, space
+    release_memory()
+    return found
 
 
 if __name__ == "__main__":

@@ -18,13 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +28,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from benchmarks.common import RESULTS, machine, write
+from benchmarks.common import RESULTS, machine, random_llama, write
 from hpc_hess.check import extreme_ritz_vector, start_vector
 from hpc_hess.config import make_config
 from hpc_hess.curvature.exact import ExactHessian
@@ -87,27 +83,6 @@ def hold_bfloat16_weights(problem: Problem) -> None:
     """Round the parameters to values that bfloat16 can hold."""
     model = problem.model
     model.write_parameters(model.read_parameters().bfloat16().to(model.space.dtype))
-
-
-@contextmanager
-def toy(shape: dict[str, int], rows: int, length: int) -> Iterator[dict[str, Any]]:
-    """Give the configuration of a Llama-shaped toy on random tokens, as files in a temporary directory."""
-    from transformers import LlamaConfig
-
-    heads = 4 if shape["hidden_size"] >= 48 else 2
-    config = LlamaConfig(
-        **shape, num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=256,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=shape["hidden_size"] ** -0.5,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        tokens = np.random.default_rng(0).integers(3, shape["vocab_size"], rows * length)
-        np.save(Path(folder) / "tokens.npy", tokens)
-        yield {
-            "model": {"source": f"{folder}/config.json"},
-            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": rows},
-        }
 
 
 def load(config: dict[str, Any], dtype: str) -> Problem:
@@ -340,7 +315,7 @@ def main() -> None:
         curves = sweep(SMOLLM2, {"data": data}, SMOLLM2_PLAN, args.dtypes)
     elif not args.figures:
         for name in args.models:
-            with toy(TOYS[name], 1, 64) as config:
+            with random_llama(TOYS[name], 1, 64) as config:
                 curves += sweep(name, config, TOY_PLAN, args.dtypes)
     kept = json.loads(CURVES.read_text())["curves"] if CURVES.exists() else []
     fresh = {(c["model"], c["dtype"]) for c in curves}

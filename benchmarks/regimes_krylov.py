@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 
-from benchmarks.common import RESULTS, machine, write
-from benchmarks.regimes import BFloat16Objective, hold_bfloat16_weights, load, toy
+from benchmarks.common import RESULTS, machine, random_llama, write
+from benchmarks.regimes import BFloat16Objective, hold_bfloat16_weights, load
 from hpc_hess.check import start_vector
 from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
@@ -170,7 +170,7 @@ def operators(wide: Problem, narrow: Problem) -> dict[str, Any]:
 def main() -> None:
     runs: list[dict[str, Any]] = []
     spectra: dict[str, list[float]] = {}
-    with toy(SHAPE, ROWS, LENGTH) as config:
+    with random_llama(SHAPE, ROWS, LENGTH) as config:
         wide, narrow = load(config, "float64"), load(config, "float32")
         for problem in (wide, narrow):
             hold_bfloat16_weights(problem)
