@@ -1,7 +1,7 @@
-"""Every Hessian product: error against float64, and cost in gradients, on SmolLM2-135M or a random Llama of 1.1 B.
+"""Every Hessian product: error against float64, and cost in gradients, on SmolLM2-135M or a random Llama.
 
-``--model smollm2``: 2 x 128 tokens of the GPL-3. ``--model llama-1b`` (a GPU): 4 x 1024 random tokens; ``toy`` tries
-that path anywhere. The reference is the exact product in float64. "dominant" is the eigenvector of largest
+``--model smollm2``: 2 x 128 tokens of the GPL-3. ``--model llama-1b`` and ``llama-05b`` (a GPU): 4 x 1024 random tokens;
+``toy`` tries that path anywhere. ``--only TEXT``: rows whose name holds it. The reference is the exact product in float64. "dominant" is the eigenvector of largest
 |eigenvalue|, from Lanczos steps with the exact product in float32 (its residual is printed). Costs are medians, and
 each product is timed next to gradients of the same run: base gradient and calibration are apart.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,20 +27,22 @@ from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.gauss_newton import GaussNewton
 from hpc_hess.curvature.streaming import Settings
 from hpc_hess.linalg.lanczos import Lanczos
-from hpc_hess.parallel.memory import gigabytes
+from hpc_hess.parallel.memory import gigabytes, release_memory
 from hpc_hess.parallel.vector import Basis, Vector
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem, release_memory
+from hpc_hess.problem import Problem, load_problem
 from hpc_hess.report.progress import make_progress
 
 NUM_PROBES = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # every head with keys and values of its own: PyTorch's memory-efficient attention takes no grouped ones
-LLAMAS = {
-    "llama-1b": ({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32768,
-                  "num_attention_heads": 32, "num_key_value_heads": 32}, 4, 1024),
-    "toy": ({"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 1024,
-             "num_attention_heads": 4, "num_key_value_heads": 4}, 2, 64),
+_WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32768, "num_attention_heads": 32,
+         "num_key_value_heads": 32}  # fmt: skip
+LLAMAS = {  # title, shape, rows, tokens in a row
+    "llama-1b": ("a random Llama of 1.1 B parameters", {**_WIDE, "num_hidden_layers": 16}, 4, 1024),
+    "llama-05b": ("a random Llama of 0.47 B parameters", {**_WIDE, "num_hidden_layers": 6}, 4, 1024),
+    "toy": ("a random toy", {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 1024,
+                             "num_attention_heads": 4, "num_key_value_heads": 4}, 2, 64),
 }  # fmt: skip
 
 
@@ -59,9 +62,8 @@ def subject(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
         data = {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 2}
         yield "SmolLM2-135M, 2 x 128 tokens", {"model": {}, "data": data}
         return
-    shape, rows, length = LLAMAS[model]
+    title, shape, rows, length = LLAMAS[model]
     with random_llama(shape, rows, length) as config:
-        title = "a random Llama of 1.1 B parameters" if model == "llama-1b" else "a random toy"
         yield f"{title}, {rows} x {length} tokens, {DEVICE}", config
 
 
@@ -104,7 +106,8 @@ class Table:
     """
 
     def __init__(self, problem: Problem, vectors: list[torch.Tensor], references: list[torch.Tensor],
-                 save: Callable[[list[dict[str, Any]], float], None]) -> None:  # fmt: skip
+                 save: Callable[[list[dict[str, Any]], float], None], only: str = "") -> None:  # fmt: skip
+        self._only = only
         self.problem, self.vectors, self.references, self._save = problem, vectors, references, save
         self.rows: list[dict[str, Any]] = []
         self.gradient_s: list[float] = []
@@ -119,6 +122,8 @@ class Table:
         self, name: str, asked: Asked, product: Callable[[Vector], tuple[Vector, float]], *, errors: bool = True
     ) -> None:
         """Measure one product on every vector."""
+        if self._only not in name:
+            return
         found, costs, seconds, peak = [], [], [], 0.0
         space = self.problem.model.space
         for waiting, reference in zip(self.vectors, self.references, strict=True):
@@ -151,8 +156,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=["smollm2", *LLAMAS], default="smollm2")
     parser.add_argument("--power-steps", type=int, default=12)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
     args = parser.parse_args()
     with subject(args.model) as (title, config):
+        config["data"]["micro_batch"] = args.micro_batch
         measure(args, title, config)
 
 
@@ -163,17 +171,19 @@ def measure(args: argparse.Namespace, title: str, config: dict[str, Any]) -> Non
     print(f"dominant eigenvalue {value:.6g}, residual {residual:.2g}", flush=True)
     vectors = [probe(problem, k + 1).data.cpu() for k in range(NUM_PROBES)] + [top.data.cpu()]
     del top
-    references = references_in_float64(config, vectors)
+    with same_weights(problem, config) as stored:
+        references = references_in_float64(stored, vectors)
 
     def save(rows: list[dict[str, Any]], gradient_s: float) -> None:
         name = "products" if args.model == "smollm2" else f"products_{args.model.replace('-', '_')}"
         write(name, f"Hessian products on {title}", rows,
               {"probes": NUM_PROBES, "dominant eigenvalue": f"{value:.6g}", "its residual": f"{residual:.2g}",
                "gradient, s (median)": round(gradient_s, 3), "threads": torch.get_num_threads(),
-               "attention": "sdpa for gradients, math for exact products", "TF32": "off"},
+               "micro-batch": args.micro_batch, "attention": "sdpa for gradients, math for exact products",
+               "TF32": "off"},
               command=f"products --model {args.model}")  # fmt: skip
 
-    table = Table(problem, vectors, references, save)
+    table = Table(problem, vectors, references, save, args.only)
     table.gradient()
 
     def plain(operator: Any) -> Callable[[Vector], tuple[Vector, float]]:
@@ -211,6 +221,17 @@ def measure(args: argparse.Namespace, title: str, config: dict[str, Any]) -> Non
         table.row(f"{scheme} differences, fp32", limits, product)
         del differences, product
     table.row("Gauss-Newton, exact fp32", Asked(cost="<= 2.1"), plain(operator(GaussNewton)), errors=False)
+
+
+@contextlib.contextmanager
+def same_weights(problem: Problem, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a configuration that reads a random model's weights from a file: drawing a billion takes a minute."""
+    if problem.source.kind != "random":
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        problem.model.module.save_pretrained(folder)  # type: ignore[operator]
+        yield {**config, "model": {**config["model"], "source": folder}}
 
 
 def references_in_float64(config: dict[str, Any], vectors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import gc
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +18,7 @@ from hpc_hess.model.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.model.weights import fill, open_reader
+from hpc_hess.parallel.memory import release_memory, reuse_freed_pages
 from hpc_hess.parallel.world import World
 from hpc_hess.report.progress import Progress
 
@@ -51,6 +49,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
 
     """
     make_exact_float32()
+    reuse_freed_pages()
     with world.together("read the model's configuration and the data"):
         source = resolve_source(config.model)
         skeleton = build_skeleton(source, config.model)
@@ -74,13 +73,6 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
     objective = CausalLMObjective(batches, samples.num_tokens, world.device)
     return Problem(source, samples, model, objective, Gradient(model, objective, routing), plain)
-
-
-def release_memory() -> None:
-    """Give freed pages back to the system, so that loading does not count against the run."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def make_exact_float32() -> None:
