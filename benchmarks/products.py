@@ -1,9 +1,10 @@
 """Every Hessian product: error against float64, and cost in gradients, on SmolLM2-135M or a random Llama.
 
 ``--model smollm2``: 2 x 128 tokens of the GPL-3. ``--model llama-1b`` and ``llama-05b`` (a GPU): 4 x 1024 random tokens;
-``toy`` tries that path anywhere. ``--only TEXT``: rows whose name holds it. The reference is the exact product in float64. "dominant" is the eigenvector of largest
-|eigenvalue|, from Lanczos steps with the exact product in float32 (its residual is printed). Costs are medians, and
-each product is timed next to gradients of the same run: base gradient and calibration are apart.
+``toy`` tries that path anywhere. ``--only TEXT``: rows whose name holds it. The reference is the exact product in
+float64. "dominant" is the eigenvector of largest |eigenvalue|, from Lanczos steps with the exact product in float32 (its
+residual is printed). Costs are medians, and each product is timed next to gradients of the same run: base gradient and
+calibration are apart.
 """
 
 from __future__ import annotations

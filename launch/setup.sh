@@ -95,6 +95,11 @@ if [ -n "$test" ] && { ! is_done test || ! has pytest curvlinops backpack eincon
     echo "$stamp" >"$venv/.hpc-hess-test"
 fi
 
+# another HDF5 than an h5py built for MPI has: what one writes the other must open
+if [ -n "$test" ] && [ ! -d "$venv/h5py-wheel/h5py" ]; then
+    pip_install --no-deps --only-binary=h5py --target "$venv/h5py-wheel" h5py
+fi
+
 # -- MPI ---------------------------------------------------------------------------------------------------------------
 h5py_has_mpi() { "$python" -c 'import h5py, sys; sys.exit(not h5py.get_config().mpi)' 2>/dev/null; }
 

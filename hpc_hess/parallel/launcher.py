@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from hpc_hess.errors import LaunchError
@@ -161,6 +162,22 @@ def first_node_address(node_list: str) -> str:
         return socket.gethostbyname(next(w.split("=", 1)[1] for w in words if w.startswith("NodeAddr=")))
     except (OSError, subprocess.SubprocessError, StopIteration):
         raise LaunchError(f"the Slurm node '{name}' has no address that resolves: export MASTER_ADDR") from None
+
+
+def job_end_time(env: Mapping[str, str]) -> float | None:
+    """Return when Slurm will end this job, in seconds since the epoch; None outside Slurm or without a limit.
+
+    Not every Slurm sets SLURM_JOB_END_TIME: where it is missing, ``scontrol show job`` is asked. Collective: no.
+    """
+    if not (job := env.get("SLURM_JOB_ID")):
+        return None
+    if (told := env.get("SLURM_JOB_END_TIME", "")).isdigit():
+        return float(told)
+    try:
+        words = _scontrol("show", "job", job).split()
+        return datetime.fromisoformat(next(w.split("=", 1)[1] for w in words if w.startswith("EndTime="))).timestamp()
+    except (OSError, subprocess.SubprocessError, StopIteration, ValueError):
+        return None  # no scontrol here, or EndTime=Unknown
 
 
 def _scontrol(*args: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
 from hpc_hess.errors import LaunchError
 from hpc_hess.parallel import launcher
-from hpc_hess.parallel.launcher import Launch, detect, first_node_address, master_endpoint, mpi_world
+from hpc_hess.parallel.launcher import Launch, detect, first_node_address, job_end_time, master_endpoint, mpi_world
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
@@ -179,3 +181,13 @@ def test_a_node_name_that_is_no_host_name(monkeypatch: pytest.MonkeyPatch) -> No
     _slurm_says({}, monkeypatch)
     with pytest.raises(LaunchError, match="cannot expand the Slurm node list 'a,b': export MASTER_ADDR"):
         first_node_address("a,b")
+
+
+def test_the_end_of_a_job_is_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    _slurm_says({"show job 17": "JobId=17 StartTime=2026-01-02T03:04:05 EndTime=2026-01-02T03:05:05"}, monkeypatch)
+    assert job_end_time({}) is None
+    assert job_end_time({"SLURM_JOB_ID": "17"}) == datetime(2026, 1, 2, 3, 5, 5).timestamp()
+    assert job_end_time({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "1790000000"}) == 1.79e9
+    assert job_end_time({"SLURM_JOB_ID": "18"}) is None
+    _slurm_says({"show job 17": "JobId=17 StartTime=Unknown EndTime=Unknown"}, monkeypatch)
+    assert job_end_time({"SLURM_JOB_ID": "17"}) is None

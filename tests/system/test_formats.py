@@ -1,0 +1,74 @@
+"""Stores of every released format, and of another HDF5, open, verify and go on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.reader import read_store
+from hpc_hess.storage.schema import FORMAT_VERSION
+from tests.quick import run_quickly
+from tests.spawn import clean_environment
+from tests.store_toys import run
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = ROOT / "tests" / "formats"
+STORES = sorted(p.parent for p in FORMATS.glob("v*/*/krylov.h5"))
+WHEEL = Path(sys.prefix) / "h5py-wheel"
+END = [1, 6, True]
+
+
+def test_every_version_and_driver_is_here():
+    kinds = {(p.parent.name, p.name.rsplit("-hdf5-")[0]) for p in STORES}
+    assert kinds == {(f"v{n}", kind) for n in range(1, FORMAT_VERSION + 1) for kind in ("one-file", "rank-files")}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("store", STORES, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_a_kept_store_opens_and_goes_on(tmp_path, store, ranks):
+    here = shutil.copytree(store, tmp_path / "run")
+    with read_store(here) as view:
+        assert view.verify() == []
+        assert (view.state.probe, view.state.step) == (1, 3)
+    assert run_quickly(go_on, ranks, str(here)) == [END] * ranks
+    with read_store(here) as view:
+        assert view.verify() == []
+
+
+def go_on(world: World, run_dir: str) -> list:
+    return list(run(world, run_dir))  # checks every value, before and after
+
+
+@pytest.mark.skipif(
+    not WHEEL.is_dir() or not h5py.get_config().mpi, reason="needs two builds of h5py: launch/setup.sh --mpi --test"
+)
+def test_another_hdf5_takes_turns_with_this_one(tmp_path):
+    """Written here, gone on with there, ended here."""
+    here = tmp_path / "run"
+    assert other_hdf5(here, 0, 2)[0] != h5py.version.hdf5_version, "both are the same HDF5: this would show nothing"
+    assert run(World.alone(), str(here), (0, 4))[:2] == (0, 4)
+    assert other_hdf5(here, 1, 2)[1] == [1, 2, False]
+    assert list(run(World.alone(), str(here))) == END
+    with read_store(here) as view:
+        assert view.verify() == []
+
+
+def other_hdf5(run_dir: Path, probe: int, step: int) -> tuple[str, list]:
+    """Go on with the wheel's h5py; return its HDF5's version and where it is."""
+    program = (
+        "import h5py, sys; from tests import store_toys; print(h5py.version.hdf5_version, flush=True); store_toys.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run_dir), "files", str(probe), str(step)], cwd=ROOT, text=True,
+        env=clean_environment() | {"PYTHONPATH": os.pathsep.join([str(WHEEL), str(ROOT)])}, capture_output=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    version, state = done.stdout.split("\n")[:2]
+    return version, json.loads(state)
