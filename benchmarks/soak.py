@@ -1,10 +1,10 @@
 """Kills at random instants: whole runs, killed (SIGKILL) and resumed until they end, against one that was left alone.
 
 Every second kill takes launcher and ranks at once, the others a single rank, after which the launcher must end the rest
-by itself. Every fourth run is killed at any instant from its start, so that start-up and creation are hit too, the others
-once they are at work. After each kill the store must open with every checksum right and hold every step that was
-reported as done; when a run has ended, alpha, beta and the whole basis must equal, bit for bit, those of the run that
-was left alone. ``python -m benchmarks.soak`` kills 100 times; ``tests/system/test_soak.py`` is the short form.
+by itself. Every fourth kill comes at any instant of start-up, creation included, the others while steps are made. After
+each kill the store must open with every checksum right and hold every step that was reported as done; when a run has
+ended, alpha, beta and the whole basis must equal, bit for bit, those of the run that was left alone.
+``python -m benchmarks.soak`` kills 100 times; ``--kills 10 10`` is a short form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,12 @@ from benchmarks.common import write
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FILE
-from tests.system.launching import launch, wait_until
+from tests.system.launching import launch
 
 _END_S = 90.0  # a job of which a rank was killed has ended by then
-_TOY = ["launch/configs/toy.toml", "lanczos.steps=60", "lanczos.probes=2"]
+_WHOLE_S = 1800.0  # a run that nobody kills has ended by then
+_SHARE = 0.4  # of the seconds that all steps take: how long a resumed run is left alone at most
+_TOY = ["launch/configs/toy.toml", "lanczos.steps=150", "lanczos.probes=2"]
 _SMOLLM2 = ["launch/configs/smollm2.toml", "lanczos.steps=6", "data.sequences=2", "data.micro_batch=1"]
 CASES = {  # name: launch script, configuration and settings
     "toy, rank files": ("torchrun.sh", _TOY),
@@ -63,7 +65,7 @@ def started(script: str, settings: list[str], out: Path, ranks: int) -> Iterator
     finally:
         for each in family(process.pid):
             kill(each)
-        process.communicate()
+        process.wait()
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -129,21 +131,20 @@ def soak(script: str, settings: list[str], folder: Path, *, kills: int, ranks: i
     reference, out = folder / "reference", folder / "run"
     with started(script, settings, reference, ranks) as process:
         began = time.monotonic()
-        wait_until((reference / "events.jsonl").exists, "the reference begins")
+        assert until(lambda: begun(reference), process), process.communicate()[0]
         start_s = time.monotonic() - began
         output, _ = process.communicate()
         assert process.returncode == 0, output
-        whole_s = time.monotonic() - began
+        work_s = time.monotonic() - began - start_s
     survived = 0
     while outcome.kills < kills or out.exists():
         with started(script, settings, out, ranks) as process:
-            if outcome.kills == kills:
-                pause = None
-            elif outcome.kills % 4 == 0:
-                pause = rng.uniform(0, whole_s)
-            else:
-                pause = rng.uniform(start_s, whole_s)
-            ended = finished_within(process, pause)
+            before, at_work = begun(out), outcome.kills % 4 > 0
+            if at_work or outcome.kills == kills:
+                until(lambda before=before: begun(out) > before, process)
+            pause = rng.uniform(0, _SHARE * work_s if at_work else start_s)
+            until(lambda: False, process, pause if outcome.kills < kills else None)
+            ended = process.poll() is not None
             if not ended:
                 strike(process, rng if outcome.kills % 2 else None)
             output, _ = process.communicate()
@@ -161,20 +162,27 @@ def soak(script: str, settings: list[str], folder: Path, *, kills: int, ranks: i
             continue
         survived += 1
         outcome.resumed += 1  # the next turn goes on with it, or fails
-        outcome.lost_steps = max(outcome.lost_steps, reported(out) - committed(out))
-        print(f"  kill {outcome.kills}: {committed(out)} steps are there, {reported(out)} were reported", flush=True)
+        done, there = reported(out), committed(out)
+        outcome.lost_steps = max(outcome.lost_steps, done - there)
+        print(f"  kill {outcome.kills}: {done} steps were reported, {there} are there", flush=True)
     return outcome
 
 
-def finished_within(process: Any, seconds: float | None) -> bool:
-    """Whether a run ends by itself in that time; None waits for it. What it prints waits in the pipe."""
-    deadline = time.monotonic() + (seconds if seconds is not None else 1800)
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return True
-        time.sleep(0.02)
-    assert seconds is not None, "a run that nobody kills does not end"
-    return False
+def begun(out: Path) -> int:
+    """Return how many times a run has begun to make steps."""
+    return sum(event["event"] in ("start", "resume") for event in read_events(out))
+
+
+def until(condition: Callable[[], Any], process: Any, seconds: float | None = None) -> bool:
+    """Wait until ``condition`` holds, the run has ended, or the time is over; return whether it holds.
+
+    What the run prints waits in its pipe. Raises AssertionError where a run that nobody kills does not end.
+    """
+    deadline = time.monotonic() + (_WHOLE_S if seconds is None else seconds)
+    while not (held := bool(condition())) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seconds is not None or held or process.poll() is not None, f"a run goes on after {_WHOLE_S:.0f} s"
+    return held
 
 
 def strike(process: Any, rng: random.Random | None) -> None:

@@ -18,7 +18,7 @@ from hpc_hess.model.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.model.weights import fill, open_reader
-from hpc_hess.parallel.memory import release_memory, reuse_freed_pages
+from hpc_hess.parallel.memory import release_memory
 from hpc_hess.parallel.world import World
 from hpc_hess.report.progress import Progress
 
@@ -49,7 +49,6 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
 
     """
     make_exact_float32()
-    reuse_freed_pages()
     with world.together("read the model's configuration and the data"):
         source = resolve_source(config.model)
         skeleton = build_skeleton(source, config.model)

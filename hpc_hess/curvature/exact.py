@@ -21,6 +21,7 @@ from hpc_hess.model.record import record
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.model.splice import differentiable_kernels
 from hpc_hess.parallel.in_step import in_step
+from hpc_hess.parallel.memory import reusing_freed_pages
 from hpc_hess.parallel.vector import Vector
 
 
@@ -118,7 +119,8 @@ class StreamedOperator:
         """
         results = [self.space.zeros() for _ in vectors]
         groups = [range(len(vectors))] if self._settings.lock_step else [[k] for k in range(len(vectors))]
-        with differentiable_kernels(self._split.module), honest_casts(self._exchange.dtype):
+        kernels = differentiable_kernels(self._split.module)
+        with kernels, honest_casts(self._exchange.dtype), reusing_freed_pages():
             for group in groups:
                 self._exchange.begin([vectors[k].data for k in group], [results[k].data for k in group])
                 sweeps = Sweeps(self._split, self._exchange, self._settings)

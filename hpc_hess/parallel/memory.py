@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,22 +33,32 @@ def device_bytes_free(world: World) -> int:
     return host_bytes_free() // world.launch.local_size
 
 
-# mallopt's parameters, from glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+# mallopt's parameters from glibc's malloc.h, and the values that it comes to by itself in a program like this
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
+_USUAL = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 
-def reuse_freed_pages() -> None:
-    """Let this process keep the pages it frees for what it allocates next.
+@contextlib.contextmanager
+def reusing_freed_pages() -> Iterator[None]:
+    """Inside, freed buffers of any size are kept for the next ones; all go back to the system at the end.
 
-    By default every weight-sized buffer is mapped afresh, and the system clears its pages once more: a third of a
-    lock-step product's time on a CPU. The peak is what it was; what is free below it comes back with
-    :func:`release_memory`.
+    Else each large buffer is mapped afresh and the system clears its pages: a third of a lock-step product's time on a
+    CPU. Not for longer than a product: what outlives a buffer's neighbours would leave holes of the size of vectors.
     """
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
+    try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        libc.mallopt(_M_TOP_PAD, 64 << 20)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):  # glibc only
+        yield
+        return
+    mallopt(_TRIM_THRESHOLD, -1)
+    mallopt(_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        for key, value in _USUAL.items():
+            mallopt(key, value)
+        trim(0)
 
 
 def release_memory() -> None:
