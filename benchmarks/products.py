@@ -28,8 +28,9 @@ from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.gauss_newton import GaussNewton
 from hpc_hess.curvature.streaming import Settings
 from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.memory import gigabytes, release_memory
-from hpc_hess.parallel.vector import Basis, Vector
+from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, load_problem
 from hpc_hess.report.progress import make_progress

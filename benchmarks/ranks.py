@@ -14,7 +14,7 @@ from hpc_hess.config import make_config
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos
-from hpc_hess.parallel.vector import Basis
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import load_problem
 from hpc_hess.report.progress import Progress

@@ -38,7 +38,8 @@ from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CausalLMObjective, Contribution
-from hpc_hess.parallel.vector import Basis, Vector
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, load_problem
 from hpc_hess.report.progress import make_progress

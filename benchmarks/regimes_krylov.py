@@ -38,7 +38,8 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.model.gradient import Gradient
-from hpc_hess.parallel.vector import Basis, Vector
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector
 from hpc_hess.problem import Problem
 
 Float = NDArray[np.float64]

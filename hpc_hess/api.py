@@ -31,8 +31,9 @@ from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, causal_lm_batch, causal_lm_loss
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import whole_model
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.vector import Vector, VectorSpace
 
 
 class Operator:

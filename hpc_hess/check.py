@@ -18,7 +18,8 @@ from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import LinearOperator
-from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, check_repeatable, load_problem
 from hpc_hess.products import exact_operator, what_is_computed

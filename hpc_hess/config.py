@@ -81,7 +81,8 @@ class LanczosSection(_Section):
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
     reorthogonalise: Literal["full", "none"] | int = "full"
     lock_step: Literal["auto"] | int = "auto"
-    basis_memory: Literal["auto", "device", "host"] = "auto"
+    basis_memory: Literal["auto", "device", "host", "disk"] = "auto"
+    basis_dtype: Literal["master", "bfloat16"] = "master"
 
 
 class StoreSection(_Section):
@@ -89,6 +90,7 @@ class StoreSection(_Section):
 
     driver: Literal["auto", "mpio", "files"] = "auto"
     keep_basis: bool = False
+    checkpoint_every: int = Field(default=0, ge=0)
 
 
 class RunSection(_Section):
@@ -97,6 +99,7 @@ class RunSection(_Section):
     out: str = "runs/smollm2"
     resume: Literal["auto", "never", "must"] = "auto"
     time_limit: str = ""
+    grace_s: float = Field(default=30.0, ge=0)
 
 
 class Config(_Section):
@@ -228,6 +231,10 @@ def _check_combinations(config: Config) -> None:
             )
     if (model.master_dtype == "float64") != (model.compute_dtype == "float64"):
         raise ConfigError('float64 needs both model.master_dtype = "float64" and model.compute_dtype = "float64"')
+    if config.store.checkpoint_every and operator.method == "exact" and config.parallel.replicate > 1:
+        raise ConfigError(
+            "store.checkpoint_every needs parallel.replicate = 1 with exact products, whose replicas are summed at the end"
+        )
     if config.run.time_limit:
         parse_time_limit(config.run.time_limit)
 

@@ -1,4 +1,7 @@
-"""The loop over groups of probes and their steps: each step is committed before the next begins."""
+"""The loop over groups of probes and their steps.
+
+The rows of a step are written while the next product is computed, and it is committed after that product.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,23 @@ import time
 from dataclasses import asdict
 
 import numpy as np
-import torch
 
 from hpc_hess.check import check_ritz, relative_difference
 from hpc_hess.config import Config
 from hpc_hess.curvature.whole_model import ExactOperator
-from hpc_hess.errors import ModelError
+from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, next_products
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import peak_bytes
+from hpc_hess.placement import Bases, peak_bytes
 from hpc_hess.problem import Problem, check_repeatable
+from hpc_hess.product_watch import ProductWatch
 from hpc_hess.products import (
     CurvatureOperator,
     build_operator,
+    needs_gradient,
     reference_operator,
     wants_reference,
     what_is_computed,
@@ -30,7 +34,7 @@ from hpc_hess.products import (
 from hpc_hess.report.progress import Progress
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import Tally
-from hpc_hess.stopping import Stopper
+from hpc_hess.stopping import InterruptedProductError, Stopper
 from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store
@@ -44,17 +48,19 @@ class Loop:
     Parameters
     ----------
     exact : the operator's exact products with operator.method = "exact", else None.
-    bases : one for each probe of the widest group, the store's one in progress included.
+    watch : follows the products of ``problem.gradient`` and ``exact``.
+    bases : where the vectors of a group lie.
     width : of the groups that begin here.
 
     """
 
     def __init__(
         self, config: Config, world: World, problem: Problem, store: Store, *, events: EventLog, progress: Progress,
-        stopper: Stopper, exact: ExactOperator | None, bases: list[Basis], width: int,
+        stopper: Stopper, watch: ProductWatch, exact: ExactOperator | None, bases: Bases, width: int,
     ) -> None:  # fmt: skip
         self.config, self.world, self.problem, self.store = config, world, problem, store
-        self.events, self.progress, self.stopper, self.bases, self.width = events, progress, stopper, bases, width
+        self.events, self.progress, self.stopper, self.watch = events, progress, stopper, watch
+        self.bases, self.width = bases, width
         self.space: VectorSpace = problem.model.space
         self.tally = Tally.from_json(store.state.extra)
         self.operator: CurvatureOperator
@@ -62,6 +68,7 @@ class Loop:
         self._compared_with: CurvatureOperator | None = None
         self._gradient: Vector | None = None  # at theta_0, where that one needs it
         self._checking = wants_reference(config)
+        self._uncommitted: tuple[int, list[Member], bytes] | None = None
 
     def run(self) -> str:
         """Return why the run stopped early, or "" when every probe is finished. Collective: yes."""
@@ -70,16 +77,41 @@ class Loop:
             self.progress.note("this run is already finished: rewriting its report")
             return ""
         self.progress.resume_at(sum(state.lengths))
-        self.operator = self._operator()
         reason = ""
-        if not state.finished:
-            reason = self._advance(self._resumed())
-        while not reason and (first := self.store.state.group.stop) < wanted:
-            reason = self._advance(self._started(range(first, min(first + self.width, wanted))))
+        try:
+            self.operator = self._operator()
+            if not state.finished:
+                reason = self._advance(self._resumed())
+            while not reason and (first := self.store.state.group.stop) < wanted:
+                reason = self._advance(self._started(range(first, min(first + self.width, wanted))))
+        except InterruptedProductError as interrupted:
+            reason = str(interrupted)
+            self._settle()
+        except NumericsError:  # on every rank; the steps before it hold
+            self._settle()
+            raise
         return reason
 
     def _operator(self) -> CurvatureOperator:
         """Build the operator at theta_0: base gradient, repeatability. Collective: yes."""
+        tally = self.tally
+        gradient = None
+        # a resumed run knows enough of it, unless products need it or the experts that were chosen for it
+        if not tally.gradient_s or tally.routed is not False or needs_gradient(self.config):
+            gradient = self._measure_gradient()
+        tally.repeat = max(tally.repeat, check_repeatable(self.problem.gradient))
+        self.progress.phase("preparing the product")
+        operator = build_operator(self.config, self.problem, tally.loss, gradient, self._exact)
+        tally.computes = what_is_computed(self.config, self.problem)
+        if self.config.operator.kind == "perplexity":
+            self._gradient = gradient
+        if tally.operator_state:
+            operator.from_state(tally.operator_state)
+        for note in operator.notes:
+            self.progress.note(note)
+        return operator
+
+    def _measure_gradient(self) -> Vector:
         self.progress.phase("gradient at theta_0")
         began = time.perf_counter()
         loss, gradient = self.problem.gradient.at_theta0()
@@ -87,18 +119,9 @@ class Loop:
         seconds = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
         self.progress.note(f"loss {loss:.6f}, |gradient| {norm:.4g}, one gradient {seconds:.1f} s")
         self.events.write("gradient", seconds=seconds, loss=loss, norm=norm)
-        self.tally.loss, self.tally.gradient_norm = loss, norm
-        self.tally.repeat = max(self.tally.repeat, check_repeatable(self.problem.gradient))
-        self.progress.phase("preparing the product")
-        operator = build_operator(self.config, self.problem, loss, gradient, self._exact)
-        self.tally.computes = what_is_computed(self.config, self.problem)
-        if self.config.operator.kind == "perplexity":
-            self._gradient = gradient
-        if self.tally.operator_state:
-            operator.from_state(self.tally.operator_state)
-        for note in operator.notes:
-            self.progress.note(note)
-        return operator
+        self.tally.loss, self.tally.gradient_norm, self.tally.gradient_s = loss, norm, seconds
+        self.tally.routed = self.world.any_true(self.problem.gradient.routing.has_router, "routing")
+        return gradient
 
     # -- a group -------------------------------------------------------------------------------------------------
 
@@ -107,7 +130,7 @@ class Loop:
         self.progress.phase(f"{probes_text(group)} of {lanczos.probes}")
         return {
             probe: Lanczos(self.operator, basis, lanczos.steps, lanczos.reorthogonalise)
-            for probe, basis in zip(group, self.bases, strict=False)
+            for probe, basis in zip(group, self.bases.of(group), strict=True)
         }
 
     def _started(self, group: range) -> Group:
@@ -120,6 +143,7 @@ class Loop:
             process.start(vector)
             self._write_row(probe, process)
         self._commit(processes)
+        self._settle()
         for probe in processes:
             self.events.write("start", probe=probe)
         return processes
@@ -132,8 +156,7 @@ class Loop:
             alpha, beta = self.store.recurrence(probe)
             process.resume(alpha.tolist(), beta.tolist(), state.over(probe))
             for vector in [] if process.finished else process.rows_needed():
-                values = self.store.read_row(probe, vector % process.basis.capacity)
-                process.basis[vector] = self.space.wrap(torch.from_numpy(values).to(self.space.device))
+                process.basis.load(vector, self.store.read_row(probe, vector % process.basis.capacity))
         self.events.write(
             "resume", probe=state.probe, step=state.step, lock_step=state.width, world_size=self.world.size
         )
@@ -142,20 +165,29 @@ class Loop:
 
     def _advance(self, group: Group) -> str:
         """Step until every member has ended; return why it stopped before, or "". Collective: yes."""
+        reason = ""
         while not all(process.finished for process in group.values()):
-            reason = self.stopper.agreed(self.tally.slowest_step_s)
+            least_s = self.watch.least_s
+            reason = self.stopper.agreed(self.tally.slowest_step_s if least_s is None else least_s)
             if reason:
-                return reason
+                break
             self._step(group)
-        return ""
+        self._settle()
+        return reason
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def _step(self, group: Group) -> None:
         running = {probe: process for probe, process in group.items() if not process.finished}
         began = time.perf_counter()
+        key = [self.store.schema.run_id, *running, "step", max(p.step_count for p in running.values())]
+        self.watch.begin_product(key, self.operator, self.tally.slowest_step_s, self._settle)
         products = dict(zip(running, next_products(list(running.values())), strict=True))
+        self.watch.end_product()
         hvp_s = time.perf_counter() - began
+        if self.watch.resumed:
+            self.progress.note(f"of this product {self.watch.resumed} micro-batches of each rank had been summed before")
+        settle_s = self._settle()
         if 0 in running and running[0].step_count == 0 and (exact := self._reference()) is not None:
             self.tally.error_probe = relative_difference(products[0], exact.matvec(running[0].basis[0]))
         began = time.perf_counter()
@@ -174,11 +206,10 @@ class Loop:
         self.tally.note_products(record, len(running))
         self.tally.operator_state = self.operator.to_state()
         self._commit(group)
-        spans = [hvp_s - record.calibration_s, lanczos_s, time.perf_counter() - began]
+        spans = [hvp_s - record.calibration_s, lanczos_s, settle_s + time.perf_counter() - began]
         spans = [self.world.max_over_ranks(span, "step time") for span in spans]
-        self.tally.gradient_s = self.world.max_over_ranks(
-            statistics.median(self.problem.gradient.seconds), "gradient time"
-        )
+        if seconds := self.problem.gradient.seconds:
+            self.tally.gradient_s = self.world.max_over_ranks(statistics.median(seconds), "gradient time")
         self.tally.note_times(*spans)
         self._report(running, spans)
 
@@ -220,11 +251,12 @@ class Loop:
             self.tally.ritz_check = asdict(check_ritz(exact, process))
 
     def _write_row(self, probe: int, process: Lanczos) -> None:
-        """Write the newest vector of a probe."""
+        """Start to write the newest vector of a probe, which stays as it is until that has been settled."""
         vector, basis = process.step_count, process.basis
-        self.store.write_row(probe, vector % basis.capacity, basis[vector].data.cpu().numpy())
+        self.store.start_row(probe, vector % basis.capacity, basis.stored(vector))
 
     def _commit(self, group: Group) -> None:
+        """Note the state to be committed once its rows are on disk: see :meth:`_settle`."""
         self.tally.peak_bytes = int(
             max(self.tally.peak_bytes, self.world.max_over_ranks(peak_bytes(self.world.device), "peak memory"))
         )
@@ -234,7 +266,15 @@ class Loop:
                    rows=None if p.finished else [v % p.basis.capacity for v in p.rows_needed()])
             for p in group.values()
         ]  # fmt: skip
-        self.store.commit(min(group), members, self.tally.to_json())
+        self._uncommitted = min(group), members, self.tally.to_json()
+
+    def _settle(self) -> float:
+        """Commit the last step, whose rows were written meanwhile; return the seconds it took. Collective: yes."""
+        began = time.perf_counter()
+        if self._uncommitted is not None:
+            self.store.commit(*self._uncommitted)
+            self._uncommitted = None
+        return time.perf_counter() - began
 
     def recurrences(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return every probe's alpha and beta from the store (a breakdown ends a probe early)."""

@@ -1,10 +1,14 @@
-"""Where the Krylov basis lies, and whether it fits: decided before the first product."""
+"""Where the Krylov basis lies, and whether it fits: decided before the first product.
+
+On a CPU "device" and "host" are the same memory. On "disk" a step reads every row three times, and memory holds the
+newest row and two panels of a basis (:class:`BasisOnDisk`).
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -14,17 +18,38 @@ from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.basis import PANEL_BYTES, Basis, BasisOnDisk
 from hpc_hess.parallel.memory import device_bytes_free, host_bytes_free
 from hpc_hess.parallel.memory import gigabytes as _gb
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.products import wants_reference
+from hpc_hess.storage.store import Store
 
 _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, and the start vector is a third
 _CHECK_VECTORS = 2  # the exact product and its difference from the one it is compared with
 # an exact product streams the parameters and the direction of a stage and of the next, as gathered and as unpacked;
 # the gradient, its tangent, and the buffer it is sent in. Alone there is nothing to gather.
 _STAGES, _STAGES_ALONE = 9, 3
+
+
+Memory = Literal["device", "host", "disk"]
+
+
+class Place(NamedTuple):
+    """Where the bases of a group lie: for how many probes at a time, in which memory, in which dtype."""
+
+    width: int
+    memory: Memory
+    dtype: torch.dtype
+    row_bytes: int  # of the largest rank
+
+    def note(self, lanczos: LanczosSection) -> str:
+        """Return what a user should know of a basis that is not where the vectors are, else ""."""
+        if self.memory != "disk":
+            return ""
+        read = 3 * basis_rows(lanczos.reorthogonalise, lanczos.steps) * self.row_bytes
+        return f"the Krylov basis is read from disk, up to {_gb(read)} by each rank in each step of a probe"
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -43,8 +68,8 @@ def used_bytes(device: torch.device) -> int:
 
 def place_basis(
     world: World, space: VectorSpace, lanczos: LanczosSection, wanted: int = 1, at_least: int = 1, exact_bytes: int = 0
-) -> tuple[int, torch.device]:
-    """Choose for how many probes at a time there is room for a basis, and device or host memory. Collective: yes.
+) -> Place:
+    """Choose for how many probes at a time there is room for a basis, and in which memory. Collective: yes.
 
     Parameters
     ----------
@@ -61,19 +86,31 @@ def place_basis(
     widths = range(most_wanted, (at_least if lanczos.lock_step == "auto" else most_wanted) - 1, -1)
     rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
     largest = int(world.max_over_ranks(space.size_local, "largest shard"))
-    row_bytes = largest * torch.empty(0, dtype=space.dtype).element_size()
+    dtype = basis_dtype(lanczos, space.dtype)
+    vector_bytes, row_bytes = largest * space.dtype.itemsize, largest * dtype.itemsize
     budget = _budget(world, space, exact_bytes)
-    places: list[Literal["device", "host"]] = (
-        ["device", "host"] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
+    on_disk: list[Memory] = ["disk"] if world.num_replicas == 1 else []
+    if lanczos.basis_memory == "disk" and not on_disk:
+        raise ConfigError(
+            'lanczos.basis_memory = "disk" needs parallel.replicate = 1: only the first replica has the basis on disk'
+        )
+    places: list[Memory] = (
+        ["device", "host", *on_disk] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
     )
+
+    def room(place: Memory, width: int) -> int:
+        return budget[place] - _work_bytes(width, vector_bytes, space, place)
+
     for place in places:
         for width in widths:
-            if width * rows * row_bytes <= budget[place] - _work_bytes(width, row_bytes, space, place):
-                return width, space.device if place == "device" else torch.device("cpu")
+            if width * _held_bytes(place, rows, row_bytes) <= room(place, width):
+                return Place(width, place, dtype, row_bytes)
     width = widths[-1]
-    most = max(budget[place] - _work_bytes(width, row_bytes, space, place) for place in places)
+    most = max(room(place, width) for place in places)
     what = f"{rows} rows" if width == 1 else f"{width} probes x {rows} rows"
     options = _remedy(lanczos, width, rows, row_bytes, most, world.shard_size)
+    if on_disk and width * _held_bytes("disk", rows, row_bytes) <= room("disk", width):
+        options.insert(0, 'lanczos.basis_memory = "disk"')
     if width > at_least and (fewer := max(0, most) // (rows * row_bytes)) >= at_least:
         options.insert(0, f"lanczos.lock_step = {fewer}")
     raise ConfigError(
@@ -82,17 +119,48 @@ def place_basis(
     )
 
 
+def basis_dtype(lanczos: LanczosSection, master: torch.dtype) -> torch.dtype:
+    """Return the dtype of the rows, in memory and in the store."""
+    return torch.bfloat16 if lanczos.basis_dtype == "bfloat16" else master
+
+
+def _held_bytes(place: Memory, rows: int, row_bytes: int) -> int:
+    """Return the bytes of memory that one probe's basis takes on a rank."""
+    whole = rows * row_bytes
+    return min(whole, 2 * PANEL_BYTES) + row_bytes if place == "disk" else whole
+
+
+class Bases:
+    """The bases of a group of probes; those in memory are taken over by the next group."""
+
+    def __init__(self, place: Place, space: VectorSpace, lanczos: LanczosSection, store: Store) -> None:
+        rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
+        self._place, self._space, self._rows, self._store = place, space, rows, store
+        device = space.device if place.memory == "device" else torch.device("cpu")
+        self._in_memory = [
+            Basis(space, rows, device, place.dtype) for _ in range(place.width if place.memory != "disk" else 0)
+        ]
+
+    def of(self, probes: range) -> list[Basis]:
+        """Return a basis for each of ``probes``."""
+        if self._in_memory:
+            return self._in_memory[: len(probes)]
+        return [
+            BasisOnDisk(self._space, self._rows, self._store.row_reader(probe), self._place.dtype) for probe in probes
+        ]
+
+
 def _budget(world: World, space: VectorSpace, exact_bytes: int) -> dict[str, int]:
     """Return the bytes free for each rank on the device and on the host, the least over all ranks. Collective: yes."""
     device = device_bytes_free(world) - exact_bytes
     host = device if space.device.type == "cpu" else host_bytes_free() // world.launch.local_size
-    free = {"device": device, "host": host}
+    free = {"device": device, "host": host, "disk": host}
     return {place: -int(world.max_over_ranks(-value, "free memory")) for place, value in free.items()}
 
 
-def _work_bytes(width: int, row_bytes: int, space: VectorSpace, place: str) -> int:
+def _work_bytes(width: int, vector_bytes: int, space: VectorSpace, place: Memory) -> int:
     """Return the bytes of vectors beside the basis; they lie on the device, and each further probe has its product."""
-    return (_WORK_VECTORS + width - 1) * row_bytes if place == "device" or space.device.type == "cpu" else 0
+    return (_WORK_VECTORS + width - 1) * vector_bytes if place == "device" or space.device.type == "cpu" else 0
 
 
 def _remedy(lanczos: LanczosSection, width: int, rows: int, row_bytes: int, free: int, ranks: int) -> list[str]:

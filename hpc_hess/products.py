@@ -176,11 +176,12 @@ def what_is_computed(config: Config, problem: Problem) -> str:
 
 
 def build_operator(
-    config: Config, problem: Problem, loss: float, gradient: Vector, exact: ExactOperator | None
+    config: Config, problem: Problem, loss: float, gradient: Vector | None, exact: ExactOperator | None
 ) -> CurvatureOperator:
     """Build the operator of [operator] at theta_0, where loss and gradient are known. Collective: yes.
 
-    ``exact`` is its :func:`exact_operator` with method "exact", None with finite differences.
+    The gradient may be None unless :func:`needs_gradient`. ``exact`` is the operator's :func:`exact_operator` with method
+    "exact", None with finite differences.
     """
     section = config.operator
     inner: CurvatureOperator
@@ -189,4 +190,13 @@ def build_operator(
     else:
         differences = FiniteDifferenceHessian(problem.gradient, section.scheme, section.step, (loss, gradient))
         inner = _Differences(differences)
-    return _Perplexity(inner, loss, gradient) if section.kind == "perplexity" else inner
+    if section.kind != "perplexity":
+        return inner
+    assert gradient is not None
+    return _Perplexity(inner, loss, gradient)
+
+
+def needs_gradient(config: Config) -> bool:
+    """Whether products need the gradient at theta_0."""
+    section = config.operator
+    return section.kind == "perplexity" or (section.method == "finite_difference" and section.scheme == "forward")

@@ -52,6 +52,7 @@ class Tally:
     baseline_bytes: int = 0  # resident before anything is loaded
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
     lock_step: int = 1  # the most probes that shared a product
+    routed: bool | None = None  # whether experts were chosen at theta_0, which every gradient repeats
 
     @classmethod
     def from_json(cls, text: bytes) -> Tally:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpc_hess.config import Config
-from hpc_hess.curvature.whole_model import ExactOperator
+from hpc_hess.curvature.exact import StreamedOperator
+from hpc_hess.curvature.whole_model import ExactOperator, WholeModel
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
-from hpc_hess.parallel.vector import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import exact_product_bytes, place_basis, used_bytes
+from hpc_hess.placement import Bases, Place, exact_product_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, load_problem
+from hpc_hess.product_watch import ProductWatch, open_product_store, remove_product_store
 from hpc_hess.products import exact_operator
-from hpc_hess.report.progress import make_progress
+from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import print_summary
 from hpc_hess.report.words import probes_text
@@ -55,7 +57,7 @@ def run(config: Config, world: World) -> int:
     total = config.lanczos.steps * config.lanczos.probes
     with (
         make_progress(world.rank == 0, total) as progress,
-        Stopper(world, config.run.time_limit) as stopper,
+        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
         contextlib.ExitStack() as held,
     ):
         existing = world.broadcast((out / FILE).exists(), "run directory")
@@ -71,25 +73,29 @@ def run(config: Config, world: World) -> int:
             exact = exact_operator(config, problem, config.operator.kind)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
         going_on = found.state.width if found and not found.state.finished else 1
-        width, device = place_basis(
+        place = place_basis(
             world, problem.model.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
-        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, width, lock))
+        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock))
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())
-        rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
-        loop = Loop(
-            config, world, problem, store, events=EventLog(out if world.rank == 0 else None), progress=progress,
-            stopper=stopper, exact=exact, bases=[Basis(problem.model.space, rows, device) for _ in range(width)],
-            width=min(wanted, width),
-        )  # fmt: skip
-        loop.tally.baseline_bytes = baseline_bytes
-        reason = loop.run()
+        if note := place.note(config.lanczos):
+            progress.note(note)
+        with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
+            loop = Loop(
+                config, world, problem, store, events=EventLog(out if world.rank == 0 else None), progress=progress,
+                stopper=stopper, watch=watch, exact=exact,
+                bases=Bases(place, problem.model.space, config.lanczos, store), width=min(wanted, place.width),
+            )  # fmt: skip
+            loop.tally.baseline_bytes = baseline_bytes
+            reason = loop.run()
         if reason:
             state = store.state
-            progress.note(f"stopped early after committing step {state.step} of {probes_text(state.group)}: {reason}; "
+            part = ", and a part of the next product" if watch.kept else ""
+            progress.note(f"stopped early after committing step {state.step} of {probes_text(state.group)}{part}: {reason}; "
                           "run the same command to go on")  # fmt: skip
         else:
+            remove_product_store(world, out)
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
     if reason:
         world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
@@ -102,6 +108,29 @@ def run(config: Config, world: World) -> int:
         print_summary(result, out, report)
     world.barrier("finish")
     return 0
+
+
+@contextlib.contextmanager
+def _watched(
+    config: Config, world: World, problem: Problem, exact: ExactOperator | None, stopper: Stopper, out: Path,
+    place: Place, progress: Progress,
+) -> Iterator[ProductWatch]:  # fmt: skip
+    """Let products be kept within and given up in time, as far as they can be. Collective: yes."""
+    with contextlib.ExitStack() as held:
+        store, every = None, config.store.checkpoint_every
+        if isinstance(exact, WholeModel) and every:
+            progress.note("store.checkpoint_every has no effect: exact products of the whole model are not kept in parts")
+            every = 0
+        store = open_product_store(
+            config, world, problem.model.space, out, every, place.width, shared=exact is not None and exact.lock_step
+        )
+        if store is not None:
+            held.enter_context(store)
+        watch = ProductWatch(stopper, store, every)
+        problem.gradient.watch = watch
+        if isinstance(exact, StreamedOperator):
+            exact.watch = watch
+        yield watch
 
 
 def _check_resume(out: Path, existing: bool, resume: str) -> None:
@@ -149,26 +178,27 @@ def _lock_step(config: Config, found: _Existing | None, possible: bool) -> int:
 
 def _open_store(
     config: Config, world: World, problem: Problem, out: Path, found: _Existing | None, attributes: dict[str, Any],
-    width: int, lock: RunLock,
+    place_of_basis: Place, lock: RunLock,
 ) -> Store:  # fmt: skip
     lanczos = config.lanczos
     place: dict[str, Any] = {"layout": problem.model.layout, "shard": problem.model.shard, "world": world,
                              "driver": config.store.driver, "lock": lock}  # fmt: skip
     if found:
-        return Store.open(out, **place, probes=lanczos.probes, width=width)
+        return Store.open(out, **place, probes=lanczos.probes, width=place_of_basis.width)
     return Store.create(
-        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=width,
+        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width,
         rows=basis_rows(lanczos.reorthogonalise, lanczos.steps), keep_basis=config.store.keep_basis,
-        dtype=problem.model.space.dtype, attributes=attributes,
+        dtype=place_of_basis.dtype, attributes=attributes,
     )  # fmt: skip
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     remedy = "choose another run.out, or go back to the settings in its config.toml"
     before, now = json.loads(found["config"]), json.loads(wanted["config"])
+    defaults = Config().model_dump()
     for section, keys in now.items():
         for key, value in keys.items():
-            old = before.get(section, {}).get(key)
+            old = before.get(section, {}).get(key, defaults[section][key])  # runs from before the key came
             if old != value:
                 raise StoreError(f"{out} holds a run with {section}.{key} = {old!r}, not {value!r}: {remedy}")
     for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):

@@ -1,8 +1,12 @@
-"""When to stop early: a signal, or a time limit (the run's own, the Slurm job's), agreed by all at a step boundary."""
+"""When to stop early: a signal, or a time limit (the run's own, the Slurm job's), agreed by all ranks.
+
+Between steps, and between the micro-batches of a product that does not fit into the time that is left.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -15,22 +19,32 @@ from hpc_hess.parallel.world import World
 
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: run the same command again to go on
 _TO_LEAVE_S = 20.0  # before Slurm ends the job: for closing the files and for the batch script to requeue it
+_REASONS = ["", "the time limit is near", "a signal asked for it"]
+
+
+class InterruptedProductError(Exception):
+    """A product was given up, on every rank, because the run must stop; the text says why."""
 
 
 class Stopper:
-    """Collects reasons to stop; use as a context manager so that signal handlers are restored.
+    """Collects reasons to stop; use as a context manager so that signal handlers are restored. Collective: yes.
 
-    ``time_limit``: of the run, from now. The end of a Slurm job counts as well; rank 0 looks it up.
+    Parameters
+    ----------
+    time_limit : of the run, from now. The end of a Slurm job counts as well; rank 0 looks it up.
+    grace_s : from a signal to the end of the job, where Slurm does not tell that end.
+
     """
 
-    def __init__(self, world: World, time_limit: str = "") -> None:
-        self._world = world
+    def __init__(self, world: World, time_limit: str = "", grace_s: float = 30.0) -> None:
+        self._world, self._grace_s = world, grace_s
         limits = [parse_time_limit(time_limit)] if time_limit else []
-        job_end = job_end_time(os.environ) if world.rank == 0 else None
-        if job_end is not None and job_end > time.time():  # else the variables are of a job that is gone
+        job_end = world.broadcast(job_end_time(os.environ) if world.rank == 0 else None, "end of the job")
+        self._job_end_known = job_end is not None and job_end > time.time()  # else of a job that is gone
+        if job_end is not None and self._job_end_known:
             limits.append(job_end - _TO_LEAVE_S - time.time())
-        self._deadline = time.monotonic() + min(limits) if limits else None
-        self._signal: int | None = None
+        self._deadline = time.monotonic() + min(limits) if limits else math.inf
+        self._signalled = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -44,16 +58,31 @@ class Stopper:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        if not self._signalled and not self._job_end_known:
+            self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
+        self._signalled = True
 
     def agreed(self, next_step_s: float) -> str:
         """Return why all ranks should stop now, or "". ``next_step_s`` is how long one more step takes.
 
         Collective: yes.
         """
-        late = self._deadline is not None and time.monotonic() + next_step_s > self._deadline
-        if self._world.any_true(self._signal is not None, "stop signal?"):
-            return "a signal asked for it"
-        if self._world.any_true(late, "time limit?"):
-            return "the time limit is near"
-        return ""
+        late = time.monotonic() + next_step_s > self._deadline
+        return self._agree(2 if self._signalled else int(late))
+
+    def agreed_within(self, remaining_s: float | None, save_s: float) -> str:
+        """Return why all ranks should stop in the middle of a product, or "". Collective: yes.
+
+        Parameters
+        ----------
+        remaining_s : until the product's step is committed; None if nobody knows.
+        save_s : what must be left when it is given up.
+
+        """
+        left_s = self._deadline - time.monotonic()
+        if remaining_s is not None and remaining_s <= left_s:
+            return self._agree(0)
+        return self._agree(2 if self._signalled else int(left_s < save_s))
+
+    def _agree(self, reason: int) -> str:
+        return _REASONS[int(self._world.max_over_ranks(reason, "time to stop?"))]

@@ -13,6 +13,7 @@ from hpc_hess.curvature.self_check import choose_way
 from hpc_hess.curvature.streaming import Settings, Sweeps
 from hpc_hess.curvature.tangents import Way
 from hpc_hess.errors import ModelError, NumericsError, SplitError
+from hpc_hess.model.accumulation import Unwatched, Watch
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch
@@ -32,6 +33,7 @@ class StreamedOperator:
     ----------
     space : the vectors it acts on.
     num_products : directions multiplied so far.
+    watch : sees the sums over micro-batches grow.
     notes : sentences for the log and the report: kernels that were switched, a slower way that was needed.
 
     Parameters
@@ -67,6 +69,7 @@ class StreamedOperator:
         if model.sharded and plain is None:
             raise ModelError("a sharded model needs its skeleton without hooks for exact products: pass plain")
         self.space, self.num_products = model.space, 0
+        self.watch: Watch = Unwatched()
         self._model, self._scale = model, 1.0 / objective.num_tokens
         self._batches = [_on_device(b, objective.device) for b in objective.micro_batches]
         self._exchange = Exchange(model, compute_dtype)
@@ -124,7 +127,7 @@ class StreamedOperator:
             for group in groups:
                 self._exchange.begin([vectors[k].data for k in group], [results[k].data for k in group])
                 sweeps = Sweeps(self._split, self._exchange, self._settings)
-                sweeps.run(self._batches, self._scale)
+                sweeps.run(self._batches, self._scale, self.watch, more=group is not groups[-1])
                 self._exchange.finish()
                 for k in group:
                     sweeps.health.note("the tangents of a weight gradient", [results[k].data.sum()])

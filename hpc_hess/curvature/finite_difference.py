@@ -33,13 +33,14 @@ class FiniteDifferenceHessian:
     scheme : "central" (two gradients), "forward" (one, against the cached base gradient), "fourth" (four).
     step : "auto" (chosen per vector from measured noise and curvature: step_size.py), or a number: eps, the length of
         the step along v / |v|.
-    base : loss and gradient at theta_0 from ``gradient.at_theta0()``, where they are known already.
+    base : loss and gradient at theta_0 from ``gradient.at_theta0()``, where they are known already (the gradient of a
+        resumed run may be None unless the scheme is "forward").
 
     """
 
     def __init__(
         self, gradient: Gradient, scheme: Scheme = "central", step: float | Literal["auto"] = "auto",
-        base: tuple[float, Vector] | None = None,
+        base: tuple[float, Vector | None] | None = None,
     ) -> None:  # fmt: skip
         self.gradient, self.scheme, self.step = gradient, scheme, step
         self.space: VectorSpace = gradient.model.space
@@ -47,10 +48,10 @@ class FiniteDifferenceHessian:
         self.records: list[ProductRecord] = []
         theta_rms = self.space.wrap(self.theta0).norm() / math.sqrt(self.space.size)
         self.controller = StepController(scheme, theta_rms, self.space.dtype)
-        self.base_loss, gradient_0 = base or gradient.at_theta0()
-        if not math.isfinite(gradient_0.norm()):
+        _, gradient_0 = base or gradient.at_theta0()
+        if gradient_0 is not None and not math.isfinite(gradient_0.norm()):
             raise NumericsError("the gradient is not finite at the model's parameters")
-        self.base: Vector | None = gradient_0 if scheme == "forward" else None
+        self.base = gradient_0 if scheme == "forward" else None
         self._minus: Vector | None = None  # kept: fresh memory of this size takes longer than its arithmetic
 
     def matvec(self, v: Vector) -> Vector:
@@ -96,7 +97,10 @@ class FiniteDifferenceHessian:
     def _choose_step(self, v: Vector, spread: Concentration) -> float:
         """Return eps for ``v``, after a calibration where the controller wants one. Collective: yes."""
         if self.controller.wants_calibration(spread):
-            self.controller.calibrate(spread, lambda eps: self._shifted(v, eps / spread.norm, spread.norm), self._base)
+            self.controller.calibrate(
+                spread, lambda eps: self._shifted(v, eps / spread.norm, spread.norm), self._base,
+                lambda: self.gradient.watch.milestone(self.controller.to_state()),
+            )  # fmt: skip
         return self.controller.step(spread)
 
     def _base(self) -> Vector:

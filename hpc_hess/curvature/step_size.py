@@ -147,6 +147,37 @@ def balance(d: Differences, scheme: str) -> tuple[float, float, float]:
 
 
 @dataclass
+class Search:
+    """A calibration on its way: the spacing of the next round, and what the rounds before it found."""
+
+    h: float
+    rounds: int = 0
+    sigma: float = math.inf
+    wide: Differences | None = None
+    found: Differences | None = None
+    over: bool = False
+
+    def note(self, found: Differences, noise: float, spacing: str) -> None:
+        """Take in a round: where it shows nothing but noise or all derivative, set a spacing for another."""
+        # noise is the same at every spacing: what a wide one finds beyond a narrow one's is the derivative's
+        first, self.sigma = self.sigma == math.inf, min(self.sigma, found.sigma)
+        self.found, self.rounds = found, self.rounds + 1
+        if found.contrast < _RESOLVED and self.wide is None:
+            self.h *= _STRETCH
+        elif (found.contrast > _DROWNED or found.sigma > noise) and (first or self.wide is not None):
+            self.wide, self.h = found, balance(found, spacing)[0] / 3
+        else:
+            self.over = True
+        self.over |= self.rounds == _MAX_ROUNDS
+
+    def result(self) -> Differences:
+        """Return the differences that tell noise from derivative best."""
+        assert self.found is not None
+        best = self.wide if self.wide is not None and self.found.contrast < _RESOLVED else self.found
+        return replace(best, sigma=self.sigma)
+
+
+@dataclass
 class StepController:
     """Chooses steps along a run; its state is what a bitwise resume needs.
 
@@ -160,6 +191,7 @@ class StepController:
     calibrations: list[Calibration] = field(default_factory=list)
     calibration_gradients: int = 0
     product_gradients: int = 0
+    search: Search | None = None  # a calibration that a checkpoint found on its way
 
     def nearest(self, v: Concentration) -> Calibration | None:
         """Return the calibration with the closest participation."""
@@ -168,7 +200,7 @@ class StepController:
     def wants_calibration(self, v: Concentration) -> bool:
         """Whether ``v`` should be calibrated: far from every calibrated vector, and within the budget."""
         near = self.nearest(v)
-        if near is None:
+        if near is None or self.search is not None:
             return True
         ratio = v.participation / near.participation
         affordable = self.calibration_gradients <= 0.5 * self.product_gradients + 3 * CALIBRATION_GRADIENTS
@@ -194,38 +226,36 @@ class StepController:
         return near.excess * near.noise * (near.step / step) / product_norm
 
     def calibrate(
-        self, v: Concentration, shifted: Callable[[float], tuple[float, Vector]], base: Callable[[], Vector]
-    ) -> Calibration:
+        self, v: Concentration, shifted: Callable[[float], tuple[float, Vector]], base: Callable[[], Vector],
+        after_round: Callable[[], None] = lambda: None,
+    ) -> Calibration:  # fmt: skip
         """Measure around theta_0 along the vector of ``v`` until noise and derivative are told apart. Collective: yes.
 
         Where a spacing shows nothing but noise a far wider one follows; where the derivative drowns the noise, a
         narrower one. The spacing is near the step it gives; for "fourth", whose step is far wider, near the step that
         "central" would take: there the fourth difference is noise, at the step of "fourth" it is all derivative.
+
+        ``after_round`` is called when the state of this controller stands for all gradients so far.
         """
         spacing = "central" if self.scheme == "fourth" else self.scheme
-        h = self.step(v) if spacing == self.scheme else self._rule_of_thumb(v, spacing)
-        sigma, wide = math.inf, None
+        if self.search is None:
+            self.search = Search(self.step(v) if spacing == self.scheme else self._rule_of_thumb(v, spacing))
+        search = self.search
         noise = _FAR * min((c.sigma for c in self.calibrations), default=math.inf)
-        for _ in range(_MAX_ROUNDS):
-            found = measure(shifted, base(), h, self.scheme)
+        while not search.over:
+            search.note(measure(shifted, base(), search.h, self.scheme), noise, spacing)
             self.calibration_gradients += CALIBRATION_GRADIENTS
-            # noise is the same at every spacing: what a wide one finds beyond a narrow one's is the derivative's
-            first, sigma = sigma == math.inf, min(sigma, found.sigma)
-            if found.contrast < _RESOLVED and wide is None:
-                h *= _STRETCH
-            elif (found.contrast > _DROWNED or found.sigma > noise) and (first or wide is not None):
-                wide, h = found, balance(found, spacing)[0] / 3
-            else:
-                break
-        if wide is not None and found.contrast < _RESOLVED:
-            found = wide
-        found = replace(found, sigma=sigma)
+            if not search.over:
+                after_round()
+        found = search.result()
         step, coefficient, excess = balance(found, self.scheme)
         calibration = Calibration(
             v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess,
-            sigma,
+            found.sigma,
         )
         self.calibrations.append(calibration)
+        self.search = None
+        after_round()
         return calibration
 
     def to_state(self) -> dict[str, Any]:
@@ -234,6 +264,7 @@ class StepController:
             "calibrations": [asdict(c) for c in self.calibrations],
             "calibration_gradients": self.calibration_gradients,
             "product_gradients": self.product_gradients,
+            "search": None if self.search is None else asdict(self.search),
         }
 
     def from_state(self, state: dict[str, Any]) -> None:
@@ -241,3 +272,8 @@ class StepController:
         self.calibrations = [Calibration(**c) for c in state["calibrations"]]
         self.calibration_gradients = state["calibration_gradients"]
         self.product_gradients = state["product_gradients"]
+        search = dict(state.get("search") or {})
+        for key in ("wide", "found"):
+            if search.get(key):
+                search[key] = Differences(**search[key])
+        self.search = Search(**search) if search else None

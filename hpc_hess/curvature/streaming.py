@@ -25,6 +25,7 @@ from hpc_hess.curvature.cross_entropy import Kind, starting_cotangents
 from hpc_hess.curvature.ports import Mapped, One
 from hpc_hess.curvature.projections import Projections
 from hpc_hess.curvature.tangents import Pull, Several, Stage, Tensors, Way, pull_again, push, push_keeping
+from hpc_hess.model.accumulation import Watch
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import MicroBatch, shifted_targets
@@ -74,16 +75,22 @@ class Sweeps:
         self.split, self.exchange, self.settings = split, exchange, settings
         self.health = Health()
 
-    def run(self, micro_batches: Sequence[MicroBatch], scale: float) -> None:
-        """Add ``scale`` times the product of the summed token losses, for every direction. Collective: yes."""
-        count = self.exchange.num_directions
-        for batch in micro_batches:
+    def run(self, micro_batches: Sequence[MicroBatch], scale: float, watch: Watch, *, more: bool = False) -> None:
+        """Add ``scale`` times the product of the summed token losses, for every direction. Collective: yes.
+
+        ``watch`` sees the results grow; ``more``: other directions of the same product follow.
+        """
+        count, results = self.exchange.num_directions, self.exchange.results
+        for index in range(watch.begin(results, len(micro_batches)), len(micro_batches)):
+            batch = micro_batches[index]
             with torch.no_grad():
                 if count == 1:
                     _Sweep(self, batch, scale, One()).run()
                 else:
-                    index = torch.arange(count, device=batch.input_ids.device)
-                    torch.vmap(partial(self._mapped, batch, scale))(index)
+                    directions = torch.arange(count, device=batch.input_ids.device)
+                    torch.vmap(partial(self._mapped, batch, scale))(directions)
+            self.exchange.settle()
+            watch.added(index, results, more=more)
 
     def _mapped(self, batch: MicroBatch, scale: float, index: torch.Tensor) -> torch.Tensor:
         _Sweep(self, batch, scale, Mapped(index)).run()

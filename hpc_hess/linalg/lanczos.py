@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.operator import LinearOperator, products
-from hpc_hess.parallel.vector import Basis, Vector
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector
 
 Reorthogonalise = int | str  # "full", "none" or a window
 

@@ -73,6 +73,11 @@ class Exchange:
         self._directions, self._results = directions, results
 
     @property
+    def results(self) -> list[torch.Tensor]:
+        """The flat local vectors that tangents are added to; whole only after :meth:`settle`."""
+        return self._results
+
+    @property
     def num_directions(self) -> int:
         """Number of directions K."""
         return len(self._directions)
@@ -147,7 +152,7 @@ class Exchange:
             for name in names:
                 self._add(name, tangents[name])
             return
-        self._finish_reductions()
+        self.settle()
         sizes = [self._span(n) * self.num_directions for n in names]
         everyone = torch.zeros((self._ranks, sum(sizes)), dtype=self.space.dtype, device=self.space.device)
         offset = 0
@@ -164,13 +169,14 @@ class Exchange:
 
     def finish(self) -> None:
         """Wait until every tangent has been added, of other replicas too. Collective: yes."""
-        self._finish_reductions()
+        self.settle()
         if self._replicas is not None:
             for result in self._results:
                 dist.all_reduce(result, group=self._replicas)
         self._directions, self._results = [], []
 
-    def _finish_reductions(self) -> None:
+    def settle(self) -> None:
+        """Wait until every tangent of this replica has been added. Collective: yes."""
         for work, mine, _, names in self._reductions:
             work.wait()
             offset = 0

@@ -8,6 +8,7 @@ import time
 import torch
 
 from hpc_hess.errors import NumericsError
+from hpc_hess.model.accumulation import Unwatched, Watch
 from hpc_hess.model.loss import Objective
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import ShardedModel
@@ -18,12 +19,13 @@ class Gradient:
     """Loss and gradient over the whole data set.
 
     ``seconds`` holds the duration of every full evaluation on this rank. ``routing`` freezes (or counts)
-    mixture-of-experts decisions.
+    mixture-of-experts decisions. ``watch`` sees the sums grow.
     """
 
     def __init__(self, model: ShardedModel, objective: Objective, routing: Routing | None = None) -> None:
         self.model, self.objective = model, objective
         self.routing = routing or Routing(model.module, "free")
+        self.watch: Watch = Unwatched()
         self.seconds: list[float] = []
 
     @property
@@ -34,7 +36,8 @@ class Gradient:
     def __call__(self, out: Vector | None = None, *, micro_batches: int | None = None) -> tuple[float, Vector]:
         """Return (loss, gradient) at the current parameters; the gradient is written to ``out`` if given.
 
-        ``micro_batches`` limits the sum to the first ones (self-checks). Collective: yes.
+        ``micro_batches`` limits the sum to the first ones (self-checks). The loss is nan where the watch had a part of
+        the sum already. Collective: yes.
 
         Raises
         ------
@@ -47,27 +50,36 @@ class Gradient:
             out = model.space.zeros()
         else:
             out.data.zero_()
+        count = min(self.objective.num_micro_batches, micro_batches or 1 << 62)
+        whole = micro_batches is None
+        began = time.perf_counter()
+        first = self.watch.begin([out.data], count) if whole else 0
         model.attach_gradients(out.data)
         parts: list[torch.Tensor] = []
         ids: list[int] = []
-        began = time.perf_counter()
         self.routing.begin()
         try:
-            for index in range(min(self.objective.num_micro_batches, micro_batches or 1 << 62)):
+            for index in range(first, count):
                 self.routing.micro_batch = index
                 with model.world.guard("gradient"):
                     contribution = self.objective.contribution(model.module, index)
                     contribution.total.backward()
                 parts.append(contribution.per_sample.double())
                 ids.extend(contribution.sample_ids)
+                if whole:
+                    self.watch.added(index, [out.data])
         finally:
             self.routing.end()
             model.detach_gradients()
+        if not parts:
+            return math.nan, out
         losses = torch.cat(parts)
         self._check_losses(losses, ids)
         total = model.world.sum_over_ranks(losses.sum().reshape(1), "loss")
         loss = float(total)  # waits for the device
-        if micro_batches is None:
+        if first:
+            return math.nan, out
+        if whole:
             self.seconds.append(time.perf_counter() - began)
         return loss, out
 

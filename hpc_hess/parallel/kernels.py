@@ -26,12 +26,17 @@ _FLOAT32_WIDTH = 1 << 15  # columns summed in float32: shorter is slower, longer
 _DEVICE_ENTRIES = 1 << 26  # on a GPU launches cost more than cache misses
 
 
-def _blocks(rows: int, size: int, device: torch.device) -> Iterator[slice]:
-    """Cut ``size`` columns so that ``rows`` of them fit a block."""
+def _width(rows: int, device: torch.device, threads: int) -> int:
+    """Return how many columns of ``rows`` rows fit a block."""
     entries = _DEVICE_ENTRIES
     if device.type == "cpu":
-        entries = min(_THREAD_ENTRIES * torch.get_num_threads(), _CPU_ENTRIES)
-    width = max(1024, entries // rows)
+        entries = min(_THREAD_ENTRIES * threads, _CPU_ENTRIES)
+    return max(1024, entries // rows)
+
+
+def _blocks(rows: int, size: int, device: torch.device) -> Iterator[slice]:
+    """Cut ``size`` columns so that ``rows`` of them fit a block."""
+    width = _width(rows, device, torch.get_num_threads())
     for start in range(0, size, width):
         yield slice(start, min(start + width, size))
 
@@ -59,9 +64,24 @@ def _doubled(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[slice, torch
             yield block, part.copy_(rows[:, block]), x.copy_(w[block])
 
 
+def _in_float32(num_rows: int, dtypes: set[torch.dtype], device: torch.device) -> bool:
+    return device.type == "cpu" and dtypes == {torch.float32} and num_rows > 1  # a dot stays float64
+
+
+def sweep_width(num_rows: int, dtypes: set[torch.dtype], device: torch.device) -> int:
+    """Return the columns of one block of a sweep over ``num_rows`` rows; ``dtypes`` of rows and vector, ``device`` of it.
+
+    Panels of whole blocks, swept one after the other with the same ``total``, give the sums of one sweep to the last bit.
+    """
+    if _in_float32(num_rows, dtypes, device):
+        return _FLOAT32_WIDTH
+    threads = torch.get_num_threads()
+    return _width(num_rows + 1, device, 1 if threads < _FEW_THREADS else threads)
+
+
 def _swept(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """As ``_doubled``; float32 rows on a CPU (two at least: a dot stays float64) as they are, in short blocks."""
-    if rows.device.type != "cpu" or not rows.dtype == w.dtype == torch.float32 or rows.shape[0] < 2:
+    """As ``_doubled``; two float32 rows or more on a CPU as they are, in short blocks."""
+    if not _in_float32(rows.shape[0], {rows.dtype, w.dtype}, w.device):
         yield from _doubled(rows, w)
         return
     with _few_threads_as_one():
@@ -70,30 +90,38 @@ def _swept(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[slice, torch.T
             yield block, rows[:, block], w[block]
 
 
+def _zeros(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.float64, device=like.device)
+
+
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return sum a_i b_i as a float64 tensor of shape (1,)."""
     return project(a.unsqueeze(0), b)
 
 
-def project(rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Return rows @ w in float64; rows (k, n), w (n,)."""
-    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=w.device)
+def project(rows: torch.Tensor, w: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+    """Return rows @ w in float64; rows (k, n), w (n,). ``total``, if given, is added to in place: sums over panels."""
+    total = _zeros(rows.shape[0], w) if total is None else total
     for _, part, x in _swept(rows, w):
         total += torch.mv(part, x)
     return total
 
 
-def subtract_then_project(rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+def subtract_then_project(
+    rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor, total: torch.Tensor | None = None
+) -> torch.Tensor:
     """Do w -= rows^T coefficients in place and return rows @ w of the new w, in one sweep over ``rows``."""
-    total = torch.zeros(rows.shape[0], dtype=torch.float64, device=w.device)
+    total = _zeros(rows.shape[0], w) if total is None else total
     for part, x in _subtracted(rows, w, coefficients):
         total += torch.mv(part, x)
     return total
 
 
-def subtract_then_square(rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+def subtract_then_square(
+    rows: torch.Tensor, w: torch.Tensor, coefficients: torch.Tensor, total: torch.Tensor | None = None
+) -> torch.Tensor:
     """Do w -= rows^T coefficients in place and return |w|^2 (shape (1,)) of the new w, in one sweep over ``rows``."""
-    total = torch.zeros(1, dtype=torch.float64, device=w.device)
+    total = _zeros(1, w) if total is None else total
     for _, x in _subtracted(rows, w, coefficients):
         x = x.double()
         total += torch.dot(x, x)

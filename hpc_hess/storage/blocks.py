@@ -78,6 +78,25 @@ def bounded(blocks: list[Block], itemsize: int, max_bytes: int = MAX_BYTES) -> l
     return out
 
 
+def clipped(blocks: list[Block], start: int, stop: int) -> list[Block]:
+    """Return what of ``blocks`` holds the local entries start..stop-1; their places count from ``start``."""
+    out = []
+    for b in blocks:
+        low, high = max(start, b.local), min(stop, b.local + b.size)
+        while low < high:
+            k, inside = divmod(low - b.local, b.length)
+            first = b.start + k * b.stride + inside
+            if inside == 0 and high - low >= b.length:
+                n = (high - low) // b.length
+                out.append(Block(low - start, first, b.stride, n, b.length))
+                low += n * b.length
+            else:  # a part of an interval
+                n = min(b.length - inside, high - low)
+                out.append(Block(low - start, first, n, 1, n))
+                low += n
+    return out
+
+
 def write_blocks(dataset: Any, row: int, blocks: list[Block], values: NDArray) -> None:
     """Write ``values`` (flat, contiguous) into row ``row`` of an open h5py data set. Independent of other ranks."""
     space = dataset.id.get_space()

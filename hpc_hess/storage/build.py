@@ -48,12 +48,13 @@ def sweep(run_dir: Path, keep_generation: str) -> None:
         ranks.rmdir()
 
 
-def sum_checksums(world: World, part: int, failed: bool, name: str) -> tuple[int, bool]:
-    """Return (row checksum from all ranks' parts, whether any rank failed). Collective: yes, one reduction."""
+def sum_checksums(world: World, parts: list[int], failed: bool, name: str) -> tuple[list[int], bool]:
+    """Return (each row's checksum from all ranks' parts, whether any rank failed). Collective: yes, one reduction."""
     # halves of 32 bits: their sums fit int64, and integer sums do not depend on the order
-    values = torch.tensor([part & 0xFFFFFFFF, part >> 32, int(failed)], dtype=torch.int64)
-    low, high, failures = world.sum_over_shards(values, name).tolist()
-    return combine([low, high << 32]), failures > 0
+    halves = [half for part in parts for half in (part & 0xFFFFFFFF, part >> 32)]
+    values = torch.tensor([*halves, int(failed)], dtype=torch.int64)
+    *sums, failures = world.sum_over_shards(values, name).tolist()
+    return [combine([low, high << 32]) for low, high in zip(sums[::2], sums[1::2], strict=True)], failures > 0
 
 
 class RowSource:
@@ -61,7 +62,7 @@ class RowSource:
 
     def __init__(self, run_dir: Path, header: Header, shard: Shard) -> None:
         self._schema = schema = header.schema
-        itemsize = np.dtype(schema.dtype).itemsize
+        itemsize = schema.numpy_dtype.itemsize
         self._files: list[Any] = []
         self._parts: list[tuple[Any, list[tuple[int, int, int]]]] = []
         try:
@@ -159,7 +160,7 @@ def _copy_rows(
     run_dir: Path, schema: Schema, shard: Shard, world: World, comm: Any, source: Header, rows: list[tuple[int, int]]
 ) -> None:
     active, name = world.replica == 0, "copy the basis"
-    values = np.empty(shard.size if active else 0, schema.dtype)
+    values = np.empty(shard.size if active else 0, schema.numpy_dtype)
     old: RowSource | None = None
     new = None
     try:
@@ -174,7 +175,7 @@ def _copy_rows(
                     old.read_row(probe, row, values)
                     part = partial_checksum(values, *shard.file_intervals)
                     new.write_row(schema.basis_index(probe), row, values)
-            total, _ = sum_checksums(world, part, False, name)
+            (total,), _ = sum_checksums(world, [part], False, name)
             if total != int(source.ledger.checksum[probe, row]):
                 raise damaged_row(run_dir / FILE, probe, row)
         with attempt(world, run_dir, name):

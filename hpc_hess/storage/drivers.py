@@ -3,6 +3,7 @@
 Both hold Dataset objects as long as they are open (an error while a temporary one is destroyed would be lost) and
 change no metadata. ``sync`` makes what was written durable: HDF5's flush over MPI is collective and syncs; the serial
 one does not, so the descriptor is synced. Rows are written independently by each rank, small data by the head rank.
+Rows may be written, pushed and read from another thread: h5py lets one call at a time into HDF5.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Shard
 from hpc_hess.parallel.world import World
-from hpc_hess.storage.blocks import Block, bounded, read_blocks, write_blocks
+from hpc_hess.storage.blocks import Block, bounded, clipped, read_blocks, write_blocks
 from hpc_hess.storage.schema import Schema, blocks_of_file, open_file, open_rank_file
 
 _LARGE = 16 << 20  # bytes of a rank's row from which its pages are dropped once they are on disk
@@ -52,8 +53,11 @@ class Driver(Protocol):
     def write_row(self, basis: int, row: int, values: NDArray) -> None:
         """Write this rank's part of a row. Collective: no."""
 
-    def read_row(self, basis: int, row: int, out: NDArray) -> None:
-        """Read this rank's part of a row. Collective: no."""
+    def push_rows(self) -> None:
+        """Have the system write rows to the disk now, so that sync_rows finds little to do. Collective: no."""
+
+    def read_row(self, basis: int, row: int, out: NDArray, start: int = 0) -> None:
+        """Read this rank's part of a row, its entries start..start+len(out)-1. Collective: no."""
 
     def sync_rows(self) -> None:
         """Make rows durable. Collective over the ranks of replica 0 with MPI."""
@@ -70,36 +74,38 @@ class _Rows:
 
     def __init__(self, path: Path, bases: list[Any], blocks: list[Block], itemsize: int) -> None:
         self._bases, self._blocks = bases, bounded(blocks, itemsize)
-        self._written: tuple[int, int] | None = None
-        self._handle = -1
-        if sum(b.size for b in blocks) * itemsize >= _LARGE:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._written: list[tuple[int, int]] = []
+        self._large = sum(b.size for b in blocks) * itemsize >= _LARGE
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def write_row(self, basis: int, row: int, values: NDArray) -> None:
         """Write this rank's part of a row. Collective: no."""
         if self._bases:
             write_blocks(self._bases[basis], row, self._blocks, values)
-            self._written = basis, row
+            self._written.append((basis, row))
 
-    def read_row(self, basis: int, row: int, out: NDArray) -> None:
-        """Read this rank's part of a row. Collective: no."""
+    def push_rows(self) -> None:
+        """Have the system write rows to the disk now. Collective: no."""
+        os.fsync(self._handle)
+
+    def read_row(self, basis: int, row: int, out: NDArray, start: int = 0) -> None:
+        """Read this rank's part of a row, its entries start..start+len(out)-1. Collective: no."""
         if self._bases:
-            read_blocks(self._bases[basis], row, self._blocks, out)
+            read_blocks(self._bases[basis], row, clipped(self._blocks, start, start + len(out)), out)
 
     def _forget(self) -> None:
-        """Drop the pages of a large row that is on disk from memory, which the model needs more than the basis does.
+        """Drop the pages of large rows that are on disk from memory, which the model needs more than the basis does.
 
         The next row reuses them: on a machine with little free memory it is then written several times faster.
         """
-        if self._handle >= 0 and self._written is not None:
-            basis, row = self._written
+        for basis, row in self._written if self._large else ():
             dataset = self._bases[basis]
             first, last = self._blocks[0], self._blocks[-1]
             size = dataset.dtype.itemsize
             start = dataset.id.get_offset() + (row * dataset.shape[1] + first.start) * size
             length = (last.start + (last.count - 1) * last.stride + last.length - first.start) * size
             os.posix_fadvise(self._handle, start, length, os.POSIX_FADV_DONTNEED)
-        self._written = None
+        self._written.clear()
 
     def _close_handle(self) -> None:
         if self._handle >= 0:
@@ -117,7 +123,7 @@ class OneFile(_Rows):
         self._small = SmallData(self._file, schema)  # with MPI every rank opens the same data sets, in the same order
         self.small = self._small if shard.index == 0 else None
         blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
-        super().__init__(path, bases, blocks, np.dtype(schema.dtype).itemsize)
+        super().__init__(path, bases, blocks, schema.numpy_dtype.itemsize)
 
     def sync_rows(self) -> None:
         """Flush and sync. Collective over the communicator."""
@@ -145,7 +151,7 @@ class RankFiles(_Rows):
         self._file: Any = open_rank_file(path.parent, schema, shard.index, shard.size, "r+")
         bases = [self._file[f"basis/{k}"] for k in range(schema.bases if shard.size else 0)]
         blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
-        super().__init__(schema.rank_file(path.parent, shard.index), bases, blocks, np.dtype(schema.dtype).itemsize)
+        super().__init__(schema.rank_file(path.parent, shard.index), bases, blocks, schema.numpy_dtype.itemsize)
         if shard.index == 0:
             try:
                 self._master = open_file(path, "r+")

@@ -11,7 +11,8 @@
     /layout/shard_dim           sharded dimension of the rank files          int64
     /probes/K/alpha, beta       recurrence coefficients, NaN where not reached   float64, `steps` long
     /probes/K/checksum          one per basis row, 0 where never committed   uint64, `rows` long
-    /probes/K/basis             rows x num_params in the file index; shared by groups unless keep_basis
+    /probes/K/basis             rows x num_params in the file index; shared by groups unless keep_basis; of bfloat16
+                                the bits, as uint16
     /commit                     two commit slots                             bytes
     /extra                      two areas of small resume state              bytes
 
@@ -37,7 +38,7 @@ from hpc_hess.storage.blocks import Block, regular_blocks
 from hpc_hess.storage.commit import Ledger, Slots
 from hpc_hess.storage.disk import explain
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; a store has the oldest that can say what it holds: 2 where rows are bfloat16
 FILE = "krylov.h5"
 TEMPORARY = "krylov.h5.tmp"
 RANKS = "krylov.ranks"
@@ -55,13 +56,18 @@ class Schema:
     num_shards: int
     num_params: int
     fingerprint: str
-    dtype: str  # "float32" or "float64"
+    dtype: str  # "float32", "float64" or "bfloat16"
     probes: int
     width: int  # of the widest group of probes that there is room for
     steps: int
     rows: int
     keep_basis: bool
     extra_bytes: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The type of the basis data sets: of bfloat16, which HDF5 and NumPy lack, the 16 bits."""
+        return np.dtype(np.uint16 if self.dtype == "bfloat16" else self.dtype)
 
     @property
     def slots(self) -> Slots:
@@ -76,7 +82,7 @@ class Schema:
     @property
     def basis_bytes(self) -> int:
         """Bytes of the whole basis, over all ranks."""
-        return self.bases * self.rows * self.num_params * np.dtype(self.dtype).itemsize
+        return self.bases * self.rows * self.num_params * self.numpy_dtype.itemsize
 
     def basis_index(self, probe: int) -> int:
         """Return which basis data set ``probe`` writes to: those of a group differ, wherever it begins."""
@@ -153,7 +159,7 @@ def create_master(
 ) -> None:
     """Write a complete krylov.h5 at ``path``, which must not exist. Called by one rank, with the serial driver."""
     with open_file(path, "x") as file:
-        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["format_version"] = FORMAT_VERSION if schema.dtype == "bfloat16" else 1
         for key, value in asdict(schema).items():
             file.attrs[key] = value
         text = np.bytes_(json.dumps(attributes, indent=1, sort_keys=True).encode())
@@ -171,7 +177,7 @@ def create_master(
             if schema.basis_index(k) != k:
                 group["basis"] = groups[schema.basis_index(k)]["basis"]  # a hard link
             elif schema.driver == "mpio":
-                _new(group, "basis", schema.dtype, (schema.rows, schema.num_params))
+                _new(group, "basis", schema.numpy_dtype, (schema.rows, schema.num_params))
             else:
                 _virtual(group, k, schema, layout)
 
@@ -193,7 +199,8 @@ def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
     """
     shape, rows = (schema.rows, schema.num_params), schema.rows
     plist = h5p.create(h5p.DATASET_CREATE)
-    plist.set_fill_value(np.array(np.nan, schema.dtype))
+    # not a number in either type
+    plist.set_fill_value(np.array(0xFFFF if schema.dtype == "bfloat16" else np.nan, schema.numpy_dtype))
     for rank in range(schema.num_shards):
         shard = layout.shard(rank)
         name = f"{RANKS}/{schema.generation}/rank-{rank:05d}.h5".encode()
@@ -202,7 +209,7 @@ def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
             virtual.select_hyperslab((0, b.start), (1, b.count), (1, b.stride), (rows, b.length))
             source.select_hyperslab((0, b.local), (1, 1), (1, 1), (rows, b.size))
             plist.set_virtual(virtual, name, f"basis/{basis}".encode(), source)
-    kind = h5t.py_create(np.dtype(schema.dtype))
+    kind = h5t.py_create(schema.numpy_dtype)
     h5d.create(group.id, b"basis", kind, h5s.create_simple(shape), plist)
 
 
@@ -218,7 +225,7 @@ def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
             file.attrs[key] = value
         group = file.create_group("basis")
         for k in range(schema.bases if size else 0):
-            _new(group, str(k), schema.dtype, (schema.rows, size))
+            _new(group, str(k), schema.numpy_dtype, (schema.rows, size))
 
 
 def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: str) -> h5py.File:
@@ -245,7 +252,7 @@ def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: s
     good = found == wanted
     for k in range(schema.bases if good and size else 0):
         dataset = file.get(f"basis/{k}")
-        good &= dataset is not None and dataset.shape == (schema.rows, size) and dataset.dtype == np.dtype(schema.dtype)
+        good &= dataset is not None and dataset.shape == (schema.rows, size) and dataset.dtype == schema.numpy_dtype
         good = good and dataset.id.get_offset() + dataset.id.get_storage_size() <= length
     if not good:
         file.close()

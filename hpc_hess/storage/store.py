@@ -1,15 +1,17 @@
 """The crash-safe store of one run: rows of the Krylov basis, recurrence coefficients, one committed step at a time.
 
-Probes go in groups that advance in lock-step; a probe on its own is a group of one. A step is ``write_row`` for each
-member (durable on every rank, agreed) and one ``commit`` for all (small data, then one of two commit slots). A kill at
-any instant loses at most the step that was not committed. Everything is created whole, aside, and renamed.
+Probes go in groups that advance in lock-step; a probe on its own is a group of one. A step is a row for each member
+(written at once or beside the next product; durable on every rank, agreed) and one ``commit`` for all (small data, then
+one of two commit slots). A kill at any instant loses at most the step that was not committed. Everything is created
+whole, aside, and renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from hpc_hess.errors import CollectiveError, HpcHessError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.agree import attempt, explained
+from hpc_hess.storage.background import Background
 from hpc_hess.storage.build import build, sum_checksums, sweep
 from hpc_hess.storage.checksum import partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger
@@ -50,6 +53,8 @@ class Store:
         self._shard, self._world, self._lock, self._comm = shard, world, lock, comm
         self._driver: Driver | None = None
         self._closed = False
+        self._started: list[tuple[int, int, Future[int]]] = []  # (probe, row, checksum of this rank's part)
+        self._background = Background(threads=comm is None or _may_write_beside())
         self._journal = Journal(header.schema, header.ledger, self._path)
         with attempt(world, self._path, "open the store"):
             if world.replica == 0:
@@ -70,7 +75,7 @@ class Store:
         steps, rows : length of alpha and beta; number of basis rows (fewer than ``steps`` for a ring).
         width : how many probes may advance together.
         keep_basis : a basis for each probe, instead of ``width`` bases that the next group overwrites.
-        dtype : of the rows, float32 or float64 (NumPy or torch).
+        dtype : of the rows: float32, float64 (NumPy or torch) or bfloat16, whose rows are given as their bits (uint16).
         attributes : JSON-able values kept with the run: configuration, fingerprints.
         extra_bytes : capacity of the resume state that a commit carries besides.
         lock : the run directory's lock if the caller holds it already; closed with the store.
@@ -175,28 +180,64 @@ class Store:
         StoreError : it failed on some rank (a full disk); the committed state is untouched.
 
         """
-        if values.dtype != np.dtype(self.schema.dtype) or values.shape != (self._shard.size,):
+        self.start_row(probe, row, values)
+        self.finish_rows()
+
+    def start_row(self, probe: int, row: int, values: NDArray) -> None:
+        """As :meth:`write_row`, in the background: ``values`` must stay as they are until :meth:`finish_rows`."""
+        if values.dtype != self.schema.numpy_dtype or values.shape != (self._shard.size,):
             raise ValueError(f"a row is {self._shard.size} x {self.schema.dtype}, not {values.shape} x {values.dtype}")
         if self._journal.begin_row(probe, row):
             self._write(self._journal.release())
             self._journal.begin_row(probe, row)
-        part = 0
+        self._started.append((probe, row, self._background.submit(self._put, probe, row, values)))
+
+    def _put(self, probe: int, row: int, values: NDArray) -> int:
+        """Write this rank's part of a row and return that part's checksum. Runs beside the program: no collectives."""
+        if self._driver is None:
+            return 0
+        part = partial_checksum(values, *self._shard.file_intervals)
+        self._driver.write_row(self.schema.basis_index(probe), row, np.ascontiguousarray(values))
+        self._driver.push_rows()
+        return part
+
+    def finish_rows(self) -> None:
+        """Wait until every row that was started is durable on every rank. Collective: yes. Raises as :meth:`write_row`."""
+        started, self._started = self._started, []
+        if not started:
+            return
+        name = "write a basis row"
+        parts: list[int] = []
         error: HpcHessError | None = None
-        try:
-            if self._driver is not None:
-                part = partial_checksum(values, *self._shard.file_intervals)
-                self._driver.write_row(self.schema.basis_index(probe), row, np.ascontiguousarray(values))
-        except Exception as caught:
-            error = explained(caught, self._path, "write a basis row")
+        for _, _, future in started:
+            try:
+                parts.append(future.result())
+            except Exception as caught:
+                parts.append(0)
+                error = error or explained(caught, self._path, name)
         try:
             if self._driver is not None:
                 self._driver.sync_rows()  # a collective with MPI: every rank comes here
         except Exception as caught:
-            error = error or explained(caught, self._path, "write a basis row")
-        total, failed = sum_checksums(self._world, part, error is not None, "write a basis row")
+            error = error or explained(caught, self._path, name)
+        totals, failed = sum_checksums(self._world, parts, error is not None, name)
         if failed:
-            self._world.raise_together(error, "write a basis row")
-        self._journal.end_row(probe, row, total)
+            self._world.raise_together(error, name)
+        for (probe, row, _), total in zip(started, totals, strict=True):
+            self._journal.end_row(probe, row, total)
+
+    def row_reader(self, probe: int) -> Callable[[int, int, NDArray], None]:
+        """Return read(row, start, out), which reads entries start..start+len(out)-1 of this rank's shard of a row.
+
+        For any thread, without communication and without a look at the checksum. Collective: no.
+        """
+        driver, basis = self._driver, self.schema.basis_index(probe)
+        assert driver is not None  # of replicas only the first reads
+
+        def read(row: int, start: int, out: NDArray) -> None:
+            driver.read_row(basis, row, out, start)
+
+        return read
 
     def read_row(self, probe: int, row: int, out: NDArray | None = None, *, verify: bool = True) -> NDArray:
         """Return this rank's shard of a row, in ``out`` (flat, contiguous) if given. Collective: yes.
@@ -206,7 +247,8 @@ class Store:
         StoreError : it cannot be read, or (unless ``verify`` is False) it is not what was written.
 
         """
-        values = np.empty(self._shard.size, self.schema.dtype) if out is None else out
+        self.finish_rows()
+        values = np.empty(self._shard.size, self.schema.numpy_dtype) if out is None else out
         checksum = self._read(probe, row, values)
         if verify and checksum != self._journal.checksum(probe, row):
             raise damaged_row(self._path, probe, row)
@@ -215,7 +257,8 @@ class Store:
 
     def verify_rows(self, probe: int, rows: Iterable[int]) -> list[int]:
         """Return those of ``rows`` whose data does not match their checksum. Collective: yes."""
-        values = np.empty(self._shard.size if self._driver else 0, self.schema.dtype)
+        self.finish_rows()
+        values = np.empty(self._shard.size if self._driver else 0, self.schema.numpy_dtype)
         return [row for row in rows if self._read(probe, row, values) != self._journal.checksum(probe, row)]
 
     def _read(self, probe: int, row: int, out: NDArray) -> int:
@@ -226,7 +269,7 @@ class Store:
             if self._driver is not None:
                 self._driver.read_row(self.schema.basis_index(probe), row, out)
                 part = partial_checksum(out, *self._shard.file_intervals)
-        return sum_checksums(self._world, part, False, "read a basis row")[0]
+        return sum_checksums(self._world, [part], False, "read a basis row")[0][0]
 
     # -- commits -------------------------------------------------------------------------------------------------
 
@@ -246,6 +289,7 @@ class Store:
         StoreError : it failed on some rank; the store then holds this commit or the one before.
 
         """
+        self.finish_rows()
         self._write(self._journal.plan(probe, members, extra))
 
     def _write(self, plan: Plan) -> None:
@@ -260,6 +304,7 @@ class Store:
         """Close the files and release the lock; a second call does nothing. Collective: yes."""
         if self._closed:
             return
+        self._background.close()
         driver, self._driver, self._closed = self._driver, None, True
         try:
             with attempt(self._world, self._path, "close the store"):
@@ -270,6 +315,7 @@ class Store:
 
     def abandon(self) -> None:
         """Release the lock, and this rank's files where that needs no other rank. For a dying job. Collective: no."""
+        self._background.close(wait=False)
         driver, self._driver, self._closed = self._driver, None, True
         if driver is not None and (self._comm is None or self._comm.Get_size() == 1):
             with contextlib.suppress(Exception):
@@ -288,7 +334,14 @@ class Store:
             self.abandon()
 
 
+def _may_write_beside() -> bool:
+    """Whether MPI allows calls from a thread that is not its first one, one at a time."""
+    from mpi4py import MPI
+
+    return MPI.Query_thread() >= MPI.THREAD_SERIALIZED
+
+
 def _dtype_name(dtype: Any) -> str:
-    """Return "float32" or "float64" from a name, a NumPy or a torch dtype."""
-    text = str(dtype)
-    return text.removeprefix("torch.") if text.startswith("torch.") else np.dtype(dtype).name
+    """Return "float32", "float64" or "bfloat16" from a name, a NumPy or a torch dtype."""
+    text = str(dtype).removeprefix("torch.")
+    return text if text == "bfloat16" else np.dtype(text if str(dtype).startswith("torch.") else dtype).name

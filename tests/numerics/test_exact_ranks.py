@@ -14,7 +14,7 @@ from hpc_hess.curvature.gauss_newton import GaussNewton
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.shard import ShardedModel, shard_model
-from hpc_hess.parallel.vector import Basis
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from tests.numerics.exact_case import NO_SDPA, micro_batches, objective
 from tests.spawn import run_ranks

@@ -23,7 +23,8 @@ from hpc_hess.model.loss import CallableObjective, CausalLMObjective, Contributi
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import ShardedModel, whole_model
-from hpc_hess.parallel.vector import Basis, Vector
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector
 from tests.dense import dense_hessian, hessian_product
 from tests.sharded import ragged_objective, ragged_rows
 from tests.toys import TOYS, toy_config, toy_model

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from hpc_hess.linalg.lanczos import Lanczos, basis_rows, next_products
 from hpc_hess.linalg.operator import FunctionOperator
 from hpc_hess.linalg.probes import fill
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from tests.sharded import from_global
 from tests.spawn import run_ranks

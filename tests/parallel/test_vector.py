@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hpc_hess.linalg.probes import fill, normals
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from tests.sharded import assemble, from_global, send
 from tests.spawn import run_ranks

@@ -13,8 +13,9 @@ from hpc_hess.linalg.lanczos import Lanczos, basis_rows, next_products
 from hpc_hess.linalg.operator import FunctionOperator, LinearOperator, diagonal, products
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Basis, Vector, VectorSpace
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 
 

@@ -20,8 +20,9 @@ from hpc_hess.linalg.quadrature import (
     symlog,
     trace,
 )  # fmt: skip
+from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Basis, VectorSpace
+from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 
 SIZE, STEPS = 300, 12

@@ -32,3 +32,33 @@ def test_a_signal_stops_and_handlers_are_restored(number):
         signal.raise_signal(number)
         assert stopper.agreed(0.0) == "a signal asked for it"
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("signalled", "grace_s", "limit", "remaining_s", "expected"),
+    [
+        (False, 30, "", None, ""),
+        (False, 30, "00:10:00", 500, ""),  # fits
+        (False, 30, "00:10:00", 5000, ""),  # does not, but there is time until it must be given up
+        (False, 30, "00:00:03", 5000, "the time limit is near"),
+        (False, 30, "00:00:03", None, "the time limit is near"),
+        (True, 30, "", 20, ""),
+        (True, 30, "", 40, "a signal asked for it"),
+        (True, 30, "", None, "a signal asked for it"),
+        (True, 300, "", 40, ""),
+        (True, 300, "00:00:20", 40, "a signal asked for it"),
+    ],
+)
+def test_a_product_is_given_up_if_it_does_not_fit(signalled, grace_s, limit, remaining_s, expected):
+    with Stopper(World.alone(), limit, grace_s) as stopper:
+        if signalled:
+            signal.raise_signal(signal.SIGUSR1)
+        assert stopper.agreed_within(remaining_s, save_s=5.0) == expected
+
+
+def test_the_end_of_a_job_counts_more_than_the_grace(monkeypatch):
+    monkeypatch.setattr(stopping, "job_end_time", lambda env: time.time() + 100)
+    with Stopper(World.alone(), "", 1.0) as stopper:
+        signal.raise_signal(signal.SIGUSR1)
+        assert stopper.agreed_within(70, 5.0) == ""
+        assert stopper.agreed_within(90, 5.0) == "a signal asked for it"

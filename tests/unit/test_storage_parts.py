@@ -5,7 +5,7 @@ import pytest
 
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.storage.blocks import Block, bounded, overlaps, regular_blocks
+from hpc_hess.storage.blocks import Block, bounded, clipped, overlaps, regular_blocks
 from hpc_hess.storage.checksum import combine, multiplier, partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger, Slots, decode, encode, newest
 
@@ -142,6 +142,19 @@ def test_overlaps_are_the_shared_entries():
             found += [(here + j, there + j) for j in range(length)]
         place_a, place_b = np.cumsum(owner_a) - 1, np.cumsum(owner_b) - 1
         assert found == [(place_a[i], place_b[i]) for i in np.flatnonzero(owner_a & owner_b)]
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0, 37), (5, 6), (3, 31), (12, 25), (36, 37), (7, 7)])
+def test_clipped_blocks_hold_just_those_entries(span):
+    blocks = [Block(0, 100, 10, 3, 4), Block(12, 7, 25, 1, 25)]
+    places = np.concatenate([np.arange(s, s + 4) for s in (100, 110, 120)] + [np.arange(7, 32)])
+    found = {}
+    for b in clipped(blocks, *span):
+        for k in range(b.count):
+            for i in range(b.length):
+                found[b.local + k * b.length + i] = b.start + k * b.stride + i
+    assert [found[i] for i in range(span[1] - span[0])] == places[slice(*span)].tolist()
+    assert len(found) == span[1] - span[0]
 
 
 # -- commit records ----------------------------------------------------------------------------------------------
