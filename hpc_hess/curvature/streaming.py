@@ -83,13 +83,14 @@ class Sweeps:
         count, results = self.exchange.num_directions, self.exchange.results
         for index in range(watch.begin(results, len(micro_batches)), len(micro_batches)):
             batch = micro_batches[index]
-            with torch.no_grad():
+            name = f"exact product, micro-batch {index + 1} of {len(micro_batches)}"
+            with self.exchange.world.guard(name), torch.no_grad():
                 if count == 1:
                     _Sweep(self, batch, scale, One()).run()
                 else:
                     directions = torch.arange(count, device=batch.input_ids.device)
                     torch.vmap(partial(self._mapped, batch, scale))(directions)
-            self.exchange.settle()
+                self.exchange.settle()
             watch.added(index, results, more=more)
 
     def _mapped(self, batch: MicroBatch, scale: float, index: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ class Exchange:
     """
 
     def __init__(self, model: ShardedModel, compute_dtype: torch.dtype | None = None) -> None:
-        self.space = model.space
+        self.space, self.world = model.space, model.world
         self.dtype = compute_dtype or model.space.dtype
         self.sharded = model.sharded and model.world.shard_size > 1
         self._ranks, self._rank = (model.world.shard_size, model.world.shard_rank) if self.sharded else (1, 0)

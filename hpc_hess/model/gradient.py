@@ -61,7 +61,7 @@ class Gradient:
         try:
             for index in range(first, count):
                 self.routing.micro_batch = index
-                with model.world.guard("gradient"):
+                with model.world.guard(f"gradient, micro-batch {index + 1} of {count}"):
                     contribution = self.objective.contribution(model.module, index)
                     contribution.total.backward()
                 parts.append(contribution.per_sample.double())

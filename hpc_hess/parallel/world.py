@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
 from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world
+from hpc_hess.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 _FAILURE_KEY = "hpc_hess/failure"
@@ -44,6 +45,7 @@ class World:
         self.replica, self.num_replicas = 0, 1
         self.shard_rank, self.shard_size = self.rank, self.size
         self._shard_group: Any = None
+        self._watchdog: Watchdog | None = None
 
     # -- set-up and teardown -------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class World:
         if use_cuda:
             torch.cuda.set_device(torch_device)
         mpi = mpi_world(launch) if want_mpi or launch.launcher in ("mpirun", "hydra") else None
-        timeout = timedelta(seconds=timeout_s)
+        timeout, watchdog = timedelta(seconds=timeout_s), None
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         try:
             if launch.size == 1:
@@ -95,6 +97,12 @@ class World:
                     backend, store=dist.PrefixStore(prefix, store), rank=launch.rank, world_size=launch.size,
                     timeout=timeout,
                 )  # fmt: skip
+
+                def connect() -> Any:
+                    wait = timedelta(seconds=min(10.0, timeout_s))
+                    return dist.PrefixStore(prefix, dist.TCPStore(address, port, is_master=False, timeout=wait))
+
+                watchdog = Watchdog(launch.rank, launch.size, connect, timeout_s)
         except (RuntimeError, ValueError, OSError) as error:
             first = str(error).split("\n", 1)[0]
             raise CollectiveError(
@@ -102,6 +110,7 @@ class World:
                 "MASTER_PORT and that every rank was started"
             ) from error
         world = cls(launch, torch_device, connected=True, mpi=mpi)
+        world._watchdog = watchdog
         world.barrier("join the world")
         return world
 
@@ -130,6 +139,8 @@ class World:
 
     def leave(self) -> None:
         """Leave the process group. Collective: yes."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self.connected and dist.is_initialized():
             dist.destroy_process_group()
             self.connected = False
@@ -137,9 +148,19 @@ class World:
     # -- collectives ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
+    def doing(self, what: str, *, deaf: bool = False) -> Iterator[None]:
+        """Tell the other ranks what this one is doing, in case it hangs; end it where that takes longer than the timeout.
+
+        ``deaf``: see Watchdog.doing.
+        """
+        with self._watchdog.doing(what, deaf=deaf) if self._watchdog else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
         try:
-            yield
+            with self.doing(name):
+                yield
         except (RuntimeError, ValueError) as error:
             raise self._incomplete(name, error) from error
 
@@ -147,13 +168,16 @@ class World:
     def guard(self, name: str) -> Iterator[None]:
         """Name the collectives inside library code, such as FSDP's. Every error that is not theirs passes unchanged.
 
+        The block may take no longer than the timeout of a collective.
+
         Raises
         ------
         CollectiveError : a collective in the block did not complete.
 
         """
         try:
-            yield
+            with self.doing(name):
+                yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no class of its own
                 raise
@@ -163,7 +187,7 @@ class World:
         first = str(error).strip().split("\n", 1)[0]
         return CollectiveError(
             f"rank {self.rank}: the collective '{name}' did not complete: another rank died, hangs, or was stopped "
-            f"({first})"
+            f"({first}){self._watchdog.absent() if self._watchdog else ''}"
         )
 
     @property

@@ -6,25 +6,36 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpc_hess.errors import HpcHessError
+from hpc_hess.errors import CollectiveError, HpcHessError
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.disk import explain
 
 
 @contextlib.contextmanager
-def attempt(world: World, path: Path, doing: str) -> Iterator[None]:
+def attempt(world: World, path: Path, doing: str, *, meet: bool = False) -> Iterator[None]:
     """Run a block; if it fails on some rank, every rank raises StoreError with that rank's reason. Collective: yes.
 
     The block may hold HDF5's own collectives only where a failure before them cannot keep a rank from them. Success
-    costs one reduction of one number.
+    costs one reduction of one number. ``meet``: see :func:`met`.
     """
     error: HpcHessError | None = None
     try:
-        yield
+        with met(world, doing) if meet else world.doing(doing):
+            yield
+    except CollectiveError:
+        raise
     except Exception as caught:
         error = explained(caught, path, doing)
     if not world.all_true(error is None, doing):
         world.raise_together(error, doing)
+
+
+@contextlib.contextmanager
+def met(world: World, doing: str) -> Iterator[None]:
+    """Run a block with collectives of MPI once every rank is there: they know no timeout. Collective: yes."""
+    world.barrier(doing)
+    with world.doing(doing, deaf=True):
+        yield
 
 
 def explained(error: Exception, path: Path, doing: str) -> HpcHessError:

@@ -166,7 +166,7 @@ def _copy_rows(
     try:
         with attempt(world, run_dir, name):
             old = RowSource(run_dir, source, shard) if active else None
-        with attempt(world, run_dir, name):
+        with attempt(world, run_dir, name, meet=comm is not None):
             new = open_driver(run_dir / TEMPORARY, schema, shard, comm) if active else None
         for probe, row in rows:
             part = 0
@@ -178,7 +178,7 @@ def _copy_rows(
             (total,), _ = sum_checksums(world, [part], False, name)
             if total != int(source.ledger.checksum[probe, row]):
                 raise damaged_row(run_dir / FILE, probe, row)
-        with attempt(world, run_dir, name):
+        with attempt(world, run_dir, name, meet=comm is not None):
             if new is not None:
                 new.sync_rows()
     finally:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hpc_hess.errors import CollectiveError, HpcHessError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
-from hpc_hess.storage.agree import attempt, explained
+from hpc_hess.storage.agree import attempt, explained, met
 from hpc_hess.storage.background import Background
 from hpc_hess.storage.build import build, sum_checksums, sweep
 from hpc_hess.storage.checksum import partial_checksum
@@ -34,6 +34,8 @@ from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.opening import check_layout, clear, communicator, rebuild, same_shards
 from hpc_hess.storage.replicas import share_with_replicas
 from hpc_hess.storage.schema import FILE, Header, Schema, read_header
+
+_abandoned: list[Driver] = []
 
 
 def store_exists(run_dir: Path, world: World) -> bool:
@@ -56,7 +58,7 @@ class Store:
         self._started: list[tuple[int, int, Future[int]]] = []  # (probe, row, checksum of this rank's part)
         self._background = Background(threads=comm is None or _may_write_beside())
         self._journal = Journal(header.schema, header.ledger, self._path)
-        with attempt(world, self._path, "open the store"):
+        with attempt(world, self._path, "open the store", meet=comm is not None):
             if world.replica == 0:
                 self._driver = open_driver(self._path, self.schema, shard, comm)
 
@@ -209,17 +211,19 @@ class Store:
         name = "write a basis row"
         parts: list[int] = []
         error: HpcHessError | None = None
-        for _, _, future in started:
+        with self._world.doing(name):
+            for _, _, future in started:
+                try:
+                    parts.append(future.result())
+                except Exception as caught:
+                    parts.append(0)
+                    error = error or explained(caught, self._path, name)
+        with self._world.doing(name) if self._comm is None else met(self._world, name):
             try:
-                parts.append(future.result())
+                if self._driver is not None:
+                    self._driver.sync_rows()  # a collective with MPI: every rank comes here
             except Exception as caught:
-                parts.append(0)
                 error = error or explained(caught, self._path, name)
-        try:
-            if self._driver is not None:
-                self._driver.sync_rows()  # a collective with MPI: every rank comes here
-        except Exception as caught:
-            error = error or explained(caught, self._path, name)
         totals, failed = sum_checksums(self._world, parts, error is not None, name)
         if failed:
             self._world.raise_together(error, name)
@@ -293,7 +297,7 @@ class Store:
         self._write(self._journal.plan(probe, members, extra))
 
     def _write(self, plan: Plan) -> None:
-        with attempt(self._world, self._path, "commit a step"):
+        with attempt(self._world, self._path, "commit a step", meet=self._comm is not None):
             if self._driver is not None:
                 write_plan(self._driver, plan)
         self._journal.accept(plan)
@@ -307,7 +311,7 @@ class Store:
         self._background.close()
         driver, self._driver, self._closed = self._driver, None, True
         try:
-            with attempt(self._world, self._path, "close the store"):
+            with attempt(self._world, self._path, "close the store", meet=self._comm is not None):
                 if driver is not None:
                     driver.close()
         finally:
@@ -317,7 +321,9 @@ class Store:
         """Release the lock, and this rank's files where that needs no other rank. For a dying job. Collective: no."""
         self._background.close(wait=False)
         driver, self._driver, self._closed = self._driver, None, True
-        if driver is not None and (self._comm is None or self._comm.Get_size() == 1):
+        if driver is not None and self._comm is not None and self._comm.Get_size() > 1:
+            _abandoned.append(driver)  # to forget its files would close them, together with ranks that will not come
+        elif driver is not None:
             with contextlib.suppress(Exception):
                 driver.close()
         self._lock.release()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import pytest
 
 from tests.spawn import free_port
 from tests.system.launching import (
+    LAUNCHERS,
     LONG,
     ROOT,
     SHORT,
@@ -29,11 +28,6 @@ from tests.system.launching import (
     wait_until,
 )
 
-NEEDS_MPI = pytest.mark.skipif(
-    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="needs Open MPI and mpi4py: launch/setup.sh --mpi",
-)
-LAUNCHERS = ["torchrun.sh", pytest.param("mpirun.sh", marks=NEEDS_MPI)]
 ERROR = "hpc-hess: error"
 
 
