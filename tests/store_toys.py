@@ -31,6 +31,8 @@ def layout_for(num_shards: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> 
 
 def whole_row(num_params: int, probe: int, row: int, dtype: str = "float32") -> NDArray:
     index = np.arange(num_params, dtype=np.int64)
+    if dtype == "bfloat16":  # any bits
+        return ((index * 40503 + row * 977 + probe * 131) % 65521).astype(np.uint16)
     return ((index * 2654435761 + row * 40503 + probe * 977) % 1000003).astype(dtype) / 997 - 500
 
 
@@ -133,7 +135,7 @@ def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **chang
 
 
 def main() -> None:
-    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full] [pairs]: as ``run``, over MPI if there is MPI.
+    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full] [pairs] [bfloat16]: as ``run``, over MPI if any.
 
     A run that begins has two probes in lock-step, of three, with ``pairs``.
     """
@@ -143,7 +145,9 @@ def main() -> None:
     try:
         if "full" in sys.argv[5:]:
             fill_up(world, run_dir)
-        groups = {"probes": 3, "width": 2} if "pairs" in sys.argv[5:] else {}
+        groups: dict[str, Any] = {"probes": 3, "width": 2} if "pairs" in sys.argv[5:] else {}
+        if "bfloat16" in sys.argv[5:]:
+            groups["dtype"] = "bfloat16"
         state = run(world, str(run_dir), stop, driver=driver, **groups)
         if world.rank == 0:
             print(json.dumps(state))

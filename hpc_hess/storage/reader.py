@@ -34,7 +34,8 @@ class StoredParameter:
 
 @dataclass(frozen=True)
 class StoredProbe:
-    """One probe: ``alpha``, ``beta`` of its completed steps (float64); ``basis`` (rows, num_params), read on demand.
+    """One probe: ``alpha``, ``beta`` of its completed steps (float64); ``basis`` (rows, num_params), read on demand, see
+    :meth:`StoreView.row`.
 
     ``rows`` are the basis rows whose data and checksum are committed: with a shared basis, of the last group only.
     """
@@ -67,6 +68,13 @@ class StoreView:
         except StoreError:
             self._file.close()
             raise
+
+    def row(self, probe: int, row: int) -> NDArray[Any]:
+        """Return a basis row as numbers, (num_params,): float64 or float32, to which rows in bfloat16 are widened."""
+        values = self.probes[probe].basis[row]
+        if self.schema.dtype == "bfloat16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
 
     @property
     def layout(self) -> list[StoredParameter]:

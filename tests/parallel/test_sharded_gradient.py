@@ -165,7 +165,8 @@ def killed_in_a_gradient(world: World) -> None:
 
 def test_a_rank_killed_in_a_gradient_is_told_from_a_bug() -> None:
     """FSDP's own collectives fail with the same error as ours, and so with one line instead of a traceback."""
-    with pytest.raises(AssertionError, match=r"CollectiveError: rank 0: the collective 'gradient, micro-batch \d+ of \d+' did not complete"):
+    words = r"CollectiveError: rank 0: the collective 'gradient, micro-batch \d+ of \d+' did not complete"
+    with pytest.raises(AssertionError, match=words):
         run_ranks(killed_in_a_gradient, 2)
 
 

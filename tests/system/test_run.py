@@ -19,6 +19,7 @@ from hpc_hess.config import make_config
 from hpc_hess.errors import ConfigError, DataError, HpcHessError, LayoutError, ModelError, NumericsError, StoreError
 from hpc_hess.parallel.world import World
 from hpc_hess.run import run
+from hpc_hess.storage.reader import read_store
 from tests.dense import dense_hessian
 from tests.toys import toy_directory, toy_model
 
@@ -131,6 +132,41 @@ def test_stopped_and_resumed_is_bitwise_the_same(world: World, toy: Path, tmp_pa
     a, b = (json.loads((p / "result.json").read_text())["probes"] for p in (whole, broken))
     assert [p["alpha"] for p in a] == [p["alpha"] for p in b]
     assert [p["beta"] for p in a] == [p["beta"] for p in b]
+
+
+PLACES = {
+    "on disk": ["lanczos__basis_memory=disk"],
+    "a ring on disk": ["lanczos__basis_memory=disk", "lanczos__reorthogonalise=3"],
+    "bfloat16": ["lanczos__basis_dtype=bfloat16"],
+    "bfloat16 on disk": ["lanczos__basis_dtype=bfloat16", "lanczos__basis_memory=disk"],
+    "in lock-step on disk": ["lanczos__basis_memory=disk", "operator__method=exact", "lanczos__lock_step=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_the_basis_lies_does_not_change_a_bit(world: World, toy: Path, tmp_path: Path, name: str) -> None:
+    """Two probes, stopped after four steps and resumed where the basis is, against a run with it in memory."""
+    changes: dict[str, Any] = {"store__keep_basis": True}
+    for text in PLACES[name]:
+        key, value = text.split("=")
+        changes[key] = int(value) if value.isdigit() else value
+    config = make_config(settings(toy, tmp_path / "run", **changes))
+    with _signal_at_event(tmp_path / "run", 4):
+        assert run(config, world) == 75
+    assert run(config, world) == 0
+    changes["lanczos__basis_memory"] = "device"
+    assert run(make_config(settings(toy, tmp_path / "memory", **changes)), world) == 0
+    a, b = (json.loads((tmp_path / p / "result.json").read_text()) for p in ("run", "memory"))
+    assert a["probes"] == b["probes"]
+    assert a["errors"].get("ritz") == b["errors"].get("ritz")
+    with read_store(tmp_path / "run") as view:
+        assert view.verify() == []
+        assert view.schema.dtype == ("bfloat16" if "bfloat16" in name else "float32")
+        rows = [view.row(1, row) for row in view.probes[1].rows]
+    assert all(row.dtype == np.float32 and abs(float(np.linalg.norm(row)) - 1) < 1e-3 for row in rows)
+    changes["lanczos__basis_dtype"] = "master" if "bfloat16" in name else "bfloat16"
+    with pytest.raises(StoreError, match=r"lanczos\.basis_dtype = '\w+', not"):
+        run(make_config(settings(toy, tmp_path / "run", **changes)), world)
 
 
 class _signal_at_event:  # noqa: N801
