@@ -38,6 +38,9 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
     grid = figure.subplots(len(regimes.VECTORS), len(models), sharex=True, sharey=True, squeeze=False)
     for row, kind in zip(grid, regimes.VECTORS, strict=True):
         for axes, model in zip(row, models, strict=True):
+            if not any((curve["model"], curve["vector"]) == (model, kind) for curve in curves):
+                axes.set_visible(False)
+                continue
             axes.axhline(0.01, color=MUTED, lw=0.8, ls=(0, (1, 2)), zorder=1)
             for curve in curves:
                 if (curve["model"], curve["vector"]) == (model, kind):
@@ -50,8 +53,10 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
                           "vector on the final norm\nrelative error of H v")  # fmt: skip
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model if model == regimes.SMOLLM2 else f"toy, {model} parameters")
-    for axes in grid[-1]:
-        axes.set_xlabel("step eps along the unit vector")
+    for column in grid.T:
+        lowest = [axes for axes in column if axes.get_visible()][-1]
+        lowest.set_xlabel("step eps along the unit vector")
+        lowest.tick_params(labelbottom=True)
     handles = [Line2D([], [], color=c, ls=_LINES[d][1:], marker="o", ms=3, label=d) for d, c in COLOURS.items()]
     handles += [
         Line2D([], [], color=MUTED, ls="--", lw=0.9, label="fits R / eps and T eps², extended"),

@@ -6,8 +6,9 @@
 #   sbatch slurm/slq_70b.sh CONFIG.toml --set lanczos.steps=40
 #   CONFIG=my.toml sbatch slurm/slq_70b.sh --set ...
 #
-# Before the time limit Slurm signals this script; the ranks finish the step under way, commit it and exit with code 75;
-# the job puts itself back into the queue and goes on from there. A node that fails loses the step under way, no more.
+# Before the time limit Slurm signals this script; the ranks finish the step under way if it fits (else they give it up, or
+# keep a part of it: store.checkpoint_every), commit and exit with code 75; the job puts itself back into the queue and
+# goes on from there. A node that fails loses the step under way and the one before it at most.
 #
 #SBATCH --job-name=slq_70b
 #SBATCH --nodes=8

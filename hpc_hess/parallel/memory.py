@@ -13,16 +13,36 @@ import torch
 
 from hpc_hess.parallel.world import World
 
+# limit, usage, statistics, and there the file pages that can be dropped though they count as used
+_VERSION_2 = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file")
+
 
 def host_bytes_free() -> int:
-    """Bytes of host memory this node can still give, the control group's limit included."""
-    free = psutil.virtual_memory().available
-    limit, used, stat = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat"))
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # no control group, or "max"
-        # file pages that can be dropped count as used
-        droppable = next(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file"))
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + droppable)
-    return free
+    """Bytes of host memory this node can still give, the limits of this process's control groups included."""
+    return min([psutil.virtual_memory().available, *_group_bytes_free(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def _group_bytes_free(root: Path, own: Path) -> Iterator[int]:
+    """Yield what each control group around this process has left: version 2 at ``root`` itself, version 1 in memory/.
+
+    ``own`` lists this process's groups; Slurm limits a job and a step in groups one within the other.
+    """
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" or "memory" in controllers.split(","):
+                top, names = (root, _VERSION_2) if number == "0" else (root / "memory", _VERSION_1)
+                group = Path(path.lstrip("/"))
+                for folder in (group, *group.parents):
+                    with contextlib.suppress(OSError, ValueError, StopIteration):  # the root has none; "max" is none
+                        yield _left(top / folder, *names)
+
+
+def _left(folder: Path, limit: str, used: str, statistics: str, droppable: str) -> int:
+    words = (line.split() for line in (folder / statistics).read_text().splitlines())
+    can_go = next(int(value) for key, value in words if key == droppable)
+    return int((folder / limit).read_text()) - int((folder / used).read_text()) + can_go
 
 
 def device_bytes_free(world: World) -> int:
