@@ -90,10 +90,9 @@ def run(config: Config, world: World) -> int:
             loop.tally.baseline_bytes = baseline_bytes
             reason = loop.run()
         if reason:
-            state = store.state
-            part = ", and a part of the next product" if watch.kept else ""
-            progress.note(f"stopped early after committing step {state.step} of {probes_text(state.group)}{part}: {reason}; "
-                          "run the same command to go on")  # fmt: skip
+            state, part = store.state, ", and a part of the next product" if watch.kept else ""
+            done = f"after committing step {state.step} of {probes_text(state.group)}" if state.width else "before the first step"
+            progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
         else:
             remove_product_store(world, out)
             result = make_result(config, world, problem, loop.tally, loop.recurrences())

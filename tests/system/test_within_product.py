@@ -171,6 +171,13 @@ def test_the_gradient_at_theta_0_is_not_computed_again(world: World, toy: Path, 
     assert result["timing"]["gradient_s"] > 0
 
 
+def test_a_signal_before_the_first_step(world: World, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(toy, tmp_path / "run")
+    assert go(world, config, 2)[0] == 75  # in the gradient at theta_0
+    assert "stopped early before the first step: a signal asked for it" in capsys.readouterr().err
+    assert go(world, config)[0] == 0
+
+
 def test_without_checkpoints_a_product_is_given_up(world: World, toy: Path, tmp_path: Path) -> None:
     config = settings(toy, tmp_path / "run", "store.checkpoint_every=0")
     assert go(world, config, 45)[0] == 75
