@@ -91,7 +91,9 @@ def run(config: Config, world: World) -> int:
             reason = loop.run()
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
-            done = f"after committing step {state.step} of {probes_text(state.group)}" if state.width else "before the first step"
+            done = "before the first step"
+            if state.width:
+                done = f"after committing step {state.step} of {probes_text(state.group)}"
             progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
         else:
             remove_product_store(world, out)

@@ -174,7 +174,7 @@ def test_the_gradient_at_theta_0_is_not_computed_again(world: World, toy: Path, 
 def test_a_signal_before_the_first_step(world: World, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(toy, tmp_path / "run")
     assert go(world, config, 2)[0] == 75  # in the gradient at theta_0
-    assert "stopped early before the first step: a signal asked for it" in capsys.readouterr().err
+    assert "stopped early before the first step: a signal asked for it" in capsys.readouterr().out
     assert go(world, config)[0] == 0
 
 
