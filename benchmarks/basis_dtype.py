@@ -67,7 +67,8 @@ def main() -> None:
                     ),
                     "store, GB": view.schema.basis_bytes / 1e9,
                 })  # fmt: skip
-    write("basis_dtype", "Rows in bfloat16, SmolLM2-135M", rows, {"steps": args.steps, "tokens": "2 x 128", "method": "exact"})
+    settings = {"steps": args.steps, "tokens": "2 x 128", "method": "exact"}
+    write("basis_dtype", "Rows in bfloat16, SmolLM2-135M", rows, settings)
 
 
 if __name__ == "__main__":
