@@ -133,7 +133,13 @@ class Table:
             near = self.gradient()
             if DEVICE == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            result, spent = product(v)
+            try:
+                result, spent = product(v)
+            except torch.cuda.OutOfMemoryError as error:
+                self.rows.append({"method": name, "asked": asked.cost, "seconds": "does not fit"})
+                print(f"{name}: {error}", flush=True)
+                release_memory()
+                return
             if DEVICE == "cuda":
                 peak = max(peak, torch.cuda.max_memory_allocated())
             if errors:

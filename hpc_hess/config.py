@@ -45,6 +45,7 @@ class ParallelSection(_Section):
 
     replicate: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
     timeout_s: float = Field(default=1800.0, gt=0)
 
 
@@ -132,8 +133,8 @@ class Config(_Section):
 # that is going on keeps its width, for the rounding).
 _NOT_IDENTITY = [
     ("model", "activation_checkpointing"), ("data", "micro_batch"), ("parallel", "device"), ("parallel", "timeout_s"),
-    ("parallel", "replicate"), ("operator", "check"), ("operator", "keep_state"), ("operator", "boundaries"),
-    ("lanczos", "basis_memory"), ("lanczos", "probes"), ("lanczos", "lock_step"),
+    ("parallel", "deterministic"), ("parallel", "replicate"), ("operator", "check"), ("operator", "keep_state"),
+    ("operator", "boundaries"), ("lanczos", "basis_memory"), ("lanczos", "probes"), ("lanczos", "lock_step"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,8 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
 
     """
     make_exact_float32()
+    if config.parallel.deterministic:
+        make_deterministic()
     with world.together("read the model's configuration and the data"):
         source = resolve_source(config.model)
         skeleton = build_skeleton(source, config.model)
@@ -79,6 +82,16 @@ def make_exact_float32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
+
+
+def make_deterministic() -> None:
+    """Let only kernels run that give the same bits each time; one that has no such form then says so, by name.
+
+    CPU kernels do already, for a fixed number of threads. On a GPU sums over tokens would otherwise be made in any order.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that writes every new tensor
 
 
 def check_repeatable(gradient: Gradient) -> float:

@@ -206,7 +206,7 @@ def test_identity_binds_the_numbers_and_nothing_else() -> None:
     base = make_config({}).identity()
     same = ["run.out=x", "run.time_limit=1:00:00", "parallel.replicate=2", "data.micro_batch=3", "store.driver=files",
             "model.activation_checkpointing=true", "lanczos.basis_memory=host", "lanczos.probes=9",
-            "lanczos.lock_step=1"]  # fmt: skip
+            "lanczos.lock_step=1", "parallel.deterministic=true"]  # fmt: skip
     assert make_config({}, same).identity() == base
     for text in ["lanczos.seed=1", "data.sequences=5", "operator.scheme=fourth", "model.source=x", "operator.step=1.0",
                  "lanczos.distribution=gaussian", "parameters.include=['a*']", "operator.routing=free"]:  # fmt: skip
