@@ -276,6 +276,21 @@ def test_another_config_is_refused_and_nothing_is_overwritten(world: World, toy:
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "run.lock"}
 
 
+def test_another_model_in_the_same_place_is_refused(world: World, tmp_path: Path) -> None:
+    toy_directory("llama", tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
+    config = make_config(settings(tmp_path, tmp_path / "run", lanczos__probes=1, lanczos__steps=2))
+    assert run(config, world) == 0
+    before = (tmp_path / "run" / "krylov.h5").read_bytes()
+    weights = tmp_path / "model" / "model-00002-of-00002.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(StoreError, match=r"another model \(model_fingerprint differs\)"):
+        run(config, world)
+    assert (tmp_path / "run" / "krylov.h5").read_bytes() == before
+
+
 def test_exit_codes_without_traceback(toy: Path, tmp_path: Path) -> None:
     """The real command: one sentence on stderr, exit code 2."""
     path = tmp_path / "config.toml"
