@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def orthogonality(view: StoreView) -> float:
-    """Return the largest |<v_i, v_j>| of two rows of the first probe, as stored."""
+    """Return the largest inner product of two rows of two rows of the first probe, as stored."""
     rows = view.probes[0].rows
     gram = np.zeros((len(rows), len(rows)))
     vectors = [view.row(0, row) for row in rows]
@@ -59,7 +59,7 @@ def main() -> None:
                 reference = reference or q
                 scale = float(np.abs(reference.values).max())
                 rows.append({
-                    "rows, reorthogonalisation": name, "largest |<v_i, v_j>|": orthogonality(view),
+                    "rows, reorthogonalisation": name, "largest inner product of two rows": orthogonality(view),
                     "of so many rows": len(view.probes[0].rows), "lambda max": float(q.values[-1]),
                     "lambda min": float(q.values[0]),
                     "extreme Ritz values off, of the largest": float(
