@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def orthogonality(view: StoreView) -> float:
-    """Return the largest inner product of two rows of two rows of the first probe, as stored."""
+    """Return the largest inner product of two rows of the first probe, as stored."""
     rows = view.probes[0].rows
     gram = np.zeros((len(rows), len(rows)))
     vectors = [view.row(0, row) for row in rows]
