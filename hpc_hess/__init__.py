@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["Spectrum", "hessian", "slq"]
+__all__ = ["Spectrum", "diagonal", "eigenpairs", "hessian", "slq", "solve", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,11 +23,18 @@ from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.whole_model import WholeModel, exact_or_whole
 from hpc_hess.errors import ConfigError, DataError
+from hpc_hess.linalg import density as densities
+from hpc_hess.linalg import diagonal as diagonals
+from hpc_hess.linalg import eigen, measure, quadrature
 from hpc_hess.linalg import probes as probe_vectors
-from hpc_hess.linalg import quadrature
+from hpc_hess.linalg import solve as solvers
+from hpc_hess.linalg import trace as traces
+from hpc_hess.linalg.density import Density
 from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
+from hpc_hess.linalg.measure import Cumulative, Interval
 from hpc_hess.linalg.operator import LinearOperator
-from hpc_hess.linalg.quadrature import Density, Estimate, Ritz
+from hpc_hess.linalg.quadrature import Estimate, Ritz
+from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, causal_lm_batch, causal_lm_loss
 from hpc_hess.model.routing import Routing
@@ -150,10 +158,40 @@ class Spectrum:
         """Trace with its standard error (None for one probe)."""
         return quadrature.trace(self.quadratures, self.size)
 
-    def density(self, *, axis: Literal["linear", "symlog"] = "linear", **options: Any) -> Density:
-        """Return the smoothed spectral density; ``options`` as in linalg.quadrature."""
-        smooth = quadrature.density if axis == "linear" else quadrature.density_symlog
-        return smooth(self.quadratures, **options)
+    def density(
+        self, *, axis: Literal["linear", "symlog", "log", "chebyshev"] = "linear", **options: Any
+    ) -> Density:  # fmt: skip
+        """Return the smoothed spectral density and its width; ``options`` as in linalg.density.
+
+        "log" is over log10 |lambda|; "chebyshev" is linear, by damped Chebyshev moments instead of Gaussians.
+        """
+        smooth: dict[str, Callable[..., Density]] = {
+            "linear": densities.density, "symlog": densities.density_symlog, "log": densities.density_log,
+            "chebyshev": densities.density_chebyshev,
+        }  # fmt: skip
+        return smooth[axis](self.quadratures, **options)
+
+    def cumulative(self, points: Any, *, risk: float = 0.05) -> Cumulative:
+        """Return the share of eigenvalues at or below ``points``, with bounds of the truth."""
+        return measure.cumulative(self._recurrences, points, self.size, risk=risk)
+
+    def mass(self, *, above: float = -math.inf, below: float = math.inf, risk: float = 0.05) -> Interval:
+        """Return the share of eigenvalues in [``above``, ``below``], with bounds."""
+        return measure.mass(self._recurrences, self.size, above=above, below=below, risk=risk)
+
+    def wasserstein_bound(self, *, risk: float = 0.05) -> float:
+        """Bound W1 between the spectrum and the mean quadrature, in units of the eigenvalues."""
+        return measure.wasserstein_a_posteriori(self._recurrences, self.size, risk=risk)
+
+    @property
+    def frobenius_norm(self) -> Estimate:
+        """Frobenius norm with its standard error: a probe's second moment is alpha_1^2 + beta_1^2."""
+        squares = [self.size * float(q.weights @ q.values**2) for q in self.quadratures]
+        return traces.Moments([], squares).frobenius_estimate
+
+    @property
+    def _recurrences(self) -> list[measure.Recurrence]:
+        return list(zip(self.alphas, self.betas, strict=True))
 
 
 def slq(
@@ -170,13 +208,88 @@ def slq(
     basis = Basis(space, basis_rows(reorthogonalise, steps))
     alphas, betas, quadratures = [], [], []
     for probe in range(probes):
-        start = space.zeros()
-        probe_vectors.fill(start.data, *space.shard.global_intervals, seed=seed, probe=probe, distribution=distribution)
         process = Lanczos(operator, basis, steps, reorthogonalise)
-        process.start(start)
+        process.start(probe_vectors.draw(space, seed=seed, probe=probe, distribution=distribution))
         while not process.finished:
             process.step()
         alphas.append(np.array(process.alpha))
         betas.append(np.array(process.beta))
         quadratures.append(quadrature.ritz(process.alpha, process.beta))
     return Spectrum(space.size, quadratures, alphas, betas)
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues ascending, residuals |A u - lambda u|, eigenvectors as rows (pair, N), in the operator's order."""
+
+    values: np.ndarray
+    residuals: np.ndarray
+    vectors: torch.Tensor = field(repr=False)
+    converged: bool
+    num_products: int
+
+
+def eigenpairs(
+    operator: Operator, count: int, *, which: eigen.Which = "both", tolerance: float = 1e-3, basis_size: int | None = None,
+    most_products: int = 300, seed: int = 0,
+) -> Eigenpairs:  # fmt: skip
+    """Return extreme eigenpairs by Lanczos with thick restarts (Wu and Simon 2000), in the memory of ``basis_size`` vectors.
+
+    Parameters
+    ----------
+    count, which : so many of each end ("both"), or the "largest", "smallest", or largest in "magnitude".
+    tolerance : of the residuals, relative to the largest |lambda|.
+    basis_size : at least the wanted pairs and three; twice as many and eight unless given.
+
+    Raises
+    ------
+    ConfigError, NumericsError : with the remedy.
+
+    """
+    space = operator.space
+    size = min(basis_size or 2 * eigen.num_wanted(count, which) + 8, space.size)
+    process = eigen.ThickRestart(operator, Basis(space, size + 1), size, count, which, tolerance)
+    process.start(probe_vectors.draw(space, seed=seed, probe=0, distribution="gaussian"))
+    found = eigen.eigenpairs(process, most_products)
+    vectors = torch.stack([found.vector(k).data for k in range(len(found.values))])
+    return Eigenpairs(found.values, found.residuals, vectors, process.finished, process.num_products)
+
+
+def trace(
+    operator: Operator, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", products: int = 60, seed: int = 0
+) -> Estimate:  # fmt: skip
+    """Estimate the trace from so many products, with a standard error. The first two hold vectors of half or a third."""
+    if method == "xtrace":
+        return traces.xtrace(operator, Basis(operator.space, products // 2), products, seed=seed)
+    if method == "hutch++":
+        return traces.hutch_plus_plus(operator, Basis(operator.space, products // 3), products, seed=seed)
+    return traces.hutchinson(operator, StoppingRule(0.0, most=products), seed=seed).trace_estimate
+
+
+def diagonal(
+    operator: Operator, *, method: Literal["xdiag", "hutchinson"] = "xdiag", products: int = 60, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Estimate the diagonal from so many products: its entries and their standard errors, each (N,)."""
+    if method == "xdiag":
+        basis, images = (Basis(operator.space, products // 2) for _ in range(2))
+        found = diagonals.xdiag(operator, basis, images, products, seed=seed)
+    else:
+        found = diagonals.diagonal_hutchinson(operator, most=products, seed=seed)
+    return found.mean.data, found.stderr.data
+
+
+def solve(
+    operator: Operator, b: torch.Tensor, *, damping: float, method: Literal["minres", "cg"] = "minres",
+    tolerance: float = 1e-4, products: int = 100,
+) -> tuple[torch.Tensor, list[float]]:  # fmt: skip
+    """Solve (A + damping I) x = b: x, and the relative residuals before and after every product.
+
+    Raises
+    ------
+    NumericsError : "cg" met negative curvature.
+
+    """
+    run = solvers.minres if method == "minres" else solvers.conjugate_gradients
+    right = operator.space.wrap(b.reshape(-1).to(operator.space.device, operator.space.dtype))
+    found = run(operator, right, damping=damping, tolerance=tolerance, most=products)
+    return found.x.data, found.residuals

@@ -70,8 +70,7 @@ def check_ritz(exact: LinearOperator, process: Lanczos) -> RitzCheck:
 
 def start_vector(space: VectorSpace, seed: int, probe: int, distribution: str) -> Vector:
     """Return the unit start vector of a probe. Collective: yes."""
-    v = space.zeros()
-    probes.fill(v.data, *space.shard.global_intervals, seed=seed, probe=probe, distribution=distribution)
+    v = probes.draw(space, seed=seed, probe=probe, distribution=distribution)
     return v.scale_(1.0 / v.norm())
 
 

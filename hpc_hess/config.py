@@ -86,6 +86,26 @@ class LanczosSection(_Section):
     basis_dtype: Literal["master", "bfloat16"] = "master"
 
 
+class AnalysisSection(_Section):
+    """Studies on the same shards, after the quadrature."""
+
+    eigenpairs: int = Field(default=0, ge=0)
+    which: Literal["both", "largest", "smallest", "magnitude"] = "both"
+    basis_size: Literal["auto"] | int = "auto"
+    tolerance: float = Field(default=1e-3, gt=0)
+    most_products: int = Field(default=300, ge=1)
+
+    @property
+    def wanted(self) -> int:
+        """Eigenpairs, of both ends together."""
+        return self.eigenpairs * (2 if self.which == "both" else 1)
+
+    @property
+    def vectors(self) -> int:
+        """Basis vectors of the search for eigenpairs: twice as many as are wanted, and eight."""
+        return 2 * self.wanted + 8 if self.basis_size == "auto" else self.basis_size
+
+
 class StoreSection(_Section):
     """How the run is kept on disk."""
 
@@ -113,6 +133,7 @@ class Config(_Section):
     operator: OperatorSection = OperatorSection()
     lanczos: LanczosSection = LanczosSection()
     store: StoreSection = StoreSection()
+    analysis: AnalysisSection = AnalysisSection()
     run: RunSection = RunSection()
 
     def to_toml(self) -> str:
@@ -126,6 +147,7 @@ class Config(_Section):
             dump[section].pop(key)
         dump.pop("run")
         dump.pop("store")
+        dump.pop("analysis")
         return dump
 
 
@@ -236,6 +258,13 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             "store.checkpoint_every needs parallel.replicate = 1 with exact products, whose replicas are summed at the end"
         )
+    if isinstance(config.analysis.basis_size, int) and config.analysis.eigenpairs:
+        least = config.analysis.wanted + 3
+        if config.analysis.basis_size < least:
+            raise ConfigError(
+                f"analysis.basis_size = {config.analysis.basis_size} is not valid: {config.analysis.wanted} pairs need at "
+                f"least {least} vectors"
+            )
     if config.run.time_limit:
         parse_time_limit(config.run.time_limit)
 

@@ -64,6 +64,7 @@ class Loop:
         self.space: VectorSpace = problem.model.space
         self.tally = Tally.from_json(store.state.extra)
         self.operator: CurvatureOperator
+        self._ready = False
         self._exact = exact
         self._compared_with: CurvatureOperator | None = None
         self._gradient: Vector | None = None  # at theta_0, where that one needs it
@@ -79,7 +80,7 @@ class Loop:
         self.progress.resume_at(sum(state.lengths))
         reason = ""
         try:
-            self.operator = self._operator()
+            self.ready()
             if not state.finished:
                 reason = self._advance(self._resumed())
             while not reason and (first := self.store.state.group.stop) < wanted:
@@ -91,6 +92,12 @@ class Loop:
             self._settle()
             raise
         return reason
+
+    def ready(self) -> CurvatureOperator:
+        """Return the operator at theta_0, built on the first call. Collective: yes."""
+        if not self._ready:
+            self.operator, self._ready = self._operator(), True
+        return self.operator
 
     def _operator(self) -> CurvatureOperator:
         """Build the operator at theta_0: base gradient, repeatability. Collective: yes."""
@@ -137,10 +144,7 @@ class Loop:
         """Begin with probes that no commit knows yet."""
         lanczos, processes = self.config.lanczos, self._processes(group)
         for probe, process in processes.items():
-            vector = self.space.zeros()
-            probes.fill(vector.data, *self.space.shard.global_intervals, seed=lanczos.seed, probe=probe,
-                        distribution=lanczos.distribution)  # fmt: skip
-            process.start(vector)
+            process.start(probes.draw(self.space, seed=lanczos.seed, probe=probe, distribution=lanczos.distribution))
             self._write_row(probe, process)
         self._commit(processes)
         self._settle()

@@ -19,7 +19,7 @@ from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.parallel.basis import PANEL_BYTES, Basis, BasisOnDisk
-from hpc_hess.parallel.memory import device_bytes_free, host_bytes_free
+from hpc_hess.parallel.memory import device_bytes_free, host_bytes_free, release_memory
 from hpc_hess.parallel.memory import gigabytes as _gb
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
@@ -119,6 +119,28 @@ def place_basis(
     )
 
 
+def room_for_rows(world: World, space: VectorSpace, rows: int, exact_bytes: int, key: str) -> torch.device:
+    """Return where ``rows`` vectors fit beside the products: the device, else host memory. Collective: yes.
+
+    Raises
+    ------
+    ConfigError : nowhere; names the value of the configuration's ``key`` that would fit.
+
+    """
+    vector_bytes = int(world.max_over_ranks(space.size_local, "largest shard")) * space.dtype.itemsize
+    budget = _budget(world, space, exact_bytes)
+    places: list[Memory] = ["device", "host"]
+    room = {place: budget[place] - _work_bytes(1, vector_bytes, space, place) for place in places}
+    for place in places:
+        if rows * vector_bytes <= room[place]:
+            return space.device if place == "device" else torch.device("cpu")
+    most = max(room.values())
+    raise ConfigError(
+        f"{rows} vectors x {_gb(vector_bytes)} = {_gb(rows * vector_bytes)} do not fit on each rank, where {_gb(most)} are "
+        f"free beside the products; {key} = {max(0, most // vector_bytes - 1)} or more ranks would fit"
+    )
+
+
 def basis_dtype(lanczos: LanczosSection, master: torch.dtype) -> torch.dtype:
     """Return the dtype of the rows, in memory and in the store."""
     return torch.bfloat16 if lanczos.basis_dtype == "bfloat16" else master
@@ -140,6 +162,11 @@ class Bases:
         self._in_memory = [
             Basis(space, rows, device, place.dtype) for _ in range(place.width if place.memory != "disk" else 0)
         ]
+
+    def free(self) -> None:
+        """Give up the memory: no more groups will come."""
+        self._in_memory.clear()
+        release_memory()
 
     def of(self, probes: range) -> list[Basis]:
         """Return a basis for each of ``probes``."""

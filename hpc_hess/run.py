@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from hpc_hess.config import Config
 from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.curvature.whole_model import ExactOperator, WholeModel
+from hpc_hess.eigen_loop import EigenLoop, eigen_basis_device, open_eigen_store, pairs_found, search_ended
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
@@ -24,7 +25,7 @@ from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import print_summary
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import RESULT_NAME, make_result, to_json
-from hpc_hess.stopping import EXIT_STOPPED, Stopper
+from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
 from hpc_hess.storage.events import EventLog
@@ -68,7 +69,8 @@ def run(config: Config, world: World) -> int:
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
         exact: ExactOperator | None = None
-        if config.operator.method == "exact" and not (found and found.state.complete(config.lanczos.probes)):
+        complete = found is not None and found.state.complete(config.lanczos.probes)
+        if config.operator.method == "exact" and (config.analysis.eigenpairs or not complete):
             progress.phase("exact product")
             exact = exact_operator(config, problem, config.operator.kind)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
@@ -81,23 +83,30 @@ def run(config: Config, world: World) -> int:
             write_aside(out / "config.toml", config.to_toml())
         if note := place.note(config.lanczos):
             progress.note(note)
+        events = EventLog(out if world.rank == 0 else None)
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
             loop = Loop(
-                config, world, problem, store, events=EventLog(out if world.rank == 0 else None), progress=progress,
-                stopper=stopper, watch=watch, exact=exact,
+                config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
                 bases=Bases(place, problem.model.space, config.lanczos, store), width=min(wanted, place.width),
             )  # fmt: skip
             loop.tally.baseline_bytes = baseline_bytes
             reason = loop.run()
+            studies: dict[str, Any] = {}
+            if config.analysis.eigenpairs and not reason:
+                reason, studies["eigenpairs"] = _search(
+                    config, world, loop, out, attributes, events=events, progress=progress, stopper=stopper, watch=watch
+                )
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             done = "before the first step"
-            if state.width:
+            if "eigenpairs" in studies:
+                done = "in the search for eigenpairs"
+            elif state.width:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
             progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
         else:
             remove_product_store(world, out)
-            result = make_result(config, world, problem, loop.tally, loop.recurrences())
+            result = make_result(config, world, problem, loop.tally, loop.recurrences()) | studies
     if reason:
         world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
         return EXIT_STOPPED
@@ -132,6 +141,28 @@ def _watched(
         if isinstance(exact, StreamedOperator):
             exact.watch = watch
         yield watch
+
+
+def _search(
+    config: Config, world: World, loop: Loop, out: Path, attributes: dict[str, Any], *, events: EventLog, progress: Progress,
+    stopper: Stopper, watch: ProductWatch,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Search for eigenpairs after the quadrature; return why it stopped early, or "", and what was found."""
+    loop.bases.free()
+    space = loop.space
+    device = eigen_basis_device(config, world, space, exact_product_bytes(config, loop.problem.model))
+    with open_eigen_store(config, world, space, out, attributes) as store:
+        if not search_ended(store):
+            try:
+                operator = loop.ready()
+            except InterruptedProductError as interrupted:
+                return str(interrupted), {}
+            search = EigenLoop(
+                config, world, operator, store, device, events=events, progress=progress, stopper=stopper, watch=watch
+            )
+            if reason := search.run():
+                return reason, {}
+        return "", pairs_found(store)
 
 
 def _check_resume(out: Path, existing: bool, resume: str) -> None:

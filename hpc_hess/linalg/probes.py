@@ -18,6 +18,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from hpc_hess.parallel.vector import Vector, VectorSpace
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -109,3 +111,10 @@ def fill(
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         out[position : position + length] = draw(seed, probe, start, length, dtype=out.dtype, device=out.device)
         position += length
+
+
+def draw(space: VectorSpace, *, seed: int, probe: int, distribution: str) -> Vector:
+    """Return probe number ``probe`` of a space, as :func:`fill` makes it. Collective: no."""
+    v = space.zeros()
+    fill(v.data, *space.shard.global_intervals, seed=seed, probe=probe, distribution=distribution)
+    return v

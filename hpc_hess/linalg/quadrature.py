@@ -1,4 +1,4 @@
-"""From alpha and beta to Ritz values, weights, traces and densities. NumPy only."""
+"""From alpha and beta to Ritz values, weights and traces. NumPy only."""
 
 from __future__ import annotations
 
@@ -48,71 +48,3 @@ def estimate(samples: ArrayLike) -> Estimate:
 def trace(quadratures: list[Ritz], size: int) -> Estimate:
     """Hutchinson's estimate of tr A: size times <v, A v>, which is each probe's first moment (exact: alpha_1)."""
     return estimate([size * float(q.weights @ q.values) for q in quadratures])
-
-
-@dataclass(frozen=True)
-class Density:
-    """A smoothed spectral density: ``mean`` and ``spread`` (standard deviation over probes; None for one) on ``grid``.
-
-    On the symmetric-log axis the density is per unit of the axis variable x = sign(l) log10(1 + |l| / linear), and
-    ``grid`` still holds eigenvalues l.
-    """
-
-    grid: Float
-    mean: Float
-    spread: Float | None
-    width: float
-    axis: str
-    linear: float | None = None
-
-
-def _smooth(nodes: list[Float], weights: list[Float], points: Float, width: float) -> tuple[Float, Float | None]:
-    curves = []
-    for x, w in zip(nodes, weights, strict=True):
-        z = (points[:, None] - x[None, :]) / width
-        curves.append(np.exp(-0.5 * z**2) @ w / (width * np.sqrt(2 * np.pi)))
-    curve = np.array(curves)
-    return curve.mean(0), curve.std(0, ddof=1) if len(curve) > 1 else None
-
-
-def density(quadratures: list[Ritz], *, points: int = 2000, width: float | None = None) -> Density:
-    """Gaussian-smoothed density on a linear axis.
-
-    The width is 1/100 of the range unless given. One Gaussian per Ritz value, weighted (Lin, Saad, Yang 2016).
-    """
-    nodes = [q.values for q in quadratures]
-    low, high = min(x.min() for x in nodes), max(x.max() for x in nodes)
-    span = (high - low) or max(abs(high), 1.0) * 1e-3
-    width = width or span / 100
-    grid = np.linspace(low - 5 * width, high + 5 * width, points)
-    mean, spread = _smooth(nodes, [q.weights for q in quadratures], grid, width)
-    return Density(grid, mean, spread, width, "linear")
-
-
-def symlog(values: ArrayLike, linear: float) -> Float:
-    """Return sign(l) log10(1 + |l| / linear): linear below ``linear``, decades above."""
-    x = np.asarray(values, np.float64)
-    return np.sign(x) * np.log10(1 + np.abs(x) / linear)
-
-
-def inverse_symlog(values: ArrayLike, linear: float) -> Float:
-    """Inverse of :func:`symlog`."""
-    x = np.asarray(values, np.float64)
-    return np.sign(x) * linear * (10 ** np.abs(x) - 1)
-
-
-def density_symlog(
-    quadratures: list[Ritz], *, points: int = 2000, width: float = 0.05, linear: float | None = None
-) -> Density:
-    """Gaussian-smoothed density on a symmetric-log axis; ``width`` in decades, ``linear`` the axis' linear threshold.
-
-    ``linear`` defaults to 1e-5 of the largest |Ritz value|, so that five decades either side of zero are resolved.
-    """
-    nodes = [q.values for q in quadratures]
-    largest = max(np.abs(x).max() for x in nodes) or 1.0
-    linear = linear or largest * 1e-5
-    mapped = [symlog(x, linear) for x in nodes]
-    low, high = min(x.min() for x in mapped), max(x.max() for x in mapped)
-    grid = np.linspace(low - 5 * width, high + 5 * width, points)
-    mean, spread = _smooth(mapped, [q.weights for q in quadratures], grid, width)
-    return Density(inverse_symlog(grid, linear), mean, spread, width, "symlog", linear)

@@ -113,6 +113,17 @@ class Basis:
             kernels.combine(rows, weights, out.data[columns])
         return out
 
+    def dots(self, w: Vector, stop: int) -> torch.Tensor:
+        """Return <v_j, w> of vectors 0..stop-1, which lie in order (float64, CPU). One all-reduce. Collective: yes."""
+        total = torch.zeros(stop, dtype=torch.float64, device=w.data.device)
+        for columns, rows in self._panels(list(range(stop))):
+            kernels.project(rows, w.data[columns], total=total)
+        return self.space.sum(total, "projection").cpu()
+
+    def rotate_(self, matrix: torch.Tensor) -> None:
+        """Replace the first k vectors by matrix (k, m; float64) times the first m, in place. Local; in memory only."""
+        kernels.rotate_(self.rows, matrix.to(self.rows.device))
+
 
 class BasisOnDisk(Basis):
     """A basis whose rows are read back from where they were written, a panel of columns at a time.

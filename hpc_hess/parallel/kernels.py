@@ -146,6 +146,14 @@ def combine(rows: torch.Tensor, coefficients: torch.Tensor, out: torch.Tensor) -
         out[block] = torch.mv(part.T, coefficients, out=x)
 
 
+def rotate_(rows: torch.Tensor, matrix: torch.Tensor) -> None:
+    """Overwrite the first k of the m ``rows`` with matrix (k, m; float64) times rows, accumulated in float64."""
+    count, m = matrix.shape
+    with _few_threads_as_one():
+        for block in _blocks(2 * m, rows.shape[1], rows.device):
+            rows[:count, block] = matrix @ rows[:m, block].double()
+
+
 _LOW_BITS = 29  # of a float64 mantissa that a float32 has no place for
 
 

@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from hpc_hess.linalg.quadrature import Density, Ritz, density, density_symlog, ritz, symlog
+from hpc_hess.linalg.density import Density, density, density_symlog, symlog
+from hpc_hess.linalg.quadrature import Ritz, ritz
+from hpc_hess.report import cumulative, eigenpairs
 from hpc_hess.report.rundir import step_events
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import (
@@ -60,8 +62,17 @@ def write_figures(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
         if parts:
             plots += [_density_plot(parts, folder, "symlog"), _density_plot(parts, folder, "linear")]
+        if cumulative.recurrences(result):
+            figure = _figure(8.4, 5.4)
+            caption = cumulative.draw(figure, result)
+            plots.append(_save(figure, folder, "cumulative", cumulative.TITLE, caption))
         if probes:
             plots += [_convergence(probes, folder), _recurrence(probes, folder)]
+        if result.get("eigenpairs"):
+            pairs = len(result["eigenpairs"]["pairs"])
+            figure = _figure(8.4, 2.2 + 0.22 * min(pairs, 40))
+            eigenpairs.draw(figure, result["eigenpairs"])
+            plots.append(_save(figure, folder, "eigenpairs", eigenpairs.TITLE, eigenpairs.CAPTION))
         steps = step_events([dict(e) for e in events])
         if steps:
             plots.append(_timing(steps, folder))

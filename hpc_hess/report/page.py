@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from hpc_hess.linalg.measure import Interval
+from hpc_hess.report import cumulative, eigenpairs
 from hpc_hess.report.figures import Plot, write_figures
 from hpc_hess.report.rundir import RunFiles, read_run, step_events, write_aside
 from hpc_hess.report.spectrum import (
@@ -76,6 +78,7 @@ def render(run: RunFiles, plots: Sequence[Plot]) -> str:
         cards=_cards(result),
         plots=[(plot, _inline(plot.svg)) for plot in plots],
         probes=_probe_tables(result),
+        eigenpairs=_eigenpairs(result),
         errors=_errors(result.get("errors")),
         facts=[(name, rows) for name, rows in _facts(run) if rows],
         settings=_settings(run.config_text),
@@ -148,6 +151,12 @@ def _probe_tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]
     return tables
 
 
+def _eigenpairs(result: Mapping[str, Any]) -> tuple[str, list[list[str]]] | None:
+    """Return a sentence on the search for eigenpairs, and the rows of its table; None where there was none."""
+    found = result.get("eigenpairs")
+    return (eigenpairs.facts(found), eigenpairs.table(found)) if found else None
+
+
 def _quantity(key: str, value: Any) -> str:
     """Format by the unit that the key's ending names."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -215,11 +224,18 @@ def _facts(run: RunFiles) -> list[tuple[str, list[Row]]]:
         ("Model", (_rows(model) if isinstance(model, Mapping) else [Row("Source", str(model))]) if model else []),
         ("Data", _rows(result.get("data"))),
         ("Trace", [Row("Estimate", minus_signs(trace_text(result.get("trace"))))] if result.get("trace") else []),
+        ("Share of the eigenvalues", [Row(name, _interval(share)) for name, share in cumulative.shares(result)]),
         ("Time", timing),
         ("Memory", _rows(result.get("memory"))),
         ("Hardware", _rows({"world_size": result.get("world_size"), **_table(result.get("hardware"))})),
         ("Versions", [Row(name, str(version)) for name, version in _flat(result.get("versions"))]),
     ]
+
+
+def _interval(share: Interval) -> str:
+    """Show a share with its bounds, in per cent."""
+    low, mean, high = (number(100 * value, 3) for value in (share.low, share.mean, share.high))
+    return f"{mean} % ({low} to {high} %)"
 
 
 def _settings(config_text: str) -> list[tuple[str, list[Row]]]:

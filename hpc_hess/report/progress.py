@@ -34,6 +34,9 @@ class Progress:
     def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
         """Report a finished step of ``probes``: 1-based ``step``, seconds of one product, extreme Ritz values."""
 
+    def status(self, text: str) -> None:
+        """Say how far something is that is no Lanczos step: the newest text counts."""
+
     def note(self, text: str) -> None:
         """Show a line that stays."""
 
@@ -102,6 +105,11 @@ class _Lines(Progress):
         if left <= 0 or self._now() - self._shown_at >= _LINE_INTERVAL_S:
             self._flush()
 
+    def status(self, text: str) -> None:
+        self._held = text
+        if self._now() - self._shown_at >= _LINE_INTERVAL_S:
+            self._flush()
+
     def _flush(self) -> None:
         """Show the newest step not yet shown, so that a phase never ends on an old number."""
         if self._held:
@@ -148,6 +156,9 @@ class _Bar(Progress):
         self._clock.end_steps(len(probes))
         numbers = _described(hvp_s, ritz_min, ritz_max) + self._clock.left(self.total_steps - self.done)
         self._bar.update(self._task, completed=self.done, numbers=printable(numbers, self._stream))
+
+    def status(self, text: str) -> None:
+        self._bar.update(self._task, description=printable(text, self._stream), numbers="")
 
     def resume_at(self, done: int) -> None:
         super().resume_at(done)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from hpc_hess.linalg.quadrature import symlog
+from hpc_hess.linalg.density import symlog
 from hpc_hess.report.words import minus, number
 
 # Okabe and Ito (2008); negative curvature is always blue, positive always vermilion

@@ -7,19 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from hpc_hess.linalg.density import density, density_symlog, inverse_symlog, symlog
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.probes import normals, signs
-from hpc_hess.linalg.quadrature import (
-    Ritz,
-    density,
-    density_symlog,
-    estimate,
-    inverse_symlog,
-    ritz,
-    symlog,
-    trace,
-)  # fmt: skip
+from hpc_hess.linalg.quadrature import Ritz, estimate, ritz, trace
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import VectorSpace

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hpc_hess.linalg.quadrature import symlog
+from hpc_hess.linalg.density import symlog
 from hpc_hess.report.figures import write_figures
 from hpc_hess.report.style import decade_ticks, linear_threshold
 from tests.unit.report_case import llm_like, make_events, make_result
@@ -25,7 +25,7 @@ CASES = {
 def test_every_figure_is_a_readable_png_and_svg(name, tmp_path):
     result = make_result(*CASES[name])
     plots = write_figures(result, make_events(result), tmp_path / "figures")
-    assert [p.name for p in plots] == ["density_symlog", "density", "convergence", "recurrence", "timing"]
+    assert [p.name for p in plots] == ["density_symlog", "density", "cumulative", "convergence", "recurrence", "timing"]
     for plot in plots:
         pixels = imread(plot.png)
         assert pixels.shape[0] > 400

@@ -74,7 +74,7 @@ def test_page_shows_numbers_figures_and_settings_and_needs_no_network(tmp_path):
     ):
         assert expected in page.text, expected
     assert "± " + number(result["trace"]["stderr"], 2) in page.text
-    assert len(page.images) == 5
+    assert len(page.images) == 6
     for source in page.images:
         kind, data = source.split(",", 1)
         assert kind == "data:image/svg+xml;base64"

@@ -1,0 +1,267 @@
+"""The search for extreme eigenpairs as a part of a run: steps, commits, a resume, and what was found.
+
+Its store lies in RUN/eigenpairs. A restart replaces most vectors at once, and the last commit must hold until the next one
+does: so there are rows for both, and vectors lie in any of them. At the end the eigenvectors are written, by file index.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpc_hess.analysis.localisation import localise
+from hpc_hess.config import Config
+from hpc_hess.errors import StoreError
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.eigen import Pairs, ThickRestart
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import VectorSpace
+from hpc_hess.parallel.world import World
+from hpc_hess.placement import room_for_rows
+from hpc_hess.product_watch import ProductWatch
+from hpc_hess.products import CurvatureOperator
+from hpc_hess.report.progress import Progress
+from hpc_hess.report.words import number
+from hpc_hess.stopping import InterruptedProductError, Stopper
+from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.events import EventLog
+from hpc_hess.storage.journal import Member
+from hpc_hess.storage.schema import FILE, read_header
+from hpc_hess.storage.store import Store, store_exists
+
+FOLDER = "eigenpairs"  # in the run directory
+_SHOWN = 8  # parameters named for each eigenvector
+_NOTHING = np.empty(0)
+
+
+class EigenLoop:
+    """Steps of a thick-restart search, each committed; goes on from what the store holds.
+
+    Parameters
+    ----------
+    operator : at theta_0.
+    store : from :func:`open_eigen_store`.
+    watch : follows the operator's products.
+
+    """
+
+    def __init__(
+        self, config: Config, world: World, operator: CurvatureOperator, store: Store, device: torch.device, *,
+        events: EventLog, progress: Progress, stopper: Stopper, watch: ProductWatch,
+    ) -> None:  # fmt: skip
+        self._config, self._world, self._operator, self._store = config, world, operator, store
+        self._events, self._progress, self._stopper, self._watch = events, progress, stopper, watch
+        analysis, size = config.analysis, config.analysis.vectors
+        self._basis = Basis(operator.space, size + 1, device)
+        self._search = ThickRestart(
+            operator, self._basis, size, analysis.eigenpairs, analysis.which, analysis.tolerance
+        )  # fmt: skip
+        self._rows: list[int] = []  # of the store, for each vector of the basis
+        self._slowest_s = 0.0
+        self._uncommitted: tuple[Member, bytes] | None = None
+
+    def run(self) -> str:
+        """Return why the search stopped early, or "" when it has ended. Collective: yes.
+
+        Raises
+        ------
+        NumericsError, StoreError : with the remedy; the store keeps every committed step.
+
+        """
+        self._progress.phase("eigenpairs")
+        self._resume() if self._store.state.extra else self._start()
+        try:
+            reason = self._advance()
+        except InterruptedProductError as interrupted:
+            reason = str(interrupted)
+            self._settle()
+        if not reason:
+            self._finish()
+        return reason
+
+    # -- begin and go on -----------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        lanczos = self._config.lanczos
+        self._search.start(
+            probes.draw(self._operator.space, seed=lanczos.seed, probe=0, distribution=lanczos.distribution)
+        )
+        self._write([0])
+        self._note_state()
+
+    def _resume(self) -> None:
+        state = json.loads(self._store.state.extra)
+        self._search.from_state(state["search"])
+        self._operator.from_state(state["operator"])
+        self._rows = state["rows"]
+        for vector, row in enumerate(self._rows):
+            self._basis.load(vector, self._store.read_row(0, row))
+        self._progress.note(f"going on with the search for eigenpairs after {self._search.num_products} products")
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> str:
+        """Step until the search has ended; return why it stopped before, or "". Collective: yes."""
+        search, reason = self._search, ""
+        while not search.finished and search.num_products < self._config.analysis.most_products:
+            least_s = self._watch.least_s
+            reason = self._stopper.agreed(self._slowest_s if least_s is None else least_s)
+            if reason:
+                break
+            self._step()
+        self._settle()
+        return reason
+
+    def _step(self) -> None:
+        search, began = self._search, time.perf_counter()
+        if search.full:
+            self._settle()
+            search.restart()
+            self._rows = []
+            self._write(list(range(search.filled + 1)))
+            self._note_state()
+        key = [self._store.schema.run_id, "eigenpairs", search.num_products]
+        self._watch.begin_product(key, self._operator, self._slowest_s, self._settle)
+        product = self._operator.matvec(self._basis[search.filled])
+        self._watch.end_product()
+        hvp_s = time.perf_counter() - began
+        self._settle()
+        search.advance(product)
+        if not search.exhausted:
+            self._write([search.filled])
+        self._note_state()
+        self._slowest_s = max(
+            self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time")
+        )
+        self._report(hvp_s)
+
+    def _report(self, hvp_s: float) -> None:
+        search, pairs = self._search, self._search.pairs()
+        converged = int((pairs.residuals <= search.tolerance * pairs.scale).sum())
+        self._events.write(
+            "eigenpairs", product=search.num_products, restarts=search.num_restarts, converged=converged, hvp_s=hvp_s,
+            values=pairs.values.tolist(), residuals=pairs.residuals.tolist(),
+        )  # fmt: skip
+        self._progress.status(
+            f"eigenpairs: product {search.num_products} of at most {self._config.analysis.most_products}, "
+            f"{converged} of {search.num_wanted} converged | λ in [{number(pairs.values[0])}, {number(pairs.values[-1])}]"
+        )
+
+    # -- the store -----------------------------------------------------------------------------------------------
+
+    def _write(self, vectors: list[int]) -> None:
+        """Start to write ``vectors``, the newest, into rows that neither the last commit nor this basis needs."""
+        taken = {*self._rows, *self._store.state.rows_of(0)}
+        free = [row for row in range(self._store.schema.rows) if row not in taken]
+        for vector, row in zip(vectors, free, strict=False):
+            self._store.start_row(0, row, self._basis.stored(vector))
+            self._rows.append(row)
+
+    def _note_state(self) -> None:
+        """Note what is to be committed once its rows are on disk."""
+        state = {"search": self._search.to_state(), "operator": self._operator.to_state(), "rows": self._rows}
+        self._uncommitted = Member(_NOTHING, _NOTHING, rows=list(self._rows)), json.dumps(state).encode()
+
+    def _settle(self) -> None:
+        """Commit the last step. Collective: yes."""
+        if self._uncommitted is not None:
+            member, extra = self._uncommitted
+            self._store.commit(0, [member], extra)
+            self._uncommitted = None
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Write the eigenvectors and what is known of them, as the search's last commit. Collective: yes."""
+        self._progress.phase("writing the eigenvectors")
+        pairs, free = self._search.pairs(), set(range(self._store.schema.rows)) - set(self._rows)
+        rows = sorted(free)[: len(pairs.values)]
+        described = []
+        for k, row in enumerate(rows):
+            vector = pairs.vector(k)
+            self._store.write_row(0, row, vector.data.cpu().numpy())
+            where = localise(vector)
+            described.append({
+                "value": float(pairs.values[k]), "residual": float(pairs.residuals[k]), "row": row,
+                "converged": bool(pairs.residuals[k] <= self._search.tolerance * pairs.scale),
+                "participation": where.participation, "parameters": where.largest(_SHOWN), "groups": where.by_group(),
+            })  # fmt: skip
+        found = self._summary(pairs) | {"pairs": described}
+        extra = json.dumps({"found": found}).encode()
+        self._store.commit(0, [Member(_NOTHING, _NOTHING, rows=rows, ended=True)], extra)
+
+    def _summary(self, pairs: Pairs) -> dict[str, Any]:
+        search = self._search
+        return {
+            "which": search.which, "tolerance": search.tolerance, "products": search.num_products,
+            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / pairs.scale,
+            "orthogonality": self._orthogonality(pairs), "store": f"{FOLDER}/{FILE}",
+        }  # fmt: skip
+
+    def _orthogonality(self, pairs: Pairs) -> float:
+        """Return the largest |<u_i, u_j> - (i = j)|: a ghost, a second copy of a pair, would make it 1."""
+        gram = torch.zeros(len(pairs.values), len(pairs.values), dtype=torch.float64)
+        for k in range(len(pairs.values)):
+            gram[k] = torch.from_numpy(pairs.coefficients) @ self._basis.dots(pairs.vector(k), self._search.filled)
+        return float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max())
+
+
+def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path, attributes: dict[str, Any]) -> Store:
+    """Open or create the store of a search, bound to ``attributes`` and to what is searched. Collective: yes.
+
+    Raises
+    ------
+    StoreError : it holds another search.
+
+    """
+    folder, analysis = out / FOLDER, config.analysis
+    search = {"which": analysis.which, "eigenpairs": analysis.eigenpairs, "vectors": analysis.vectors}
+    bound_to = attributes | {"analysis": json.dumps(search)}
+    place: dict[str, Any] = {
+        "layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver,
+    }  # fmt: skip
+    if store_exists(folder, world):
+        with attempt(world, folder / FILE, "open the store of eigenpairs"):
+            if world.rank == 0:
+                _compare(folder, read_header(folder / FILE).attributes, bound_to)
+        return Store.open(folder, **place)
+    kept = ThickRestart.most_kept(analysis.vectors, analysis.eigenpairs, analysis.which)
+    return Store.create(
+        folder, **place, probes=1, steps=1, rows=analysis.vectors + kept + 2, dtype=space.dtype, attributes=bound_to,
+        keep_basis=True, extra_bytes=(1 << 16) + 40 * analysis.vectors**2 + (analysis.wanted << 14),
+    )  # fmt: skip
+
+
+def search_ended(store: Store) -> bool:
+    """Whether the search of a store has come to its end. Collective: no."""
+    return bool(store.state.extra) and "found" in json.loads(store.state.extra)
+
+
+def pairs_found(store: Store) -> dict[str, Any]:
+    """Return what a search that has ended found, for result.json. Collective: no."""
+    return dict(json.loads(store.state.extra)["found"])
+
+
+def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if old.get(key) != value:
+            raise StoreError(
+                f"{folder} holds another search ({key}: {old.get(key)}, not {value}): remove that directory to search anew, "
+                "or choose another run.out"
+            )
+
+
+def eigen_basis_device(config: Config, world: World, space: VectorSpace, exact_bytes: int) -> torch.device:
+    """Return where the search's basis lies: the device if it fits there, else host memory. Collective: yes.
+
+    Raises
+    ------
+    ConfigError : it fits nowhere; names how many vectors would.
+
+    """
+    return room_for_rows(world, space, config.analysis.vectors + 1, exact_bytes, "analysis.basis_size")

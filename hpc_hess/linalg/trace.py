@@ -1,0 +1,164 @@
+"""Stochastic traces and the Frobenius norm, each with its standard error.
+
+Hutchinson (1990): tr A = E <w, A w>. Hutch++ (Meyer, Musco, Musco, Woodruff, SOSA 2021) and XTrace (Epperly, Tropp, Webber,
+SIAM J. Matrix Anal. Appl. 45, 2024) take the large eigenvalues out first: for the same number of products their error is
+far smaller where a few eigenvalues dominate, as in Hessians.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.quadrature import Estimate, estimate
+from hpc_hess.linalg.sampling import StoppingRule
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Hutchinson's samples: of the trace, and of the squared Frobenius norm from the same products."""
+
+    trace: list[float]
+    frobenius_squared: list[float]
+
+    @property
+    def trace_estimate(self) -> Estimate:
+        """Trace with its standard error."""
+        return estimate(self.trace)
+
+    @property
+    def frobenius_estimate(self) -> Estimate:
+        """Frobenius norm with its standard error (to first order, that of the square over twice the norm)."""
+        square = estimate(self.frobenius_squared)
+        norm = math.sqrt(square.mean)
+        return Estimate(norm, None if square.stderr is None else square.stderr / (2 * norm or 1.0))
+
+
+def hutchinson(
+    operator: LinearOperator, rule: StoppingRule, *, seed: int = 0, distribution: str = "rademacher", first_probe: int = 0
+) -> Moments:  # fmt: skip
+    """Sample <w, A w> and |A w|^2 until ``rule`` is content with the trace. Collective: yes."""
+    moments = Moments([], [])
+    while not moments.trace or not rule.enough(moments.trace):
+        w = probes.draw(operator.space, seed=seed, probe=first_probe + len(moments.trace), distribution=distribution)
+        product = operator.matvec(w)
+        moments.trace.append(w.dot(product))
+        moments.frobenius_squared.append(product.dot(product))
+    return moments
+
+
+def hutch_plus_plus(
+    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0, distribution: str = "rademacher"
+) -> Estimate:
+    """Trace from ``num_products`` products: a third each for the range, for A on it, for what is left. Collective: yes.
+
+    Parameters
+    ----------
+    basis : rows for a third of ``num_products``.
+
+    """
+    space, third = operator.space, num_products // 3
+    rank = 0
+    for k in range(third):
+        y = operator.matvec(probes.draw(space, seed=seed, probe=k, distribution=distribution))
+        rank += _append(basis, rank, y)
+    within = sum(basis[j].dot(operator.matvec(basis[j])) for j in range(rank))
+    samples = []
+    for k in range(num_products - third - rank):
+        w = probes.draw(space, seed=seed, probe=third + k, distribution=distribution)
+        _project_out(basis, rank, w)
+        samples.append(w.dot(operator.matvec(w)))
+    rest = estimate(samples)
+    return Estimate(within + rest.mean, rest.stderr)
+
+
+def xtrace(
+    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0
+) -> Estimate:
+    """Trace from ``num_products`` products by exchangeable leave-one-out estimates, Gaussian vectors. Collective: yes.
+
+    With Y = A W = Q R and s_i the unit vector orthogonal to all columns of R but the i-th, P_i = Q (I - s_i s_i^T) Q^T
+    projects onto the range that the other vectors give. Estimate i is tr(P_i A P_i) + |u|-normalised u^T A u with
+    u = (I - P_i) w_i; from w_i^T A w_i = c_w^T r_i and the like, all of it is algebra with small matrices (eq. 2.3).
+
+    Parameters
+    ----------
+    basis : rows for half of ``num_products``.
+
+    """
+    small = leave_one_out(operator, basis, num_products // 2, seed=seed, distribution="gaussian")
+    h, r, w, s = small.h, small.r, small.w, small.s
+    c = w - s * (s * w).sum(0)  # column i: coefficients of P_i w_i
+    quadratic = (w * r).sum(0) - 2 * (c * r).sum(0) + (c * (h @ c)).sum(0)
+    left_squared = small.squared_norms - (c * c).sum(0)
+    scale = (operator.space.size - len(h) + 1) / left_squared  # |u|^2 at its expectation: less variance
+    samples = np.trace(h) - (s * (h @ s)).sum(0) + scale * quadratic
+    return estimate(samples)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Small matrices of k vectors W: A W = Q R, ``h`` = Q^T A Q, ``w`` = Q^T W, and ``s`` (column i: see xtrace)."""
+
+    h: Float
+    r: Float
+    w: Float
+    s: Float
+    squared_norms: Float  # of the columns of W
+
+
+def leave_one_out(
+    operator: LinearOperator, basis: Basis, count: int, *, seed: int, distribution: str, images: Basis | None = None
+) -> LeaveOneOut:  # fmt: skip
+    """Fill ``basis`` with Q of A W = Q R for ``count`` vectors W, and ``images``, if given, with A Q. Collective: yes."""
+    space = operator.space
+    r, h, w = np.zeros((count, count)), np.zeros((count, count)), np.zeros((count, count))
+    squared = np.zeros(count)
+
+    def vector(k: int) -> Vector:
+        return probes.draw(space, seed=seed, probe=k, distribution=distribution)
+
+    for k in range(count):
+        y = operator.matvec(vector(k))
+        if k:
+            coefficients, norm = basis.orthogonalise_(y, 0, k)
+            r[:k, k] = coefficients.numpy()
+        else:
+            norm = y.norm()
+        r[k, k] = norm
+        basis[k] = y.scale_(1 / norm)
+    for k in range(count):
+        image = operator.matvec(basis[k])
+        h[:, k] = basis.dots(image, count).numpy()
+        if images is not None:
+            images[k] = image
+        probe = vector(k)
+        w[:, k] = basis.dots(probe, count).numpy()
+        squared[k] = probe.dot(probe)
+    s = np.linalg.inv(r).T
+    return LeaveOneOut(0.5 * (h + h.T), r, w, s / np.linalg.norm(s, axis=0), squared)
+
+
+def _append(basis: Basis, rank: int, y: Vector) -> int:
+    """Add what is new in ``y`` to the orthonormal basis; return 1, or 0 if it is rounding."""
+    before = y.norm()
+    norm = basis.orthogonalise_(y, 0, rank)[1] if rank else before
+    if norm <= 100 * torch.finfo(y.space.dtype).eps * before:
+        return 0
+    basis[rank] = y.scale_(1 / norm)
+    return 1
+
+
+def _project_out(basis: Basis, rank: int, w: Vector) -> None:
+    if rank:
+        basis.orthogonalise_(w, 0, rank)
