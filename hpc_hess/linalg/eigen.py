@@ -72,6 +72,7 @@ class ThickRestart:
     asymmetry: float = 0.0
     exhausted: bool = False
     projected: Float = field(default_factory=lambda: np.zeros((0, 0)))
+    _solved: tuple[Float, Float] | None = None
 
     def __post_init__(self) -> None:
         """Check what was asked for. Raises ConfigError."""
@@ -117,7 +118,7 @@ class ThickRestart:
             raise NumericsError(f"product {self.num_products + 1} of the eigenpair search is not finite")
         if j:
             self.asymmetry = max(self.asymmetry, float(np.abs(row[:j] - self.projected[:j, j]).max()))
-        self.projected[j, j] = row[j]
+        self.projected[j, j], self._solved = row[j], None
         self.filled, self.beta, self.num_products = j + 1, beta, self.num_products + 1
         scale = float(np.abs(self.projected[: j + 1, : j + 1]).max()) + beta
         if beta <= 100 * torch.finfo(self.operator.space.dtype).eps * scale:
@@ -128,14 +129,14 @@ class ThickRestart:
             self.projected[j, j + 1] = self.projected[j + 1, j] = beta
 
     def restart(self) -> None:
-        """Keep the wanted Ritz vectors and as many beside them as pays, then the direction of the residual. Local."""
+        """Keep the wanted Ritz vectors and as many beside them as pays, then the residual's direction. Collective: yes."""
         values, vectors = self._ritz()
         kept = self._kept(values)
         couplings = self.beta * vectors[-1, kept]
         self.basis.rotate_(torch.from_numpy(np.ascontiguousarray(vectors[:, kept].T)))
         number = len(kept)
         self.basis[number] = self.basis[self.size]
-        self.projected[:] = 0.0
+        self.projected[:], self._solved = 0.0, None
         self.projected[range(number), range(number)] = values[kept]
         self.projected[number, :number] = self.projected[:number, number] = couplings
         self.filled, self.num_restarts = number, self.num_restarts + 1
@@ -172,6 +173,7 @@ class ThickRestart:
         """Take up what :meth:`to_state` gave."""
         for name, value in state.items():
             setattr(self, name, np.array(value) if name == "projected" else value)
+        self._solved = None
 
     # -- what has been found -------------------------------------------------------------------------------------
 
@@ -181,11 +183,14 @@ class ThickRestart:
         return num_wanted(self.count, self.which)
 
     def _ritz(self) -> tuple[Float, Float]:
-        values, vectors = np.linalg.eigh(self.projected[: self.filled, : self.filled])
-        return values, vectors
+        """Diagonalise T, once a step and the same on every rank: vectors are combined by it, and its signs are arbitrary."""
+        if self._solved is None:
+            own = np.linalg.eigh(self.projected[: self.filled, : self.filled])
+            self._solved = self.operator.space.agreed((own.eigenvalues, own.eigenvectors), "Ritz pairs")
+        return self._solved
 
     def pairs(self) -> Pairs:
-        """Return the wanted Ritz pairs of the basis as it is (fewer than wanted at the beginning). Collective: no."""
+        """Return the wanted Ritz pairs of the basis as it is (fewer than wanted at the beginning). Collective: yes."""
         values, vectors = self._ritz()
         if self.which == "both":
             low = min(self.count, len(values))
@@ -197,7 +202,7 @@ class ThickRestart:
 
     @property
     def finished(self) -> bool:
-        """Whether every wanted pair has converged, or the Krylov space is exhausted (then all pairs of it are exact)."""
+        """Whether every wanted pair has converged, or the Krylov space is exhausted (all exact then). Collective: yes."""
         if self.filled == 0:
             return False
         if self.exhausted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -33,6 +34,10 @@ class VectorSpace:
     def sum(self, values: torch.Tensor, name: str) -> torch.Tensor:
         """Sum float64 ``values`` over the shards. Collective: yes."""
         return self.world.sum_over_shards(values, name)
+
+    def agreed(self, value: Any, name: str) -> Any:
+        """Return rank 0's ``value`` on every rank: each one's own may differ in its last bits. Collective: yes."""
+        return self.world.broadcast(value, name)
 
 
 class Vector:
