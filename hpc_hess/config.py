@@ -94,6 +94,20 @@ class AnalysisSection(_Section):
     basis_size: Literal["auto"] | int = "auto"
     tolerance: float = Field(default=1e-3, gt=0)
     most_products: int = Field(default=300, ge=1)
+    trace: Literal["", "hutchinson", "hutch++", "xtrace"] = ""
+    diagonal: Literal["", "hutchinson", "xdiag"] = ""
+    samples: int = Field(default=30, ge=6)
+    deflated_steps: int = Field(default=0, ge=0)
+    inverse: Literal["", "minres", "cg"] = ""
+    inverse_products: int = Field(default=50, ge=1)
+    inverse_tolerance: float = Field(default=1e-4, gt=0)
+    damping: Literal["auto"] | float = "auto"
+    block_diagonal: list[Literal["layer", "tensor", "head", "row"]] = []
+    block_samples: int = Field(default=8, ge=2)
+    block_spectrum: Literal["", "layer", "tensor"] = ""
+    block_steps: int = Field(default=10, ge=2)
+    sub_block: list[str] = []
+    columns: int = Field(default=8, ge=1)
 
     @property
     def wanted(self) -> int:

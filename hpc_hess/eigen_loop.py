@@ -20,7 +20,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import Pairs, ThickRestart
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.vector import VectorSpace
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import room_for_rows
 from hpc_hess.product_watch import ProductWatch
@@ -245,6 +245,20 @@ def search_ended(store: Store) -> bool:
 def pairs_found(store: Store) -> dict[str, Any]:
     """Return what a search that has ended found, for result.json. Collective: no."""
     return dict(json.loads(store.state.extra)["found"])
+
+
+def read_eigenvectors(
+    config: Config, world: World, space: VectorSpace, out: Path, attributes: dict[str, Any]
+) -> list[tuple[float, Vector]]:
+    """Return the pairs that the run's search found, ascending; none where it did not search. Collective: yes."""
+    if not config.analysis.eigenpairs or not store_exists(out / FOLDER, world):
+        return []
+    with open_eigen_store(config, world, space, out, attributes) as store:
+        pairs = pairs_found(store)["pairs"] if search_ended(store) else []
+        return [
+            (pair["value"], space.wrap(torch.from_numpy(store.read_row(0, pair["row"])).to(space.device)))
+            for pair in sorted(pairs, key=lambda p: p["value"])
+        ]
 
 
 def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:

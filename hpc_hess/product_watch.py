@@ -43,11 +43,13 @@ class ProductWatch:
     ----------
     store : where sums are kept, or None.
     every : micro-batches between two checkpoints.
+    directions : how many vectors may be multiplied at a time, so that the store has room for their sums.
 
     """
 
-    def __init__(self, stopper: Stopper, store: Store | None = None, every: int = 0) -> None:
+    def __init__(self, stopper: Stopper, store: Store | None = None, every: int = 0, directions: int = 1) -> None:
         self._stopper, self._store, self._every = stopper, store, every
+        self.directions = directions if store is not None else None
         self._operator: CurvatureOperator | None = None  # of the product on its way
         self._before_save: Callable[[], object] | None = None
         self._state: dict[str, Any] = {}

@@ -32,6 +32,7 @@ from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
+from hpc_hess.studies import asked_for, run_study
 
 _MOST = 4  # probes in lock-step where lanczos.lock_step = "auto": each holds a basis and the tangents of its product
 
@@ -70,7 +71,8 @@ def run(config: Config, world: World) -> int:
         found = _look(out, world, attributes) if existing else None
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
-        if config.operator.method == "exact" and (config.analysis.eigenpairs or not complete):
+        studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
+        if config.operator.method == "exact" and (studying or not complete):
             progress.phase("exact product")
             exact = exact_operator(config, problem, config.operator.kind)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
@@ -96,11 +98,15 @@ def run(config: Config, world: World) -> int:
                 reason, studies["eigenpairs"] = _search(
                     config, world, loop, out, attributes, events=events, progress=progress, stopper=stopper, watch=watch
                 )
+            for name in asked_for(config.analysis):
+                if not reason:
+                    loop.bases.free()
+                    reason, studies[name] = run_study(name, loop, out, attributes)
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             done = "before the first step"
-            if "eigenpairs" in studies:
-                done = "in the search for eigenpairs"
+            if studies:
+                done = f"in the study '{list(studies)[-1]}'".replace("study 'eigenpairs'", "search for eigenpairs")
             elif state.width:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
             progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
@@ -136,7 +142,7 @@ def _watched(
         )
         if store is not None:
             held.enter_context(store)
-        watch = ProductWatch(stopper, store, every)
+        watch = ProductWatch(stopper, store, every, place.width)
         problem.gradient.watch = watch
         if isinstance(exact, StreamedOperator):
             exact.watch = watch

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from hpc_hess.linalg import probes
+from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.linalg.trace import leave_one_out
 from hpc_hess.parallel.basis import Basis
@@ -52,19 +54,20 @@ class _Running:
 
 
 def diagonal_hutchinson(
-    operator: LinearOperator, *, most: int, relative: float = 0.0, seed: int = 0, first_probe: int = 0
+    operator: LinearOperator, *, most: int, relative: float = 0.0, seed: int = 0, first_probe: int = 0,
+    keep: Keep | None = None,
 ) -> DiagonalEstimate:  # fmt: skip
     """Average w * (A w) over independent signs, until the expected relative error is ``relative``. Collective: yes.
 
     The rule looks after 8, 16, 32, ... products only. An average that has stopped moving is no sign: after k products it
     moves by 1/k of its error.
     """
-    space = operator.space
+    space, keep = operator.space, keep or KeepNothing()
     running = _Running(space.zeros())
     look = 8
     while running.count < most:
         w = probes.draw(space, seed=seed, probe=first_probe + running.count, distribution="rademacher")
-        running.add(w.data * operator.matvec(w).data)
+        running.add(w.data * keep.vector(partial(operator.matvec, w)).data)
         if relative and running.count == look:
             look *= 2
             if running.estimate(running.count).relative_error <= relative:
@@ -73,7 +76,8 @@ def diagonal_hutchinson(
 
 
 def xdiag(
-    operator: LinearOperator, basis: Basis, images: Basis, num_products: int, *, seed: int = 0
+    operator: LinearOperator, basis: Basis, images: Basis, num_products: int, *, seed: int = 0,
+    keep: Keep | None = None,
 ) -> DiagonalEstimate:  # fmt: skip
     """Diagonal from ``num_products`` products by leave-one-out estimates, independent signs. Collective: yes.
 
@@ -85,7 +89,7 @@ def xdiag(
 
     """
     space, count = operator.space, num_products // 2
-    small = leave_one_out(operator, basis, count, seed=seed, distribution="rademacher", images=images)
+    small = leave_one_out(operator, basis, count, seed=seed, distribution="rademacher", images=images, keep=keep)
     within = space.zeros()
     for j in range(count):
         within.data.addcmul_(basis[j].data, images[j].data)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from hpc_hess.errors import NumericsError
+from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.parallel.vector import Vector
 
@@ -26,7 +28,7 @@ class Solution:
 
 def conjugate_gradients(
     operator: LinearOperator, b: Vector, *, damping: float, tolerance: float = 1e-4, most: int = 100,
-    after_product: Callable[[float], object] | None = None,
+    after_product: Callable[[float], object] | None = None, keep: Keep | None = None,
 ) -> Solution:  # fmt: skip
     """Solve with a positive definite A + damping I (Hestenes and Stiefel 1952). Collective: yes.
 
@@ -35,11 +37,11 @@ def conjugate_gradients(
     NumericsError : a direction of negative curvature was met: the damping is too small, or MINRES is what is needed.
 
     """
-    x, r = b.space.zeros(), b.copy()
+    x, r, keep = b.space.zeros(), b.copy(), keep or KeepNothing()
     norm, p = b.norm(), b.copy()
     residuals, rr = [1.0 if norm else 0.0], norm**2
     while len(residuals) <= most and residuals[-1] > tolerance:
-        q = operator.matvec(p).axpy_(damping, p)
+        q = keep.vector(partial(operator.matvec, p)).axpy_(damping, p)
         curvature = p.dot(q)
         if not curvature > 0:
             raise NumericsError(
@@ -59,7 +61,7 @@ def conjugate_gradients(
 
 def minres(
     operator: LinearOperator, b: Vector, *, damping: float, tolerance: float = 1e-4, most: int = 100,
-    after_product: Callable[[float], object] | None = None,
+    after_product: Callable[[float], object] | None = None, keep: Keep | None = None,
 ) -> Solution:  # fmt: skip
     """Solve with any symmetric A + damping I by smallest residuals (Paige and Saunders 1975). Collective: yes.
 
@@ -70,7 +72,7 @@ def minres(
     NumericsError : a product is not finite.
 
     """
-    space, norm = b.space, b.norm()
+    space, norm, keep = b.space, b.norm(), keep or KeepNothing()
     x = space.zeros()
     residuals = [1.0 if norm else 0.0]
     v, before = b.copy().scale_(1 / (norm or 1.0)), space.zeros()
@@ -78,7 +80,8 @@ def minres(
     beta, eta = 0.0, norm
     c, c_before, s, s_before = 1.0, 1.0, 0.0, 0.0  # the last two rotations
     while len(residuals) <= most and residuals[-1] > tolerance:
-        u = operator.matvec(v).axpy_(damping, v).axpy_(-beta, before)
+        u = keep.vector(partial(operator.matvec, v))
+        u.axpy_(damping, v).axpy_(-beta, before)
         alpha = u.dot(v)
         u.axpy_(-alpha, v)
         beta_next = u.norm()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hpc_hess.linalg import probes
+from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.linalg.quadrature import Estimate, estimate
 from hpc_hess.linalg.sampling import StoppingRule
@@ -45,21 +47,28 @@ class Moments:
 
 
 def hutchinson(
-    operator: LinearOperator, rule: StoppingRule, *, seed: int = 0, distribution: str = "rademacher", first_probe: int = 0
+    operator: LinearOperator, rule: StoppingRule, *, seed: int = 0, distribution: str = "rademacher", first_probe: int = 0,
+    keep: Keep | None = None,
 ) -> Moments:  # fmt: skip
     """Sample <w, A w> and |A w|^2 until ``rule`` is content with the trace. Collective: yes."""
-    moments = Moments([], [])
-    while not moments.trace or not rule.enough(moments.trace):
+    moments, keep = Moments([], []), keep or KeepNothing()
+
+    def sample() -> tuple[float, float]:
         w = probes.draw(operator.space, seed=seed, probe=first_probe + len(moments.trace), distribution=distribution)
         product = operator.matvec(w)
-        moments.trace.append(w.dot(product))
-        moments.frobenius_squared.append(product.dot(product))
+        return w.dot(product), product.dot(product)
+
+    while not moments.trace or not rule.enough(moments.trace):
+        first, second = keep.numbers(sample)
+        moments.trace.append(first)
+        moments.frobenius_squared.append(second)
     return moments
 
 
 def hutch_plus_plus(
-    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0, distribution: str = "rademacher"
-) -> Estimate:
+    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0, distribution: str = "rademacher",
+    keep: Keep | None = None,
+) -> Estimate:  # fmt: skip
     """Trace from ``num_products`` products: a third each for the range, for A on it, for what is left. Collective: yes.
 
     Parameters
@@ -67,23 +76,29 @@ def hutch_plus_plus(
     basis : rows for a third of ``num_products``.
 
     """
-    space, third = operator.space, num_products // 3
+    space, third, keep = operator.space, num_products // 3, keep or KeepNothing()
+
+    def probe(k: int) -> Vector:
+        return probes.draw(space, seed=seed, probe=k, distribution=distribution)
+
+    def quadratic(w: Vector) -> float:
+        return keep.numbers(lambda: [w.dot(operator.matvec(w))])[0]
+
     rank = 0
     for k in range(third):
-        y = operator.matvec(probes.draw(space, seed=seed, probe=k, distribution=distribution))
-        rank += _append(basis, rank, y)
-    within = sum(basis[j].dot(operator.matvec(basis[j])) for j in range(rank))
+        rank += _append(basis, rank, keep.vector(partial(operator.matvec, probe(k))))
+    within = sum(quadratic(basis[j]) for j in range(rank))
     samples = []
-    for k in range(num_products - third - rank):
-        w = probes.draw(space, seed=seed, probe=third + k, distribution=distribution)
+    for k in range(third, num_products - rank):
+        w = probe(k)
         _project_out(basis, rank, w)
-        samples.append(w.dot(operator.matvec(w)))
+        samples.append(quadratic(w))
     rest = estimate(samples)
     return Estimate(within + rest.mean, rest.stderr)
 
 
 def xtrace(
-    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0
+    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0, keep: Keep | None = None
 ) -> Estimate:
     """Trace from ``num_products`` products by exchangeable leave-one-out estimates, Gaussian vectors. Collective: yes.
 
@@ -96,7 +111,7 @@ def xtrace(
     basis : rows for half of ``num_products``.
 
     """
-    small = leave_one_out(operator, basis, num_products // 2, seed=seed, distribution="gaussian")
+    small = leave_one_out(operator, basis, num_products // 2, seed=seed, distribution="gaussian", keep=keep)
     h, r, w, s = small.h, small.r, small.w, small.s
     c = w - s * (s * w).sum(0)  # column i: coefficients of P_i w_i
     quadratic = (w * r).sum(0) - 2 * (c * r).sum(0) + (c * (h @ c)).sum(0)
@@ -118,18 +133,22 @@ class LeaveOneOut:
 
 
 def leave_one_out(
-    operator: LinearOperator, basis: Basis, count: int, *, seed: int, distribution: str, images: Basis | None = None
+    operator: LinearOperator, basis: Basis, count: int, *, seed: int, distribution: str, images: Basis | None = None,
+    keep: Keep | None = None,
 ) -> LeaveOneOut:  # fmt: skip
     """Fill ``basis`` with Q of A W = Q R for ``count`` vectors W, and ``images``, if given, with A Q. Collective: yes."""
-    space = operator.space
+    space, keep = operator.space, keep or KeepNothing()
     r, h, w = np.zeros((count, count)), np.zeros((count, count)), np.zeros((count, count))
     squared = np.zeros(count)
 
     def vector(k: int) -> Vector:
         return probes.draw(space, seed=seed, probe=k, distribution=distribution)
 
+    def column(k: int) -> list[float]:
+        return basis.dots(operator.matvec(basis[k]), count).tolist()
+
     for k in range(count):
-        y = operator.matvec(vector(k))
+        y = keep.vector(partial(operator.matvec, vector(k)))
         if k:
             coefficients, norm = basis.orthogonalise_(y, 0, k)
             r[:k, k] = coefficients.numpy()
@@ -138,10 +157,11 @@ def leave_one_out(
         r[k, k] = norm
         basis[k] = y.scale_(1 / norm)
     for k in range(count):
-        image = operator.matvec(basis[k])
-        h[:, k] = basis.dots(image, count).numpy()
-        if images is not None:
-            images[k] = image
+        if images is None:
+            h[:, k] = keep.numbers(partial(column, k))
+        else:
+            images[k] = image = keep.vector(partial(operator.matvec, basis[k]))
+            h[:, k] = basis.dots(image, count).numpy()
         probe = vector(k)
         w[:, k] = basis.dots(probe, count).numpy()
         squared[k] = probe.dot(probe)

@@ -1,0 +1,143 @@
+"""How wrong are block-diagonal approximations (Granziol and Juarev 2026)? Products, spectra, and one layer for the whole.
+
+Optimisers and attribution methods keep the diagonal blocks of the Hessian only: by layer, by tensor, by attention head, by
+row. Here block(A) v is compared with A v for a random vector, the gradient and eigenvectors, and the eigenvalues of the
+blocks with those of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.stats import wasserstein_distance
+
+from hpc_hess.analysis.partition import partition
+from hpc_hess.analysis.study import Bench
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.blockwise import (
+    Comparison,
+    block_product,
+    block_sample,
+    block_spectra,
+    compare_exact,
+    compare_sampled,
+)
+from hpc_hess.linalg.quadrature import Ritz, ritz
+from hpc_hess.parallel.partition import Partition
+from hpc_hess.parallel.vector import Vector
+
+_NAMES = [field.name for field in fields(Comparison)]
+_NUMBERS = len(_NAMES)
+_TOP = 10  # eigenvalues of one layer against the whole (Schioppa 2024, table 1)
+
+
+def block_diagonal(bench: Bench) -> dict[str, Any]:
+    """Compare products and, if asked for, spectra. Collective: yes.
+
+    Raises
+    ------
+    ConfigError : a partition by heads of a model whose heads are not known.
+
+    """
+    settings, space = bench.settings, bench.operator.space
+    kinds = list(settings.block_diagonal)
+    blocks: dict[str, Partition] = {kind: partition(space, kind, bench.head_dim) for kind in kinds}
+    rows = []
+    for name, vector in _directions(bench).items():
+        numbers = bench.keep.numbers(partial(_compare_all, bench, blocks, vector))
+        for k, kind in enumerate(kinds):
+            some = numbers[_NUMBERS * k : _NUMBERS * (k + 1)]
+            rows.append({"direction": name, "blocks": kind, **dict(zip(_NAMES, some, strict=True))})
+    found: dict[str, Any] = {"products": rows, "counts": {kind: blocks[kind].count for kind in kinds}}
+    if settings.block_spectrum:
+        chosen = partition(space, settings.block_spectrum)
+        start = probes.draw(space, seed=bench.seed, probe=0, distribution="rademacher")
+        parts = block_spectra(
+            bench.operator, chosen, bench.basis(settings.block_steps), start, settings.block_steps, bench.keep,
+            settings.columns,
+        )  # fmt: skip
+        found["spectrum"] = {"blocks": settings.block_spectrum, **_spectra(bench, chosen, parts)}
+    return found
+
+
+def _directions(bench: Bench) -> dict[str, Callable[[], Vector]]:
+    """Return what to multiply: made when it is needed, for a run that goes on may not need it."""
+    space = bench.operator.space
+    directions: dict[str, Callable[[], Vector]] = {
+        "random": lambda: probes.draw(space, seed=bench.seed, probe=0, distribution="rademacher"),
+        "gradient": bench.gradient,
+    }
+    pairs = bench.eigenvectors()
+    for name, k in (("lowest eigenvector", 0), ("top eigenvector", len(pairs) - 1)):
+        if pairs and (k == 0) == (pairs[k][0] < 0):
+            directions[name] = partial(_second, pairs[k])
+    return directions
+
+
+def _second(pair: tuple[float, Vector]) -> Vector:
+    return pair[1]
+
+
+def _compare_all(bench: Bench, blocks: dict[str, Partition], direction: Callable[[], Vector]) -> list[float]:
+    """Compare A v with block(A) v for every partition; return the numbers of all Comparisons. Collective: yes."""
+    v, keep = direction(), bench.keep
+    image = keep.vector(partial(bench.operator.matvec, v))
+    numbers: list[float] = []
+    for one in blocks.values():
+        numbers += keep.numbers(partial(_compare, bench, one, v, image))
+    return numbers
+
+
+def _compare(bench: Bench, blocks: Partition, v: Vector, image: Vector) -> tuple[float, ...]:
+    operator, keep, count = bench.operator, bench.keep, bench.settings.block_samples
+    if blocks.count <= count:
+        exact = keep.vector(partial(block_product, operator, blocks, v, bench.settings.columns))
+        return astuple(compare_exact(image, exact, blocks.count))
+    samples = bench.basis(count)
+    for k in range(count):
+        samples[k] = keep.vector(partial(block_sample, operator, blocks, v, bench.seed, k))
+    return astuple(compare_sampled(image, samples, count))
+
+
+# -- spectra -------------------------------------------------------------------------------------------------------------
+
+
+def _spectra(bench: Bench, blocks: Partition, parts: list[Ritz]) -> dict[str, Any]:
+    """Describe the eigenvalues of every block, of all together, and each block's as a stand-in for the whole's."""
+    whole = [ritz(alpha, beta) for alpha, beta in bench.recurrences]
+    values = np.concatenate([q.values for q in whole])
+    weights = np.concatenate([q.weights for q in whole]) / len(whole)
+    size = sum(blocks.sizes)
+    block_values = np.concatenate([q.values for q in parts])
+    block_weights = np.concatenate([q.weights * n / size for q, n in zip(parts, blocks.sizes, strict=True)])
+    distance = float(wasserstein_distance(values, block_values, weights, block_weights))
+    eigenvalues = np.array([value for value, _ in bench.eigenvectors()])
+    top = np.sort(eigenvalues if eigenvalues.size else whole[0].values)[::-1]
+    return {
+        "steps": max(len(q.values) for q in parts), "wasserstein": distance,
+        "wasserstein_of_range": distance / (float(np.ptp(values)) or 1.0),
+        "parts": [
+            {"name": name, "size": n, "values": q.values.tolist(), "weights": q.weights.tolist(),
+             "residuals": q.residuals.tolist(), **stand_in(q.values, top)}
+            for name, n, q in zip(blocks.names, blocks.sizes, parts, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def stand_in(values: np.ndarray, top: np.ndarray, count: int = _TOP) -> dict[str, Any]:
+    """Compare the largest of ``values`` with ``top`` (descending, positive ones count) after the best rescaling.
+
+    Schioppa 2024, table 1: the mean absolute difference over the mean of ``top``, with the positive factor of least squares.
+    """
+    wanted = top[top > 0][:count]
+    have = np.sort(values)[::-1][: len(wanted)]
+    have = np.pad(np.maximum(have, 0.0), (0, len(wanted) - len(have)))
+    if not wanted.size or not have.any():
+        return {"scale": 0.0, "top_error": 1.0, "top_count": len(wanted)}
+    scale = float(have @ wanted / (have @ have))
+    error = float(np.abs(scale * have - wanted).sum() / wanted.sum())
+    return {"scale": scale, "top_error": error, "top_count": len(wanted)}

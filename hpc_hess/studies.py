@@ -1,0 +1,173 @@
+"""The studies of a run: functions of a Bench, each with a store of its own pieces until it has ended.
+
+RUN/studies/NAME holds the store while the study is on its way, and found.json with what it found afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpc_hess.analysis.block_diagonal import block_diagonal
+from hpc_hess.analysis.deflation import deflated_density
+from hpc_hess.analysis.estimates import diagonal_study, inverse_study, trace_study
+from hpc_hess.analysis.study import Bench, Study
+from hpc_hess.config import AnalysisSection
+from hpc_hess.eigen_loop import read_eigenvectors
+from hpc_hess.errors import StoreError
+from hpc_hess.kept import EXTRA_BYTES, Kept
+from hpc_hess.loop import Loop
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.vector import Vector
+from hpc_hess.placement import exact_product_bytes, room_for_rows
+from hpc_hess.report.rundir import write_aside
+from hpc_hess.stopping import InterruptedProductError
+from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.disk import remove
+from hpc_hess.storage.journal import Member
+from hpc_hess.storage.store import Store, store_exists
+
+FOLDER = "studies"  # in the run directory
+FOUND = "found.json"
+
+
+class Entry(NamedTuple):
+    """A study that a configuration may ask for.
+
+    ``keys`` of [analysis] define what it finds; the first of them asks for it. ``rows``: vectors that it keeps at a time,
+    at most. ``memory``: the key to change where its vectors do not fit.
+    """
+
+    study: Study
+    keys: tuple[str, ...]
+    rows: Callable[[AnalysisSection], int]
+    memory: str = "samples"
+
+
+_STUDIES: dict[str, Entry] = {
+    "trace": Entry(trace_study, ("trace", "samples"), lambda a: a.samples),
+    "diagonal": Entry(diagonal_study, ("diagonal", "samples"), lambda a: a.samples),
+    "inverse": Entry(
+        inverse_study, ("inverse", "inverse_products", "inverse_tolerance", "damping"), lambda a: a.inverse_products,
+        "inverse_products",
+    ),
+    "deflated": Entry(
+        deflated_density, ("deflated_steps", "eigenpairs", "which"), lambda a: a.deflated_steps, "deflated_steps"
+    ),
+    "block_diagonal": Entry(
+        block_diagonal, ("block_diagonal", "block_samples", "block_spectrum", "block_steps"),
+        lambda a: max(a.block_samples + 1, a.block_steps), "block_samples",
+    ),
+}  # fmt: skip
+
+
+def asked_for(analysis: AnalysisSection) -> list[str]:
+    """Return the names of the studies that a configuration asks for. Collective: no."""
+    return [name for name, entry in _STUDIES.items() if getattr(analysis, entry.keys[0])]
+
+
+def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Run one study to its end, or go on with it. Collective: yes.
+
+    Returns why it stopped early, or "", and what it found.
+
+    Raises
+    ------
+    StoreError : the run directory holds the same study with other settings.
+
+    """
+    entry, folder, world = _STUDIES[name], out / FOLDER / name, loop.world
+    asked = {key: getattr(loop.config.analysis, key) for key in entry.keys}
+    bound_to = attributes | {"analysis": json.dumps(asked)}
+    found: dict[str, Any] | None = None
+    with attempt(world, folder, "look for a study"):
+        if world.rank == 0 and (folder / FOUND).exists():
+            kept = json.loads((folder / FOUND).read_text())
+            _compare(folder, kept["asked"], asked)
+            found = kept["found"]
+    found = world.broadcast(found, "what a study found")
+    if found is not None:
+        return "", found
+    loop.progress.phase(name.replace("_", " "))
+    with _open(loop, folder, bound_to, entry.rows(loop.config.analysis)) as store:
+        try:
+            loop.ready()
+            keep = Kept(name, loop, store)
+            found = entry.study(_bench(loop, entry, keep, folder, out, attributes))
+        except InterruptedProductError as interrupted:
+            return str(interrupted), {}
+    with attempt(world, folder, "end a study"):
+        if world.rank == 0:
+            write_aside(folder / FOUND, json.dumps({"asked": asked, "found": found}))
+            remove(folder / "pieces")
+    return "", found
+
+
+def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], rows: int) -> Store:
+    place: dict[str, Any] = {
+        "layout": loop.space.layout, "shard": loop.space.shard, "world": loop.world, "driver": loop.config.store.driver,
+    }  # fmt: skip
+    pieces = folder / "pieces"
+    if store_exists(pieces, loop.world):
+        store = Store.open(pieces, **place)
+        with attempt(loop.world, pieces, "open a study"):
+            _compare(folder, store.attributes, bound_to)
+        return store
+    return Store.create(
+        pieces, **place, probes=1, steps=1, rows=rows + 1, dtype=loop.space.dtype, attributes=bound_to, keep_basis=True,
+        extra_bytes=EXTRA_BYTES,
+    )  # fmt: skip
+
+
+def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if old.get(key) != value:
+            raise StoreError(
+                f"{folder} holds this study with other settings ({key}: {old.get(key)}, not {value}): remove that directory "
+                "to begin anew, or choose another run.out"
+            )
+
+
+def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attributes: dict[str, Any]) -> Bench:
+    config, world, space = loop.config, loop.world, loop.space
+
+    def basis(rows: int) -> Basis:
+        exact = exact_product_bytes(config, loop.problem.model)
+        return Basis(space, rows, room_for_rows(world, space, rows, exact, f"analysis.{entry.memory}"))
+
+    def save(name: str, array: np.ndarray) -> None:
+        with attempt(world, folder, "keep an array"):
+            if world.rank == 0:
+                partial_file = folder / f"{name}.part.npy"
+                np.save(partial_file, array)
+                partial_file.replace(folder / f"{name}.npy")
+
+    def save_vectors(name: str, vectors: Sequence[Vector]) -> None:
+        with Store.create(
+            folder / name, layout=space.layout, shard=space.shard, world=world, driver=config.store.driver, probes=1,
+            steps=1, rows=len(vectors), dtype=space.dtype, attributes=attributes, keep_basis=True, replace_existing=True,
+        ) as store:  # fmt: skip
+            for row, vector in enumerate(vectors):
+                store.write_row(0, row, vector.data.cpu().numpy())
+            store.commit(0, [Member(np.empty(0), np.empty(0), rows=range(len(vectors)), ended=True)])
+
+    return Bench(
+        settings=config.analysis, seed=config.lanczos.seed, steps=config.lanczos.steps, operator=keep.operator, keep=keep,
+        basis=basis, gradient=lambda: loop.problem.gradient.at_theta0()[1], recurrences=loop.recurrences(),
+        eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
+        save_vectors=save_vectors, head_dim=_head_dim(loop),
+    )  # fmt: skip
+
+
+def _head_dim(loop: Loop) -> int:
+    """Return the width of an attention head, 0 where the model does not tell."""
+    config: Any = getattr(loop.problem.model.module, "config", None)
+    if width := getattr(config, "head_dim", None):
+        return int(width)
+    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
+    return hidden // heads if hidden and heads else 0
