@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,18 @@ class EigenLoop:
     operator : at theta_0.
     store : from :func:`open_eigen_store`.
     watch : follows the operator's products.
+    gradient : returns the gradient g at theta_0; where given, each pair (lambda, u) says the share <u, g>^2 / |g|^2 of it.
 
     """
 
     def __init__(
         self, config: Config, world: World, operator: CurvatureOperator, store: Store, device: torch.device, *,
         events: EventLog, progress: Progress, stopper: Stopper, watch: ProductWatch,
+        gradient: Callable[[], Vector] | None = None,
     ) -> None:  # fmt: skip
         self._config, self._world, self._operator, self._store = config, world, operator, store
         self._events, self._progress, self._stopper, self._watch = events, progress, stopper, watch
+        self._gradient = gradient
         analysis, size = config.analysis, config.analysis.vectors
         self._basis = Basis(operator.space, size + 1, device)
         self._search = ThickRestart(
@@ -77,11 +81,11 @@ class EigenLoop:
         self._resume() if self._store.state.extra else self._start()
         try:
             reason = self._advance()
+            if not reason:
+                self._finish()
         except InterruptedProductError as interrupted:
             reason = str(interrupted)
             self._settle()
-        if not reason:
-            self._finish()
         return reason
 
     # -- begin and go on -----------------------------------------------------------------------------------------
@@ -178,6 +182,8 @@ class EigenLoop:
 
     def _finish(self) -> None:
         """Write the eigenvectors and what is known of them, as the search's last commit. Collective: yes."""
+        gradient = self._gradient() if self._gradient else None
+        square = gradient.dot(gradient) if gradient is not None else 0.0
         self._progress.phase("writing the eigenvectors")
         pairs, free = self._search.pairs(), set(range(self._store.schema.rows)) - set(self._rows)
         rows = sorted(free)[: len(pairs.values)]
@@ -189,6 +195,7 @@ class EigenLoop:
             described.append({
                 "value": float(pairs.values[k]), "residual": float(pairs.residuals[k]), "row": row,
                 "converged": bool(pairs.residuals[k] <= self._search.tolerance * pairs.scale),
+                "gradient_share": vector.dot(gradient) ** 2 / square if gradient is not None and square else None,
                 "participation": where.participation, "parameters": where.largest(_SHOWN), "groups": where.by_group(),
             })  # fmt: skip
         found = self._summary(pairs) | {"pairs": described}

@@ -93,9 +93,10 @@ def run(config: Config, world: World) -> int:
             )  # fmt: skip
             loop.tally.baseline_bytes = baseline_bytes
             reason = loop.run()
+            searched: dict[str, Any] = {}
             studies: dict[str, Any] = {}
             if config.analysis.eigenpairs and not reason:
-                reason, studies["eigenpairs"] = _search(
+                reason, searched["eigenpairs"] = _search(
                     config, world, loop, out, attributes, events=events, progress=progress, stopper=stopper, watch=watch
                 )
             for name in asked_for(config.analysis):
@@ -106,13 +107,16 @@ def run(config: Config, world: World) -> int:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             done = "before the first step"
             if studies:
-                done = f"in the study '{list(studies)[-1]}'".replace("study 'eigenpairs'", "search for eigenpairs")
+                done = f"in the study '{list(studies)[-1]}'"
+            elif searched:
+                done = "in the search for eigenpairs"
             elif state.width:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
             progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
         else:
             remove_product_store(world, out)
-            result = make_result(config, world, problem, loop.tally, loop.recurrences()) | studies
+            result = make_result(config, world, problem, loop.tally, loop.recurrences())
+            result |= searched | ({"studies": studies} if studies else {})
     if reason:
         world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
         return EXIT_STOPPED

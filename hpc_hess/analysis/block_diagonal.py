@@ -72,7 +72,7 @@ def _directions(bench: Bench) -> dict[str, Callable[[], Vector]]:
         "gradient": bench.gradient,
     }
     pairs = bench.eigenvectors()
-    for name, k in (("lowest eigenvector", 0), ("top eigenvector", len(pairs) - 1)):
+    for name, k in (("eigenvector λmin", 0), ("eigenvector λmax", len(pairs) - 1)):
         if pairs and (k == 0) == (pairs[k][0] < 0):
             directions[name] = partial(_second, pairs[k])
     return directions

@@ -29,7 +29,7 @@ class Bench:
     gradient : the gradient of the mean loss at theta_0. Collective: yes.
     eigenvectors : those that the run's search found, if any, with their eigenvalues, ascending. Collective: yes.
     recurrences : alpha and beta of every probe of the run's quadrature.
-    save : save(name, array): keep a small array, the same on all ranks, as NAME.npy in the study's directory. Collective: yes.
+    save : save(name, array): keep a small array (alike on all ranks) as NAME.npy in the study's directory. Collective: yes.
     save_vectors : save_vectors(name, vectors): keep vectors there as rows of a store NAME, by file index. Collective: yes.
     head_dim : entries of an attention head, 0 where the model does not tell.
 

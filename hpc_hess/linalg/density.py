@@ -36,8 +36,10 @@ class Density:
     linear: float | None = None
     probes: int = 1
 
-    def band(self, size: int, *, risk: float = 0.05) -> tuple[Float, Float]:
-        """Return a band that holds the smoothed density of ``size`` eigenvalues everywhere, with probability 1 - ``risk``.
+    def band(self, size: int, *, risk: float = 0.05, everywhere: bool = True) -> tuple[Float, Float]:
+        """Return a band that holds the smoothed density of ``size`` eigenvalues with probability 1 - ``risk``.
+
+        Everywhere at once, or else at each place.
 
         What probes scatter by is known: each eigenvalue's weight in a probe is a squared normal number over N. So the
         estimate over the truth is about chi^2_k / k, where k counts the eigenvalues under the kernel, (sum phi)^2 over
@@ -46,7 +48,7 @@ class Density:
         """
         ends = self.grid[[0, -1]]
         span = float(np.ptp(ends if self.linear is None else symlog(ends, self.linear)))
-        share = risk / max(1.0, span / self.width) / 2
+        share = risk / (max(1.0, span / self.width) if everywhere else 1.0) / 2
         with np.errstate(divide="ignore", invalid="ignore"):
             count = np.nan_to_num(size * self.mean**2 / self.square)
         k = self.probes * np.maximum(1.0, 0.7 * count)

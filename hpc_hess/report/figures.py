@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hpc_hess.linalg.density import Density, density, density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz, ritz
-from hpc_hess.report import cumulative, eigenpairs
+from hpc_hess.report import cumulative, studies
 from hpc_hess.report.rundir import step_events
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import (
@@ -61,18 +61,18 @@ def write_figures(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
     probes = [p for p in result.get("probes") or [] if p.get("alpha")]
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
         if parts:
-            plots += [_density_plot(parts, folder, "symlog"), _density_plot(parts, folder, "linear")]
+            size = int(result.get("num_params") or 0)
+            plots += [_density_plot(parts, size, folder, kind) for kind in ("symlog", "linear")]
         if cumulative.recurrences(result):
             figure = _figure(8.4, 5.4)
             caption = cumulative.draw(figure, result)
             plots.append(_save(figure, folder, "cumulative", cumulative.TITLE, caption))
         if probes:
             plots += [_convergence(probes, folder), _recurrence(probes, folder)]
-        if result.get("eigenpairs"):
-            pairs = len(result["eigenpairs"]["pairs"])
-            figure = _figure(8.4, 2.2 + 0.22 * min(pairs, 40))
-            eigenpairs.draw(figure, result["eigenpairs"])
-            plots.append(_save(figure, folder, "eigenpairs", eigenpairs.TITLE, eigenpairs.CAPTION))
+        for name, view, found in studies.parts(result):
+            if inches := view.size(found):
+                figure = _figure(*inches)
+                plots.append(_save(figure, folder, name, view.TITLE, view.draw(figure, found, result)))
         steps = step_events([dict(e) for e in events])
         if steps:
             plots.append(_timing(steps, folder))
@@ -96,12 +96,14 @@ def _figure(width: float, height: float) -> Figure:
 # -- density -----------------------------------------------------------------------------------------------------------
 
 
-def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
+def _density_plot(parts: list[Ritz], size: int, folder: Path, kind: str) -> Plot:
     values = np.concatenate([q.values for q in parts])
     weights = np.concatenate([q.weights for q in parts])
     figure = _figure(8.4, 5.2)
     top, rug = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
-    over = f"mean of {len(parts)} probes, band: ± one standard deviation" if len(parts) > 1 else "one probe"
+    over = f"mean of {len(parts)} probes" if len(parts) > 1 else "one probe"
+    if size:
+        over += ", band: where the smoothed density lies with 95 % probability at each place (random probes)"
     if kind == "linear":
         rug.xaxis.set_major_locator(MaxNLocator(7))
         shape = density(parts, points=1200)
@@ -124,7 +126,7 @@ def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
         smoothing = f"Gaussian smoothing of width {number(width, 2)} decades"
         title = "Spectral density, symmetric-log axis"
         note = f"the axis is linear for |λ| below {number(linear, 2)} and logarithmic beyond"
-    _draw_density(top, shape, x, values)
+    _draw_density(top, shape, x, values, size)
     _draw_rug(rug, parts, place)
     _mark_ends(top, rug, float(values.min()), float(values.max()), place)
     figure.align_ylabels()
@@ -133,7 +135,7 @@ def _density_plot(parts: list[Ritz], folder: Path, kind: str) -> Plot:
     return _save(figure, folder, "density" if kind == "linear" else "density_symlog", title, caption)
 
 
-def _draw_density(axes: Axes, shape: Density, x: Float, nodes: Float) -> None:
+def _draw_density(axes: Axes, shape: Density, x: Float, nodes: Float, size: int) -> None:
     peak = float(shape.mean.max())
     # every Ritz value stays in sight, unless its weight is rounding
     floor = float(np.interp(nodes, shape.grid, shape.mean).min()) / 10
@@ -144,8 +146,8 @@ def _draw_density(axes: Axes, shape: Density, x: Float, nodes: Float) -> None:
     for colour, side in ((NEGATIVE, shape.grid <= 0), (POSITIVE, shape.grid >= 0)):
         shade = colour if nodes.min() < 0 else POSITIVE  # smoothing alone makes no negative curvature
         axes.fill_between(x, under, curve, where=side, color=shade, alpha=0.16, linewidth=0)
-    if shape.spread is not None:
-        low, high = (np.maximum(shape.mean + sign * shape.spread, under) for sign in (-1, 1))
+    if size:
+        low, high = (np.maximum(edge, under) for edge in shape.band(size, everywhere=False))
         axes.fill_between(x, low, high, color=MUTED, alpha=0.28, linewidth=0)
     axes.plot(x, curve, color=INK)
     axes.set_ylim(floor, peak * 4)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from hpc_hess.linalg.measure import Interval
-from hpc_hess.report import cumulative, eigenpairs
+from hpc_hess.report import cumulative, studies
 from hpc_hess.report.figures import Plot, write_figures
 from hpc_hess.report.rundir import RunFiles, read_run, step_events, write_aside
 from hpc_hess.report.spectrum import (
@@ -78,7 +78,10 @@ def render(run: RunFiles, plots: Sequence[Plot]) -> str:
         cards=_cards(result),
         plots=[(plot, _inline(plot.svg)) for plot in plots],
         probes=_probe_tables(result),
-        eigenpairs=_eigenpairs(result),
+        studies=[
+            (view.TITLE, minus_signs(view.facts(found)), view.HEADERS, view.table(found))
+            for _, view, found in studies.parts(result)
+        ],
         errors=_errors(result.get("errors")),
         facts=[(name, rows) for name, rows in _facts(run) if rows],
         settings=_settings(run.config_text),
@@ -149,12 +152,6 @@ def _probe_tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]
         seed = (result["probes"][k] or {}).get("seed") if len(quadratures(result)) == len(result["probes"]) else None
         tables.append((f"Probe {k + 1}" + (f", seed {seed}" if seed is not None else ""), rows))
     return tables
-
-
-def _eigenpairs(result: Mapping[str, Any]) -> tuple[str, list[list[str]]] | None:
-    """Return a sentence on the search for eigenpairs, and the rows of its table; None where there was none."""
-    found = result.get("eigenpairs")
-    return (eigenpairs.facts(found), eigenpairs.table(found)) if found else None
 
 
 def _quantity(key: str, value: Any) -> str:

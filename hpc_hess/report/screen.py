@@ -24,6 +24,8 @@ def _line(label: str, text: str) -> str:
 
 def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: str | Path | None) -> str:
     """Return the lines that end a run: extreme eigenvalues, trace, timing, where the report is."""
+    from hpc_hess.report import studies  # matplotlib: not on the other ranks
+
     low, high = extremes(result)
     below, above = extreme_residuals(result)
     scale = max(abs(low or 0.0), abs(high or 0.0))
@@ -38,8 +40,9 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
         lines.append(_line(label, number(value, 6) + (f"  ({text})" if text else "")))
     lines.append(_line("trace", trace_text(result.get("trace"))))
     lines.append(_line("spectrum", story(result)))
-    if result.get("eigenpairs"):
-        lines += [_line("eigenpairs" if not k else "", text) for k, text in enumerate(_eigenpairs(result["eigenpairs"]))]
+    for name, view, found in studies.parts(result):
+        label = {"block_diagonal": "blocks"}.get(name, name)
+        lines += [_line(label if not k else "", text) for k, text in enumerate(view.lines(found))]
     lines += [_line("caution", text) for text in warnings(result)]
     parts = (("hvp_s", "product"), ("lanczos_s", "Lanczos"), ("checkpoint_s", "checkpoint"))
     times = [f"{name} {duration(timing[key])}" for key, name in parts if timing.get(key) is not None]
@@ -65,17 +68,6 @@ def _computes(result: Mapping[str, Any]) -> list[str]:
         return []
     off = "not compared with fp32" if error is None else f"its products differ by {number(100 * error, 2)} % from fp32"
     return [_line("computed", f"{operator['computes']}; {off}")]
-
-
-def _eigenpairs(found: Mapping[str, Any]) -> list[str]:
-    """Return one line for each pair: value, residual, and the parameter it lives on most."""
-    lines = []
-    for pair in sorted(found["pairs"], key=lambda p: -p["value"]):
-        name, share = next(iter(pair["parameters"].items()))
-        mark = "" if pair["converged"] else ", not converged"
-        residual = f"residual {number(pair['residual'], 2)}{mark}"
-        lines.append(f"{number(pair['value'], 6)}  ({residual}; {100 * share:.3g} % in {name})")
-    return lines
 
 
 def print_summary(

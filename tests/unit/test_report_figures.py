@@ -36,8 +36,8 @@ def test_every_figure_is_a_readable_png_and_svg(name, tmp_path):
         assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 10
         assert plot.svg.stat().st_size < 600_000
     several = len(result["probes"]) > 1
-    assert plots[0].caption.startswith("Mean of" if several else "One probe;")
-    assert ("band: ± one standard deviation" in plots[0].caption) == several
+    assert plots[0].caption.startswith("Mean of" if several else "One probe,")
+    assert "with 95 % probability at each place" in plots[0].caption
 
 
 def test_what_is_missing_is_not_drawn(tmp_path):

@@ -15,7 +15,8 @@ from hpc_hess.report.style import NEGATIVE, POSITIVE
 from hpc_hess.report.words import minus, number
 
 TITLE = "Where the eigenvectors live"
-CAPTION = (
+HEADERS = ["Eigenvalue", "Residual", "Entries", "Parameters with the largest share"]
+_CAPTION = (
     "Each row is an eigenvector, each column a block or a module outside the blocks; the colour is the share of the "
     "vector's squared entries there (0.1 % and less is white). Right: on how many entries the vector lives, its "
     "participation ratio."
@@ -48,8 +49,13 @@ def facts(found: Mapping[str, Any]) -> str:
     )
 
 
-def draw(figure: Figure, found: Mapping[str, Any]) -> None:
-    """Draw the picture into an empty figure."""
+def size(found: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the figure's size in inches."""
+    return 8.4, 2.2 + 0.22 * min(len(found["pairs"]), _MOST_ROWS)
+
+
+def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Draw the picture into an empty figure and return its caption."""
     pairs = sorted(found["pairs"], key=lambda p: -p["value"])[:_MOST_ROWS]
     groups = list(pairs[0]["groups"])
     groups.sort(key=lambda name: (not name.startswith("block"), int(name.split()[1]) if name.startswith("block") else 0))
@@ -74,6 +80,18 @@ def draw(figure: Figure, found: Mapping[str, Any]) -> None:
     bars.set_xlabel("entries")
     bars.tick_params(axis="y", length=0, labelleft=False)
     figure.colorbar(image, ax=heat, location="top", shrink=0.5, aspect=30, label="share of the vector")
+    return _CAPTION
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Return one line for each pair: value, residual, and the parameter it lives on most."""
+    said = []
+    for pair in sorted(found["pairs"], key=lambda p: -p["value"]):
+        name, share = next(iter(pair["parameters"].items()))
+        mark = "" if pair["converged"] else ", not converged"
+        residual = f"residual {number(pair['residual'], 2)}{mark}"
+        said.append(f"{number(pair['value'], 6)}  ({residual}; {100 * share:.3g} % in {name})")
+    return said
 
 
 def _name_columns(axes: Axes, groups: list[str]) -> None:
