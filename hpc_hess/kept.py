@@ -23,7 +23,7 @@ EXTRA_BYTES = 1 << 24  # room for the numbers of all pieces
 class Kept:
     """Pieces of a study: numbers in the state of its store's commits, vectors in its rows.
 
-    A piece is [depth, numbers] or [depth, row]; those made within another piece lie one deeper, behind each other, until
+    A piece is [depth, numbers] or [depth, rows]; those made within another piece lie one deeper, behind each other, until
     that one is whole and takes their place. Satisfies linalg.keeping.Keep.
     """
 
@@ -55,23 +55,28 @@ class Kept:
         values = self._loop.world.broadcast(values, "numbers of a study")
         del self._pieces[first:]
         self._append(values)
-        return values
+        return list(values)
 
     def vector(self, make: Callable[[], Vector]) -> Vector:
         """As linalg.keeping.Keep. Collective: yes. Raises InterruptedProductError: between two products, stop now."""
-        if (row := self._found()) is not None:
-            space = self._loop.space
-            return space.wrap(torch.from_numpy(self._store.read_row(0, row)).to(space.device))
+        return self.vectors(lambda: [make()])[0]
+
+    def vectors(self, make: Callable[[], Sequence[Vector]]) -> list[Vector]:
+        """As linalg.keeping.Keep. Collective: yes. Raises InterruptedProductError: between two products, stop now."""
+        space = self._loop.space
+        if (found := self._found()) is not None:
+            return [space.wrap(torch.from_numpy(self._store.read_row(0, row)).to(space.device)) for row in found["rows"]]
         first = self._next
         self._depth += 1
-        vector = make()
+        vectors = list(make())
         self._depth -= 1
         del self._pieces[first:]
         taken = {*self._rows(), *self._store.state.rows_of(0)}
-        row = next(k for k in range(self._store.schema.rows) if k not in taken)
-        self._store.write_row(0, row, vector.data.cpu().numpy())
-        self._append(row)
-        return vector
+        rows = [row for row in range(self._store.schema.rows) if row not in taken][: len(vectors)]
+        for row, vector in zip(rows, vectors, strict=True):
+            self._store.write_row(0, row, vector.data.cpu().numpy())
+        self._append({"rows": rows})
+        return vectors
 
     def _found(self) -> Any:
         """Return the piece that comes next if it is whole."""
@@ -94,7 +99,7 @@ class Kept:
         self._store.commit(0, [Member(nothing, nothing, rows=self._rows())], extra)
 
     def _rows(self) -> list[int]:
-        return sorted(value for _, value in self._pieces if isinstance(value, int))
+        return sorted(row for _, value in self._pieces if isinstance(value, dict) for row in value["rows"])
 
 
 class _Followed:

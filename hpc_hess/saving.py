@@ -107,7 +107,7 @@ def write_tensors(path: Path, cuts: list[Cut], world: World) -> None:
         for block in _blocks(cut, world):
             try:
                 if file is not None and error is None:
-                    file.write(memoryview(block.cpu().numpy()))
+                    file.write(block.cpu().numpy().tobytes())
             except OSError as caught:  # the others are in the next block's sum: go on with them, then say so
                 error = explained(caught, path, "write tensors")
     with attempt(world, path, "write tensors"):

@@ -21,7 +21,7 @@ from hpc_hess.linalg import probes
 from hpc_hess.linalg.blockwise import (
     Comparison,
     block_product,
-    block_sample,
+    block_samples,
     block_spectra,
     compare_exact,
     compare_sampled,
@@ -98,8 +98,11 @@ def _compare(bench: Bench, blocks: Partition, v: Vector, image: Vector) -> tuple
         exact = keep.vector(partial(block_product, operator, blocks, v, bench.settings.columns))
         return astuple(compare_exact(image, exact, blocks.count))
     samples = bench.basis(count)
-    for k in range(count):
-        samples[k] = keep.vector(partial(block_sample, operator, blocks, v, bench.seed, k))
+    for first in range(0, count, bench.settings.columns):
+        some = range(first, min(first + bench.settings.columns, count))
+        found = keep.vectors(partial(block_samples, operator, blocks, v, bench.seed, some))
+        for k, sample in zip(some, found, strict=True):
+            samples[k] = sample
     return astuple(compare_sampled(image, samples, count))
 
 

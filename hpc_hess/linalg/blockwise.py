@@ -33,14 +33,17 @@ def block_product(operator: LinearOperator, blocks: Partition, v: Vector, column
     return out
 
 
-def block_sample(operator: LinearOperator, blocks: Partition, v: Vector, seed: int, sample: int) -> Vector:
-    """Return D A D v with a random sign for each block on the diagonal of D: its mean is block(A) v. Collective: yes.
+def block_samples(
+    operator: LinearOperator, blocks: Partition, v: Vector, seed: int, samples: Sequence[int]
+) -> list[Vector]:
+    """Return D A D v for some D with a random sign for each block on the diagonal: block(A) v on average. Collective: yes.
 
-    <v_b, D A D v> has d_b d_c A_bc v_c for every two blocks, and E[d_b d_c] is 1 for b = c and 0 otherwise: any number of
-    blocks costs one product.
+    Its part in block b is the sum of d_b d_c A_bc v_c over all blocks c, and E[d_b d_c] is 1 for b = c and 0 otherwise: any
+    number of blocks costs one product.
     """
-    signs = probes.signs(seed, _STREAM + sample, 0, blocks.count)
-    return blocks.scaled(operator.matvec(blocks.scaled(v, signs)), signs)
+    signs = [probes.signs(seed, _STREAM + sample, 0, blocks.count) for sample in samples]
+    images = products(operator, [blocks.scaled(v, d) for d in signs])
+    return [blocks.scaled(image, d) for image, d in zip(images, signs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def compare_exact(image: Vector, block_image: Vector, num_products: int) -> Comp
 
 
 def compare_sampled(image: Vector, samples: Basis, count: int) -> Comparison:
-    """Compare A v with block(A) v, known by ``count`` samples (:func:`block_sample`). Collective: yes.
+    """Compare A v with block(A) v, known by ``count`` samples (:func:`block_samples`). Collective: yes.
 
     <y_s, A v> is unbiased for <block(A) v, A v>, and <y_s, y_t> of two samples for |block(A) v|^2: the mean of the samples
     itself would be too long. Standard errors by the jackknife.

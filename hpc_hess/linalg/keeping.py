@@ -24,6 +24,10 @@ class Keep(Protocol):
         """Return a vector; it may be changed. Collective: yes."""
         ...
 
+    def vectors(self, make: Callable[[], Sequence[Vector]]) -> list[Vector]:
+        """Return several vectors, which are kept together; they may be changed. Collective: yes."""
+        ...
+
 
 class KeepNothing:
     """Makes every piece: for one process that will not be stopped."""
@@ -35,3 +39,7 @@ class KeepNothing:
     def vector(self, make: Callable[[], Vector]) -> Vector:
         """Return what ``make`` gives."""
         return make()
+
+    def vectors(self, make: Callable[[], Sequence[Vector]]) -> list[Vector]:
+        """Return what ``make`` gives."""
+        return list(make())

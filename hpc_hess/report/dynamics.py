@@ -26,7 +26,7 @@ PAGE_NAME = "dynamics.html"
 _DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5))]
 _DECADES = 6  # of the density, below its peak, that are coloured
 _COLUMNS = [
-    "Run", "Sequences", "Loss", "|g|", "λ max", "λ min", "R_NEG", "R_2", "Outliers", "Gradient mass", "Trace",
+    "Run", "Sequences", "Loss", "|g|", "λ max", "λ min", "R_NEG", "R₂", "Outliers", "Gradient mass", "Trace",
 ]  # fmt: skip
 
 Record = Mapping[str, Any]
@@ -63,7 +63,7 @@ def write_page(out: Path, record: Record, results: Sequence[Mapping[str, Any]]) 
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     text = environment.get_template(PAGE_NAME).render(
-        title="Dynamics of the Hessian", story=_story(runs), notes=record["notes"], plots=plots, columns=_COLUMNS,
+        title="Dynamics of the Hessian", story=_story(runs, grid), notes=record["notes"], plots=plots, columns=_COLUMNS,
         rows=[(f"{run['name']}/report.html", _cells(run)) for run in runs], percent=f"{100 * record['outlier_above']:g} %",
     )  # fmt: skip
     write_aside(out / PAGE_NAME, text)
@@ -82,13 +82,14 @@ def _arranged(runs: Sequence[Record]) -> _Grid:
     if known:
         models.sort(key=lambda model: steps[model])
     ticks = [f"{steps[model]:,}" if known else model for model in models]
-    series = [(f"{size:,} sequences", [place[model, size] for model in models if (model, size) in place]) for size in sizes]
-    return _Grid("training step" if known else "checkpoint", ticks, [one for one in series if len(one[1]) == len(models)])
+    series = [(f"{size:,} sequences", [place[model, size] for model in models]) for size in sizes]
+    return _Grid("training step" if known else "checkpoint", ticks, series)
 
 
-def _story(runs: Sequence[Record]) -> str:
-    first, last = runs[0], runs[-1]
-    if len(runs) == 1:
+def _story(runs: Sequence[Record], grid: _Grid) -> str:
+    places = grid.series[0][1]
+    first, last = runs[places[0]], runs[places[-1]]
+    if len(places) == 1:
         return f"One spectrum: λ max = {minus(number(first['lambda_max']))}, λ min = {minus(number(first['lambda_min']))}."
     changes = [
         f"{label} goes from {minus(number(first[key]))} to {minus(number(last[key]))}"
@@ -151,7 +152,7 @@ def _line(axes: Axes, runs: Sequence[Record], places: list[int], values: Sequenc
           colour: str, label: str) -> None:  # fmt: skip
     shown = [np.nan if value is None else value for value in values]
     axes.plot(range(len(places)), shown, color=colour, marker=MARKERS[look % len(MARKERS)], label=label,
-              linestyle=_DASHES[look % len(_DASHES)])  # fmt: skip
+              linestyle=_DASHES[look % len(_DASHES)], clip_on=False)  # fmt: skip
 
 
 def _labelled(label: str, series: str, grid: _Grid) -> str:
@@ -202,14 +203,14 @@ def _ratios(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) ->
     for axes, (series, places) in zip(panels, grid.series, strict=True):
         for n in range(most):
             values = [runs[k]["r_n"][n] if n < len(runs[k]["r_n"]) else np.nan for k in places]
-            axes.plot(range(len(places)), values, color=colours[n], marker="o", label=f"n = {n + 2}")
+            axes.plot(range(len(places)), values, color=colours[n], marker="o", label=f"n = {n + 2}", clip_on=False)
         axes.axhline(threshold, color=POSITIVE, linestyle=(0, (4, 3)), linewidth=1.1)
         axes.text(
             1.0, threshold, f" {100 * threshold:g} %", transform=axes.get_yaxis_transform(), color=POSITIVE, va="center"
         )  # fmt: skip
         axes.set_ylim(0, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
-        axes.set_ylabel("R_n = λ_n / λ_1")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0, symbol=" %"))
+        axes.set_ylabel("Rₙ = λₙ / λ₁")
         if len(grid.series) > 1:
             axes.set_title(series)
         _axis(axes, grid)
@@ -217,7 +218,7 @@ def _ratios(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) ->
     if most:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", ncols=1 + (most > 12))
     caption = f"The n-th largest eigenvalue over the largest, n = 2 to {most + 1}. Those above the dashed line are outliers."
-    return _drawn(figure, out, "r_n", "The largest eigenvalues over the first, R_n", caption)
+    return _drawn(figure, out, "r_n", "The largest eigenvalues over the first, Rₙ", caption)
 
 
 def _outliers(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) -> Drawn:
@@ -229,19 +230,20 @@ def _outliers(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) 
             _line(counts, runs, places, [runs[k][f"{sign}outliers"] for k in places], look, colour, name)
             open_ended = [i for i, k in enumerate(places) if not runs[k][f"{sign}outliers_known"]]
             values = [runs[places[i]][f"{sign}outliers"] or 0 for i in open_ended]
-            counts.plot(open_ended, values, "^", mfc="white", mec=colour, ms=8, zorder=3)
+            counts.plot(open_ended, values, "^", mfc="white", mec=colour, ms=8, zorder=3, clip_on=False)
             _line(shares, runs, places, [runs[k][f"{sign}gradient_share"] for k in places], look, colour, name)
     counts.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
-    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+    shares.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     for axes, label in ((counts, "outliers"), (shares, "share of |g|² in their space")):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         _axis(axes, grid)
     figure.legend(*counts.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    percent = f"{100 * threshold:g} %"
     caption = (
-        f"Outliers are eigenvalues above {100 * threshold:g} % of the largest one, λ_1 itself included, and those below minus "
-        f"{100 * threshold:g} % of it. A large open triangle: every eigenvalue computed is an outlier, so there may be more. "
-        "Right: how much of the gradient's square lies in the space of their eigenvectors."
+        f"Outliers are eigenvalues above {percent} of the largest one, λ₁ itself included, and those below minus {percent} "
+        "of it. A large open triangle: every eigenvalue computed is an outlier, so there may be more. Right: how much of "
+        "the gradient's square lies in the space of their eigenvectors."
     )
     return _drawn(figure, out, "outliers", "Outliers and the gradient", caption)
 
@@ -285,6 +287,7 @@ def _densities(results: Sequence[Mapping[str, Any]], grid: _Grid, out: Path) -> 
     bar.set_ticks(range(-_DECADES, 1), labels=["1" if k == 0 else f"$10^{{{k}}}$" for k in range(-_DECADES, 1)])
     caption = (
         f"Each column is a run's spectral density, smoothed by Gaussians of {number(width, 2)} decades; the axis is linear "
-        f"for |λ| below {number(linear, 2)}. Less than a millionth of the peak is white."
+        f"for |λ| below {number(linear, 2)}. Less than a millionth of the peak is white; gaps between Ritz values "
+        "are not resolved."
     )
     return _drawn(figure, out, "densities", "Spectral densities", caption)

@@ -180,7 +180,7 @@ def test_block_spectra(operator: api.Operator, dense: Float, whole: Path) -> Non
         distances = [np.abs(true - value).min() for value in part["values"]]
         assert np.all(np.array(distances) <= np.array(part["residuals"]) + 1e-9)
     # as a quadrature: close to the block-diagonal matrix's own spectrum
-    union = np.concatenate([values for values in blocks.values()])
+    union = np.concatenate(list(blocks.values()))
     values = np.concatenate([part["values"] for part in spectrum["parts"]])
     weights = np.concatenate([np.array(part["weights"]) * part["size"] for part in spectrum["parts"]])
     assert wasserstein_distance(union, values, None, weights) < 0.1 * np.ptp(union)
