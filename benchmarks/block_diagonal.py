@@ -6,6 +6,8 @@ Exact products. Writes the table, and the report's two figures as pictures.
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -26,6 +28,19 @@ def rows_of(study: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Return a result.json with the events that lie beside it."""
+    events = [json.loads(line) for line in path.with_name("events.jsonl").read_text().splitlines()]
+    return {**json.loads(path.read_text()), "events": events}
+
+
+def machine_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the run knows of its machine."""
+    hardware, versions = result["hardware"], result["versions"]
+    named = {key: value for key, value in hardware.items() if isinstance(value, int | str)}
+    return {**named, **{key: versions[key] for key in ("python", "torch", "transformers")}}
+
+
 def draw(result: dict[str, Any]) -> None:
     """Save the pictures of the report."""
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
@@ -43,9 +58,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10, help="in each block")
     parser.add_argument("--columns", type=int, default=4)
+    parser.add_argument("--result", type=Path, help="result.json of such a run made elsewhere, instead of a run here")
     args = parser.parse_args()
     data = {"sequences": args.sequences, "sequence_length": args.length, "micro_batch": args.sequences}
-    result = run_program({
+    result = read(args.result) if args.result else run_program({
         "data": data, "operator": {"method": "exact"}, "lanczos": {"steps": 30},
         "analysis": {
             "eigenpairs": 2, "tolerance": 1e-2, "block_diagonal": ["layer", "tensor", "head", "row"],
@@ -69,6 +85,7 @@ def main() -> None:
     write(
         "block_diagonal", "Block-diagonal approximations, SmolLM2-135M", rows_of(study),
         {**data, "samples": args.samples, "block_steps": args.steps, "columns": args.columns}, note,
+        measured_on=machine_of(result) if args.result else None,
     )  # fmt: skip
     draw(result)
 

@@ -37,10 +37,13 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, title: str, rows: list[dict[str, Any]], settings: dict[str, Any], note: str = "",
-          command: str = "") -> None:  # fmt: skip
-    """Write results/NAME.json and results/NAME.md, and print the table. ``command`` repeats it, else NAME does."""
+          command: str = "", measured_on: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """Write results/NAME.json and results/NAME.md, and print the table. ``command`` repeats it, else NAME does.
+
+    ``measured_on``: another machine than this one.
+    """
     RESULTS.mkdir(exist_ok=True)
-    record = {"title": title, "date": datetime.now(UTC).date().isoformat(), "machine": machine(),
+    record = {"title": title, "date": datetime.now(UTC).date().isoformat(), "machine": measured_on or machine(),
               "settings": settings, "note": note, "rows": rows}  # fmt: skip
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = table(rows)
