@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["Spectrum", "diagonal", "eigenpairs", "hessian", "slq", "solve", "trace"]
+__all__ = ["Spectrum", "diagonal", "eigenpairs", "hessian", "slq", "solve", "sub_block", "trace"]
 
 
 def __getattr__(name: str) -> Any:

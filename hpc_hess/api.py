@@ -17,6 +17,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
+from hpc_hess.analysis import sub_block as sub_blocks
 from hpc_hess.curvature.cross_entropy import Kind
 from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
@@ -276,6 +277,23 @@ def diagonal(
     else:
         found = diagonals.diagonal_hutchinson(operator, most=products, seed=seed)
     return found.mean.data, found.stderr.data
+
+
+def sub_block(operator: Operator, selections: Sequence[str], *, columns: int = 8) -> np.ndarray:
+    """Return the matrix of chosen entries, (t, t) in the order of the layout, by one product for each entry.
+
+    Parameters
+    ----------
+    selections : as ``"layers.0.q_proj.weight[0, :]"``; globs over names, indices as Python writes them.
+    columns : products at a time; those of a causal LM share work.
+
+    Raises
+    ------
+    ConfigError : no such parameter, or indices that do not fit its shape.
+
+    """
+    found = sub_blocks.sub_block(operator._operator, sub_blocks.select(operator.layout, selections), columns=columns)
+    return 0.5 * (found + found.T)
 
 
 def solve(

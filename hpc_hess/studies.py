@@ -17,6 +17,7 @@ from hpc_hess.analysis.block_diagonal import block_diagonal
 from hpc_hess.analysis.deflation import deflated_density
 from hpc_hess.analysis.estimates import diagonal_study, inverse_study, trace_study
 from hpc_hess.analysis.study import Bench, Study
+from hpc_hess.analysis.sub_block import sub_block_study
 from hpc_hess.config import AnalysisSection
 from hpc_hess.eigen_loop import read_eigenvectors
 from hpc_hess.errors import StoreError
@@ -63,6 +64,7 @@ _STUDIES: dict[str, Entry] = {
         block_diagonal, ("block_diagonal", "block_samples", "block_spectrum", "block_steps"),
         lambda a: max(a.block_samples + 1, a.block_steps), "block_samples",
     ),
+    "sub_block": Entry(sub_block_study, ("sub_block",), lambda a: 0),
 }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ STUDIES: dict[str, Any] = {
     "eigenpairs": 2, "tolerance": 1e-9, "trace": "hutch++", "diagonal": "hutchinson", "samples": 21, "deflated_steps": 8,
     "inverse": "minres", "inverse_tolerance": 1e-8, "inverse_products": 60, "columns": 2,
     "block_diagonal": ["layer", "tensor", "head", "row"], "block_samples": 4, "block_spectrum": "layer", "block_steps": 6,
+    "sub_block": ["model.layers.1.self_attn.q_proj.weight[3, :]", "model.norm.weight[:4]"],
 }  # fmt: skip
 
 
@@ -186,12 +187,24 @@ def test_block_spectra(operator: api.Operator, dense: Float, whole: Path) -> Non
     assert wasserstein_distance(union, values, None, weights) < 0.1 * np.ptp(union)
 
 
+def test_the_matrix_of_chosen_entries(operator: api.Operator, dense: Float, whole: Path) -> None:
+    study = found(whole, "sub_block")
+    offsets = {p.name: p.file_offset for p in operator.layout.parameters}
+    entries = [*(offsets["model.layers.1.self_attn.q_proj.weight"] + 3 * 16 + np.arange(16)),
+               *(offsets["model.norm.weight"] + np.arange(4))]  # fmt: skip
+    matrix = np.load(whole / study["file"])
+    np.testing.assert_allclose(matrix, dense[np.ix_(entries, entries)], atol=1e-12)
+    np.testing.assert_allclose(api.sub_block(operator, STUDIES["sub_block"]), matrix, atol=1e-12)
+    assert study["lambda_max"] == pytest.approx(np.linalg.eigvalsh(matrix)[-1])
+    assert study["asymmetry"] < 1e-12
+
+
 def test_the_report_shows_them(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     for text in ("Outliers taken out", "Hutch++", "The diagonal, layer by layer", "The inverse on the gradient",
-                 "Block-diagonal approximations", "Blocks on their own"):  # fmt: skip
+                 "Block-diagonal approximations", "Blocks on their own", "The exact matrix of chosen"):  # fmt: skip
         assert text in page
-    for name in ("deflated", "diagonal", "inverse", "block_diagonal", "layers"):
+    for name in ("deflated", "diagonal", "inverse", "block_diagonal", "layers", "sub_block"):
         assert (whole / "figures" / f"{name}.png").stat().st_size > 5_000
 
 
