@@ -65,7 +65,8 @@ def main() -> None:
     ]  # fmt: skip
     settings = {
         "optimizer": "SGD", "learning rate": args.learning_rate, "batch": f"{args.batch} x 64 tokens",
-        "Hessian": "2 x 64 tokens", "parameters": " ".join(args.include), "seconds of training": round(training_s), "of the spectra": round(spectra_s),
+        "Hessian": "2 x 64 tokens", "parameters": " ".join(args.include),
+        "seconds of training": round(training_s), "of the spectra": round(spectra_s),
     }  # fmt: skip
     resumed = "Seconds are those of the last start, which goes on with what an interrupted one has left."
     note = " ".join([resumed, *record["notes"]])

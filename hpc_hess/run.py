@@ -168,8 +168,9 @@ def _search(
             except InterruptedProductError as interrupted:
                 return str(interrupted), {}
             search = EigenLoop(
-                config, world, operator, store, device, events=events, progress=progress, stopper=stopper, watch=watch
-            )
+                config, world, operator, store, device, events=events, progress=progress, stopper=stopper, watch=watch,
+                gradient=lambda: loop.problem.gradient.at_theta0()[1],
+            )  # fmt: skip
             if reason := search.run():
                 return reason, {}
         return "", pairs_found(store)

@@ -71,6 +71,17 @@ class CausalLMObjective:
 
     def contribution(self, module: nn.Module, index: int) -> Contribution:
         """Return the micro-batch's summed token losses over ``num_tokens``."""
+        logits, targets = self._forward(module, index)
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        per_sample = losses.view_as(targets).sum(1) / self.num_tokens
+        return Contribution(per_sample.sum(), per_sample.detach(), self.micro_batches[index].sample_ids)
+
+    def logits_and_targets(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (tokens, V) and targets (tokens,) of a micro-batch, -100 where nothing is predicted."""
+        logits, targets = self._forward(module, index)
+        return logits.flatten(0, 1), targets.flatten()
+
+    def _forward(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self.micro_batches[index]
         dtype = next(module.parameters()).dtype
         with honest_casts(dtype):
@@ -80,10 +91,7 @@ class CausalLMObjective:
             ).logits  # fmt: skip
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
-        targets = shifted_targets(batch.labels.to(self.device))
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        per_sample = losses.view_as(targets).sum(1) / self.num_tokens
-        return Contribution(per_sample.sum(), per_sample.detach(), batch.sample_ids)
+        return logits, shifted_targets(batch.labels.to(self.device))
 
 
 LossFunction = Callable[[nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, float]"]

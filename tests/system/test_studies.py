@@ -58,7 +58,8 @@ def settings(toy: Path, out: Path, *overrides: str, **analysis: Any) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
         "parameters": {"include": INCLUDE}, "operator": {"method": "exact"},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
+        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4,
+                 "micro_batch": 4},
         "lanczos": {"steps": 12}, "analysis": analysis or STUDIES, "run": {"out": str(out), "grace_s": 0.0},
     }  # fmt: skip
     return make_config(values, list(overrides))
@@ -212,7 +213,7 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(world: World, toy: Pat
     out, code, runs = tmp_path / "run", 75, 0
     assert run(settings(toy, out, eigenpairs=2, tolerance=1e-9), world) == 0
     while code == 75:
-        code, _ = go(world, settings(toy, out), (41, 95, 150)[runs % 3])
+        code, _ = go(world, settings(toy, out), (17, 33, 48)[runs % 3])
         runs += 1
         assert runs < 60
     assert code == 0
