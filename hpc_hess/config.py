@@ -106,6 +106,8 @@ class AnalysisSection(_Section):
     block_samples: int = Field(default=8, ge=2)
     block_spectrum: Literal["", "layer", "tensor"] = ""
     block_steps: int = Field(default=10, ge=2)
+    class_groups: int = Field(default=0, ge=0)
+    class_steps: int = Field(default=20, ge=2)
     sub_block: list[str] = []
     columns: int = Field(default=8, ge=1)
 
@@ -279,6 +281,11 @@ def _check_combinations(config: Config) -> None:
                 f"analysis.basis_size = {config.analysis.basis_size} is not valid: {config.analysis.wanted} pairs need at "
                 f"least {least} vectors"
             )
+    if config.analysis.class_groups and operator.kind != "gauss_newton":
+        raise ConfigError(
+            f"analysis.class_groups = {config.analysis.class_groups} takes the Gauss-Newton matrix apart: set "
+            'operator.kind = "gauss_newton" and operator.method = "exact"'
+        )
     if config.run.time_limit:
         parse_time_limit(config.run.time_limit)
 

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpc_hess.analysis.block_diagonal import block_diagonal
+from hpc_hess.analysis.class_structure import class_structure
 from hpc_hess.analysis.deflation import deflated_density
 from hpc_hess.analysis.estimates import diagonal_study, inverse_study, trace_study
 from hpc_hess.analysis.study import Bench, Study
 from hpc_hess.analysis.sub_block import sub_block_study
 from hpc_hess.config import AnalysisSection
+from hpc_hess.curvature.decomposition import Pullback, weights
 from hpc_hess.eigen_loop import read_eigenvectors
 from hpc_hess.errors import StoreError
 from hpc_hess.kept import EXTRA_BYTES, Kept
 from hpc_hess.loop import Loop
+from hpc_hess.model.gradient import Gradient
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.placement import exact_product_bytes, room_for_rows
@@ -63,6 +66,9 @@ _STUDIES: dict[str, Entry] = {
     "block_diagonal": Entry(
         block_diagonal, ("block_diagonal", "block_samples", "block_spectrum", "block_steps"),
         lambda a: max(a.block_samples + 1, a.block_steps), "block_samples",
+    ),
+    "class_structure": Entry(
+        class_structure, ("class_groups", "class_steps"), lambda a: a.class_groups + 1 + a.class_steps, "class_groups"
     ),
     "sub_block": Entry(sub_block_study, ("sub_block",), lambda a: 0),
 }  # fmt: skip
@@ -162,8 +168,19 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
         settings=config.analysis, seed=config.lanczos.seed, steps=config.lanczos.steps, operator=keep.operator, keep=keep,
         basis=basis, gradient=lambda: loop.problem.gradient.at_theta0()[1], recurrences=loop.recurrences(),
         eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
-        save_vectors=save_vectors, head_dim=_head_dim(loop),
+        save_vectors=save_vectors, head_dim=_head_dim(loop), target_counts=lambda: _target_counts(loop),
+        group_weights=lambda groups: weights(
+            loop.problem.objective, loop.problem.model.module, groups, partial(world.sum_over_ranks, name="class weights")
+        ),
+        pull=lambda cotangent: Gradient(loop.problem.model, Pullback(loop.problem.objective, cotangent))()[1],
     )  # fmt: skip
+
+
+def _target_counts(loop: Loop) -> np.ndarray:
+    """Count the targets of all samples, which every rank knows."""
+    targets = loop.problem.samples.labels[:, 1:]
+    size = int(loop.problem.model.module.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    return np.bincount(targets[targets >= 0].numpy().ravel(), minlength=size)
 
 
 def _head_dim(loop: Loop) -> int:

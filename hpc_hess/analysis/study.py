@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hpc_hess.config import AnalysisSection
+from hpc_hess.curvature.decomposition import Cotangent, Groups
 from hpc_hess.linalg.keeping import Keep
 from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.linalg.operator import LinearOperator
@@ -32,6 +33,9 @@ class Bench:
     save : save(name, array): keep a small array (alike on all ranks) as NAME.npy in the study's directory. Collective: yes.
     save_vectors : save_vectors(name, vectors): keep vectors there as rows of a store NAME, by file index. Collective: yes.
     head_dim : entries of an attention head, 0 where the model does not tell.
+    target_counts : how often each token of the vocabulary is a target in the whole data set, (V,). Collective: no.
+    group_weights : P_cc' of groups of tokens: see curvature.decomposition.weights. Collective: yes.
+    pull : pull(cotangent): J^T u / n of cotangents at the logits: see curvature.decomposition.Pullback. Collective: yes.
 
     """
 
@@ -47,6 +51,9 @@ class Bench:
     save: Callable[[str, np.ndarray], None]
     save_vectors: Callable[[str, Sequence[Vector]], None]
     head_dim: int
+    target_counts: Callable[[], np.ndarray]
+    group_weights: Callable[[Groups], np.ndarray]
+    pull: Callable[[Cotangent], Vector]
 
 
 Study = Callable[[Bench], dict[str, Any]]  # returns the findings, JSON-able. Collective: yes

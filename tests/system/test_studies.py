@@ -253,6 +253,45 @@ def close(mine: Any, theirs: Any) -> None:
         assert mine == theirs
 
 
+def test_the_classes_of_a_language_model(world: World, toy: Path, tmp_path: Path) -> None:
+    """The span of the class means by autograd on the model itself, from the definition."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "classes"
+    config = settings(toy, out, "operator.kind=gauss_newton", "lanczos.steps=40", class_groups=2, class_steps=200)
+    assert run(config, world) == 0
+    study = found(out, "class_structure")
+    module = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float64, attn_implementation="eager")
+    ids = load_samples(config.data, config.model, resolve_source(config.model)).input_ids
+    g = api.hessian(module, [{"input_ids": ids}], method="exact", kind="gauss_newton", include=INCLUDE)
+    matrix = np.stack([g @ column for column in np.eye(g.shape[0])])
+    logits = module(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    counts = torch.bincount(targets, minlength=96)
+    first, second = counts.argsort(descending=True, stable=True)[:2].tolist()
+    assert study["tokens"] == [first, second]
+    group = torch.full((96,), 2)
+    group[first], group[second] = 0, 1
+    p = logits.softmax(-1).detach()
+    named = dict(module.named_parameters())
+    sums = []
+    for c in range(3):
+        inside = (group == c).double()
+        u = (p @ inside)[:, None] * p - p * inside  # sum over v in c of p_v (p - e_v)
+        total = (logits * u * (group[targets] == c)[:, None]).sum()
+        gradients = torch.autograd.grad(total, [named[x.name] for x in g.layout.parameters], retain_graph=True)
+        sums.append(torch.cat([x.flatten() for x in gradients]).numpy())
+    q = np.linalg.qr(np.stack(sums).T)[0]
+    outside = np.eye(len(matrix)) - q @ q.T
+    assert study["rank"] == 3
+    assert study["lambda_max"] == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-6)
+    assert study["lambda_max_without"] == pytest.approx(np.linalg.eigvalsh(outside @ matrix @ outside)[-1], rel=1e-6)
+    assert study["shares"] == pytest.approx([float((group[targets] == c).double().mean()) for c in range(3)])
+    assert (out / "figures" / "class_structure.png").stat().st_size > 5_000
+    with pytest.raises(ConfigError, match=r"class_groups = 2 takes the Gauss-Newton matrix apart: set operator.kind"):
+        settings(toy, out, class_groups=2)
+
+
 def test_what_does_not_go_together(world: World, toy: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"holds this study with other settings \(.*samples.* remove that directory"):
         run(settings(toy, whole, "analysis.samples=30"), world)

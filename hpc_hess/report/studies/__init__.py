@@ -7,7 +7,17 @@ from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
-from hpc_hess.report.studies import block_diagonal, deflated, diagonal, eigenpairs, inverse, layers, sub_block, trace
+from hpc_hess.report.studies import (
+    block_diagonal,
+    class_structure,
+    deflated,
+    diagonal,
+    eigenpairs,
+    inverse,
+    layers,
+    sub_block,
+    trace,
+)
 
 Found = Mapping[str, Any]
 
@@ -41,7 +51,7 @@ class View(Protocol):
 
 VIEWS: dict[str, View] = {
     "eigenpairs": eigenpairs, "deflated": deflated, "trace": trace, "diagonal": diagonal, "inverse": inverse,
-    "block_diagonal": block_diagonal, "layers": layers, "sub_block": sub_block,
+    "block_diagonal": block_diagonal, "layers": layers, "class_structure": class_structure, "sub_block": sub_block,
 }  # fmt: skip
 
 

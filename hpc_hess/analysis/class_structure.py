@@ -1,0 +1,50 @@
+"""Whether the outliers of a language model's Gauss-Newton matrix are its classes (Papyan 2019): tokens grouped into classes.
+
+The most frequent target tokens are a class each, all others one more. Their class means are projected out, and the spectrum
+of what is left is compared with the whole's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hpc_hess.analysis.study import Bench
+from hpc_hess.curvature.decomposition import Cotangent, class_means, most_frequent
+from hpc_hess.linalg import probes
+from hpc_hess.linalg.deflation import Deflated, orthonormal
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.linalg.operator import FunctionOperator
+from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.parallel.vector import Vector
+
+
+def class_structure(bench: Bench) -> dict[str, Any]:
+    """Knock the class means out of G. Costs a backward pass for each class and class_steps products. Collective: yes."""
+    settings, space, keep = bench.settings, bench.operator.space, bench.keep
+    groups, tokens = most_frequent(bench.target_counts(), settings.class_groups)
+    pairs = np.array(keep.numbers(lambda: bench.group_weights(groups).flatten().tolist())).reshape(groups.count, -1)
+
+    def pull(cotangent: Cotangent) -> Vector:
+        return keep.vector(partial(bench.pull, cotangent))
+
+    means = class_means(pull, groups, pairs, bench.basis(groups.count))
+    span = bench.basis(groups.count)
+    rank = orthonormal(span, [means.a1.basis[k] for k in range(groups.count)])
+    without = Deflated(bench.operator, span, rank)
+    steps = min(settings.class_steps, space.size - rank)
+    kept = FunctionOperator(space, lambda v: keep.vector(lambda: without.matvec(v)))
+    process = Lanczos(kept, bench.basis(steps), steps, "full")
+    process.start(without.project_(probes.draw(space, seed=bench.seed, probe=0, distribution="rademacher")))
+    while not process.finished:
+        process.step()
+    top = float(ritz(process.alpha, process.beta).values[-1])
+    own = [ritz(alpha, beta) for alpha, beta in bench.recurrences]
+    best = max(own, key=lambda q: len(q.values))
+    return {
+        "tokens": tokens, "shares": pairs.sum(1).tolist(), "rank": rank, "means": means.both.eigenvalues().tolist(),
+        "alpha": list(process.alpha), "beta": list(process.beta), "lambda_max": float(best.values[-1]),
+        "lambda_max_without": top, "outliers": int((best.values - best.residuals > top).sum()), "size": space.size - rank,
+    }  # fmt: skip
