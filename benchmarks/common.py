@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,8 +91,13 @@ def random_llama(shape: dict[str, int], rows: int, length: int) -> Iterator[dict
         }
 
 
-def run_program(config: dict[str, Any], ranks: int = 1, *, threads: int | None = None) -> dict[str, Any]:
-    """Run ``hpc_hess run`` under torchrun in a directory of its own; return result.json with the events added."""
+def run_program(
+    config: dict[str, Any], ranks: int = 1, *, threads: int | None = None, keep: Path | None = None
+) -> dict[str, Any]:
+    """Run ``hpc_hess run`` under torchrun in a directory of its own; return result.json with the events added.
+
+    ``keep``: a directory for a copy of the figures.
+    """
     import tomli_w
 
     with tempfile.TemporaryDirectory() as folder:
@@ -108,5 +114,7 @@ def run_program(config: dict[str, Any], ranks: int = 1, *, threads: int | None =
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         result = json.loads((out / "result.json").read_text())
+        if keep is not None:
+            shutil.copytree(out / "figures", keep / "figures")
         result["events"] = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
         return result

@@ -1,4 +1,4 @@
-"""The command line: ``hpc-hess run | check | finetune | dynamics | inspect | report``."""
+"""The command line: ``hpc-hess run | check | finetune | dynamics | plan | scaling | inspect | report``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,31 @@ def _parser() -> argparse.ArgumentParser:
     dynamics.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs go to DIR/NAME, the page to "
                           "DIR/dynamics.html")  # fmt: skip
 
+    plan = commands.add_parser("plan", help="predict memory and time of a run on other machines, in this process alone")
+    plan.add_argument("config", help="TOML file of the run")
+    plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                      help="override one key; may be repeated")  # fmt: skip
+    plan.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="several: a table")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="ranks of a node (8)")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100, a100-40 or a measured.json (h100)")
+    plan.add_argument("--host-gib", type=float, default=1000.0, metavar="GIB", help="memory of a node for the ranks (1000)")
+    plan.add_argument("--json", action="store_true", help="print numbers for programs")
+    plan.set_defaults(function=_plan)
+
+    scaling = commands.add_parser("scaling", help="run scaling studies, fit laws to runs, measure the machine")
+    parts = scaling.add_subparsers(dest="part", required=True, metavar="PART")
+    study = parts.add_parser("run", help="run every point of a study that has no result yet, one after the other")
+    study.add_argument("study", type=Path, help="TOML file: config, out, [set], [sweep], [per_rank]")
+    study.add_argument("--point", type=int, nargs="+", default=[], metavar="K", help="only these (a Slurm array's task)")
+    fit = parts.add_parser("fit", help="fit time and memory laws to finished runs")
+    fit.add_argument("runs", type=Path, nargs="+", help="run directories")
+    fit.add_argument("--out", type=Path, default=Path("runs/scaling"), metavar="DIR", help="for scaling.html (runs/scaling)")
+    machine = parts.add_parser("machine", help="time matrix products and copies here, for plan --gpu FILE")
+    machine.add_argument("out", type=Path, metavar="FILE.json")
+    for part in (study, fit, machine):
+        part.add_argument("--debug", action="store_true", help="show tracebacks")
+        part.set_defaults(function=_scaling)
+
     inspect = commands.add_parser("inspect", help="show what a run directory holds")
     inspect.add_argument("run", type=Path)
     inspect.add_argument("--verify", action="store_true", help="recompute every row checksum of the store")
@@ -68,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     report.set_defaults(function=_report)
 
-    for command in (run, check, finetune, dynamics, inspect, report):
+    for command in (run, check, finetune, dynamics, plan, inspect, report):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -127,6 +152,33 @@ def _command(args: argparse.Namespace) -> Callable[..., int]:
 
     values: dict[str, Any] = {k: getattr(args, k) for k in ("out", "steps", "learning_rate", "batch", "optimizer", "seed")}
     return functools.partial(finetune, training=Training(save_at=parse_steps(args.save_at), **values))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import json
+
+    from hpc_hess.config import load_config
+    from hpc_hess.planner import plans
+    from hpc_hess.report.plan import plan_text, sweep_text
+
+    found = plans(
+        load_config(args.config, args.overrides), args.nodes, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30)
+    )
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(plan_text(found[0]) if len(found) == 1 else sweep_text(found))
+    return 0 if any(plan["fits"] for plan in found) else 2
+
+
+def _scaling(args: argparse.Namespace) -> int:
+    from hpc_hess import scale
+
+    if args.part == "run":
+        return scale.run_study(args.study, args.point)
+    if args.part == "fit":
+        return scale.fit_runs(args.runs, args.out)
+    return scale.measure_machine(args.out)
 
 
 def _inspect(args: argparse.Namespace) -> int:

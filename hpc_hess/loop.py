@@ -185,8 +185,11 @@ class Loop:
         running = {probe: process for probe, process in group.items() if not process.finished}
         began = time.perf_counter()
         key = [self.store.schema.run_id, *running, "step", max(p.step_count for p in running.values())]
+        phase = self.world.timers.phase
+        self.world.timers.take()
         self.watch.begin_product(key, self.operator, self.tally.slowest_step_s, self._settle)
-        products = dict(zip(running, next_products(list(running.values())), strict=True))
+        with phase("vectors"):
+            products = dict(zip(running, next_products(list(running.values())), strict=True))
         self.watch.end_product()
         hvp_s = time.perf_counter() - began
         if self.watch.resumed:
@@ -195,8 +198,9 @@ class Loop:
         if 0 in running and running[0].step_count == 0 and (exact := self._reference()) is not None:
             self.tally.error_probe = relative_difference(products[0], exact.matvec(running[0].basis[0]))
         began = time.perf_counter()
-        for probe, process in running.items():
-            process.advance(products.pop(probe))
+        with phase("vectors"):
+            for probe, process in running.items():
+                process.advance(products.pop(probe))
         lanczos_s = time.perf_counter() - began
         last = running.get(self.config.lanczos.probes - 1)
         if last is not None and last.finished:
@@ -204,7 +208,8 @@ class Loop:
         began = time.perf_counter()
         for probe, process in running.items():
             if not process.finished:
-                self._write_row(probe, process)
+                with phase("checkpoint"):
+                    self._write_row(probe, process)
             self.tally.asymmetry = max(self.tally.asymmetry, process.asymmetry)
         record = self.operator.last_record()
         self.tally.note_products(record, len(running))
@@ -214,10 +219,19 @@ class Loop:
         spans = [self.world.max_over_ranks(span, "step time") for span in spans]
         if seconds := self.problem.gradient.seconds:
             self.tally.gradient_s = self.world.max_over_ranks(statistics.median(seconds), "gradient time")
+        phases = self._phases()
         self.tally.note_times(*spans)
-        self._report(running, spans)
+        self.tally.note_phases(phases)
+        self._report(running, spans, phases)
 
-    def _report(self, running: Group, spans: list[float]) -> None:
+    def _phases(self) -> dict[str, list[float]]:
+        """Return the largest and the mean seconds over the ranks of each phase of the step. Collective: yes."""
+        everyone = self.world.gather(self.world.timers.take(), "phases of a step")
+        names = sorted({name for seconds in everyone for name in seconds})
+        found = {name: [seconds.get(name, 0.0) for seconds in everyone] for name in names}
+        return {name: [max(values), statistics.fmean(values)] for name, values in found.items()}
+
+    def _report(self, running: Group, spans: list[float], phases: dict[str, list[float]]) -> None:
         """Write one event for each probe that made the step, with its share of the seconds in ``spans``."""
         hvp_s, lanczos_s, checkpoint_s = (span / len(running) for span in spans)
         record = self.operator.last_record()
@@ -227,6 +241,7 @@ class Loop:
                 checkpoint_s=checkpoint_s, alpha=process.alpha[-1], beta=process.beta[-1], eps=record.step,
                 realised=record.realised, predicted_error=record.predicted_error,
                 calibration_gradients=record.calibration, calibration_s=record.calibration_s, flips=record.flips,
+                phases=phases,
             )  # fmt: skip
         values = [ritz(process.alpha, process.beta).values for process in running.values()]
         self.progress.step(
@@ -276,7 +291,8 @@ class Loop:
         """Commit the last step, whose rows were written meanwhile; return the seconds it took. Collective: yes."""
         began = time.perf_counter()
         if self._uncommitted is not None:
-            self.store.commit(*self._uncommitted)
+            with self.world.timers.phase("checkpoint"):
+                self.store.commit(*self._uncommitted)
             self._uncommitted = None
         return time.perf_counter() - began
 

@@ -26,6 +26,8 @@ from hpc_hess.parallel.world import World
 from hpc_hess.products import wants_reference
 from hpc_hess.storage.store import Store
 
+# probes in lock-step where lanczos.lock_step = "auto": each holds a basis and the tangents of its product
+MOST_IN_LOCK_STEP = 4
 _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, and the start vector is a third
 _CHECK_VECTORS = 2  # the exact product and its difference from the one it is compared with
 # an exact product streams the parameters and the direction of a stage and of the next, as gathered and as unpacked;

@@ -109,7 +109,7 @@ class _Perplexity:
         return self._operator.matmat(vectors)
 
 
-_STREAMED: dict[str, type[StreamedOperator]] = {
+STREAMED: dict[str, type[StreamedOperator]] = {
     "hessian": ExactHessian, "perplexity": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual,
     "fisher": EmpiricalFisher,
 }  # fmt: skip
@@ -128,13 +128,16 @@ def exact_operator(
     # the host's memory for the basis counts as free until it is written to
     basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
     return exact_or_whole(
-        _STREAMED[kind], problem.model, problem.objective, plain=problem.plain,
+        STREAMED[kind], problem.model, problem.objective, plain=problem.plain,
         compute_dtype=dtype_of(compute_dtype or config.model.compute_dtype),
-        settings=Settings(
-            keep_state=config.operator.keep_state, boundaries_on_host=config.operator.boundaries == "host"
-        ),
+        settings=streaming_settings(config),
         reserved=basis_bytes if space.device.type == "cpu" else 0,
     )  # fmt: skip
+
+
+def streaming_settings(config: Config) -> Settings:
+    """Return how exact products are streamed."""
+    return Settings(keep_state=config.operator.keep_state, boundaries_on_host=config.operator.boundaries == "host")
 
 
 def wants_reference(config: Config) -> bool:

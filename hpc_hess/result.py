@@ -48,6 +48,7 @@ class Tally:
     lanczos_s: float = 0.0
     checkpoint_s: float = 0.0
     slowest_step_s: float = 0.0
+    phases: dict[str, list[float]] = field(default_factory=dict)  # name -> sums over steps of largest and mean over ranks
     peak_bytes: int = 0
     baseline_bytes: int = 0  # resident before anything is loaded
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
@@ -73,6 +74,12 @@ class Tally:
         self.predicted_error = max(self.predicted_error, record.predicted_error or 0.0)
         self.calibration_gradients += record.calibration * count
         self.flips += record.flips * count
+
+    def note_phases(self, phases: dict[str, list[float]]) -> None:
+        """Add one step's seconds of each phase: the largest over the ranks, and the mean."""
+        for name, seconds in phases.items():
+            before = self.phases.get(name, [0.0, 0.0])
+            self.phases[name] = [a + b for a, b in zip(before, seconds, strict=True)]
 
     def note_times(self, hvp_s: float, lanczos_s: float, checkpoint_s: float) -> None:
         """Add one step's seconds (largest over the ranks), all probes that made it together."""
@@ -133,6 +140,8 @@ def make_result(
         "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
                    "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,
                    "products": tally.products, "lock_step": tally.lock_step,
+                   "phases": {name: {"max_s": largest_s / count, "mean_s": mean_s / count}
+                              for name, (largest_s, mean_s) in sorted(tally.phases.items())},
                    "calibration_gradients": tally.calibration_gradients},
         "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},

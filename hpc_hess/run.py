@@ -16,7 +16,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import Bases, Place, exact_product_bytes, place_basis, used_bytes
+from hpc_hess.placement import MOST_IN_LOCK_STEP, Bases, Place, exact_product_bytes, place_basis, used_bytes
 from hpc_hess.problem import Problem, load_problem
 from hpc_hess.product_watch import ProductWatch, open_product_store, remove_product_store
 from hpc_hess.products import exact_operator
@@ -33,8 +33,6 @@ from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
 from hpc_hess.studies import asked_for, run_study
-
-_MOST = 4  # probes in lock-step where lanczos.lock_step = "auto": each holds a basis and the tangents of its product
 
 
 class _Existing(NamedTuple):
@@ -213,7 +211,7 @@ def _lock_step(config: Config, found: _Existing | None, possible: bool) -> int:
     lanczos = config.lanczos
     if lanczos.lock_step != "auto":
         return min(lanczos.lock_step, lanczos.probes)
-    most = _MOST if possible else 1
+    most = MOST_IN_LOCK_STEP if possible else 1
     if found and lanczos.probes <= found.schema.probes:
         most = min(most, found.schema.width)  # "auto" does not make a store be rebuilt
     return min(most, lanczos.probes)

@@ -3,8 +3,9 @@
 #
 # All three launchers take the same arguments, launcher options first:
 #
-#   launch/X.sh [-n RANKS] [--nodes NODES] CONFIG.toml [--set section.key=value ...] [--resume ...]
+#   launch/X.sh [-n RANKS] [--nodes NODES] [COMMAND] CONFIG.toml [--set section.key=value ...] [--resume ...]
 #
+#   COMMAND         run (default), check, finetune, dynamics: what python -m hpc_hess takes
 #   -n RANKS        ranks in total (or the environment's RANKS; default one a GPU, else one a node)
 #   --nodes NODES   nodes (or the environment's NODES; default 1, under Slurm what was allocated)
 #
@@ -25,13 +26,17 @@ while [ $# -gt 0 ]; do
         [ "$1" = -n ] && ranks=$2 || nodes=$2
         shift 2
         ;;
-    -h | --help) sed -n '4,11s/^# \{0,1\}//p' "$root/launch/env.sh"; exit 0 ;;
+    -h | --help) sed -n '4,12s/^# \{0,1\}//p' "$root/launch/env.sh"; exit 0 ;;
     --) shift; break ;;
     -*) echo "${0##*/}: unknown option '$1' before the configuration: -n RANKS or --nodes NODES" >&2; exit 2 ;;
     *) break ;;
     esac
 done
-[ $# -gt 0 ] || { echo "usage: ${0##*/} [-n RANKS] [--nodes NODES] CONFIG.toml [--set section.key=value ...]" >&2; exit 2; }
+case ${1:-} in
+run | check | finetune | dynamics) command=$1; shift ;;
+*) command=run ;;
+esac
+[ $# -gt 0 ] || { echo "usage: ${0##*/} [-n RANKS] [--nodes NODES] [COMMAND] CONFIG.toml [--set section.key=value ...]" >&2; exit 2; }
 
 # this machine's GPUs, as far as this job may see them
 count_gpus() {

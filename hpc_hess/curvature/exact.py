@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from hpc_hess.curvature.cross_entropy import Kind
-from hpc_hess.curvature.self_check import choose_way
+from hpc_hess.curvature.self_check import Choice, choose_way
 from hpc_hess.curvature.streaming import Settings, Sweeps
 from hpc_hess.curvature.tangents import Way
 from hpc_hess.errors import ModelError, NumericsError, SplitError
@@ -44,6 +44,7 @@ class StreamedOperator:
         (a deepcopy of the skeleton, made before sharding).
     compute_dtype : of the sweeps; tangents are summed in the vectors' dtype.
     settings : how the sweeps run; its ``way`` and ``lock_step`` are what is tried first.
+    choose : finds the way that suits the model's blocks.
 
     Construction records one forward pass and checks every kind of block against plain double backward on the first
     micro-batch. Collective: yes.
@@ -60,6 +61,7 @@ class StreamedOperator:
     def __init__(
         self, model: ShardedModel, objective: CausalLMObjective, *, plain: nn.Module | None = None,
         compute_dtype: torch.dtype | None = None, settings: Settings | None = None,
+        choose: Callable[..., Choice] = choose_way,
     ) -> None:  # fmt: skip
         if not isinstance(objective, CausalLMObjective):
             raise ModelError(
@@ -90,7 +92,7 @@ class StreamedOperator:
 
             self._split = SplitModel(module)
             boundaries = record(self._split, self._batches[0], fetch, self._batches[1:])
-            choice = choose_way(self._split, self._batches[0], boundaries, fetch)
+            choice = choose(self._split, self._batches[0], boundaries, fetch)
         self.notes = [*notes, *choice.notes]
         agree = model.world.all_true
         way: Way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
@@ -139,7 +141,7 @@ class StreamedOperator:
         checks = sweeps.health.checks
         bad = ~torch.stack([ok for _, ok in checks])
         flags = self._model.world.sum_over_ranks(bad.double(), "finite tangents")
-        if bool(flags.any()):
+        if not bool((flags == 0).all()):
             where = checks[int(flags.nonzero()[0])][0]
             raise NumericsError(
                 f"the exact product is not finite, first in {where}: check the weights and model.compute_dtype"

@@ -109,16 +109,25 @@ class _Sweep:
         self.pulls: dict[int, Pull] = {}
 
     def run(self) -> None:
-        last = self.split.num_calls
+        phase = self.exchange.world.timers.phase
+        with phase("forward"):
+            x, x_dot = self._there()
+        with phase("backward"):
+            self._back(x, x_dot)
+
+    def _there(self) -> tuple[Several, Several]:
         x, x_dot = self._embed()
-        for stage in range(1, last + 1):
+        for stage in range(1, self.split.num_calls + 1):
             (y,), (y_dot,) = self._push(stage, self._inputs(stage, x), self._inputs(stage, x_dot))
             x, x_dot = (y, *x[1:]), (y_dot, *x_dot[1:])
+        return x, x_dot
+
+    def _back(self, x: Several, x_dot: Several) -> None:
         bar_dot, bar = self._head(x[:1], x_dot[:1])
         # cotangents of (boundary, *extras); every block adds to those of the extra tensors it takes
         bars_dot = [bar_dot[0], *(torch.zeros_like(e) for e in x[1:])]
         bars = None if bar is None else [bar[0], *(torch.zeros_like(e) for e in x[1:])]
-        for stage in range(last, 0, -1):
+        for stage in range(self.split.num_calls, 0, -1):
             d_bar_dot, d_bar = self._pull(stage, (bars_dot[0],), None if bars is None else (bars[0],))
             bars_dot = self._accumulate(stage, bars_dot, d_bar_dot)
             bars = None if bars is None or d_bar is None else self._accumulate(stage, bars, d_bar)

@@ -105,6 +105,8 @@ def xtrace(
     With Y = A W = Q R and s_i the unit vector orthogonal to all columns of R but the i-th, P_i = Q (I - s_i s_i^T) Q^T
     projects onto the range that the other vectors give. Estimate i is tr(P_i A P_i) + |u|-normalised u^T A u with
     u = (I - P_i) w_i; from w_i^T A w_i = c_w^T r_i and the like, all of it is algebra with small matrices (eq. 2.3).
+    Samples that share their vectors are not independent: the standard error is some 20 % small (two of it hold 89 times in
+    100, not 95).
 
     Parameters
     ----------

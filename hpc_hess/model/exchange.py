@@ -17,11 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from hpc_hess.model.shard import ShardedModel
-from hpc_hess.parallel.reduce_scatter import start_reduce_scatter
+from hpc_hess.parallel.reduce_scatter import all_gather, start_reduce_scatter
 
 Tensors = dict[str, torch.Tensor]
-# torch 2.13 renamed it
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ class Exchange:
             return full, {name: self._stack(name) for name in self._with_direction(names)}
         self.prefetch(names)
         work, buffer = self._gathers.pop(tuple(names))
-        work.wait()
+        with self.world.timers.phase("all-gather"):
+            work.wait()
         return self._unpack(names, buffer.view(self._ranks, -1))
 
     def parameters(self, names: list[str]) -> Tensors:
@@ -128,7 +127,7 @@ class Exchange:
             slot[: value.numel()].copy_(value.reshape(-1))
         everyone = torch.empty(self._ranks * mine.numel(), dtype=self.dtype, device=mine.device)
         # as bytes: not every backend knows every dtype
-        work = _all_gather(everyone.view(torch.uint8), mine.view(torch.uint8), group=self._group, async_op=True)
+        work = all_gather(everyone.view(torch.uint8), mine.view(torch.uint8), group=self._group, async_op=True)
         return work, everyone
 
     def _unpack(self, names: list[str], buffer: torch.Tensor) -> tuple[Tensors, Tensors]:
@@ -164,7 +163,7 @@ class Exchange:
                 everyone[rank, offset : offset + part.numel()].view(part.shape).copy_(part)
             offset += size
         mine = torch.empty(sum(sizes), dtype=everyone.dtype, device=everyone.device)
-        work = start_reduce_scatter(mine, everyone.view(-1), self._group)
+        work = start_reduce_scatter(mine, everyone.view(-1), self._group, gloo=self.world.gloo)
         self._reductions.append((work, mine, everyone, names))
 
     def finish(self) -> None:
@@ -178,7 +177,8 @@ class Exchange:
     def settle(self) -> None:
         """Wait until every tangent of this replica has been added. Collective: yes."""
         for work, mine, _, names in self._reductions:
-            work.wait()
+            with self.world.timers.phase("reduce-scatter"):
+                work.wait()
             offset = 0
             for name in names:
                 shape = (self.num_directions, *self._pieces[name].local_shape(self._rank, self._ranks))
@@ -196,9 +196,10 @@ class Exchange:
 def _standing_alone(view: torch.Tensor) -> torch.Tensor:
     """Return the same memory as a tensor whose storage is no larger than itself.
 
-    Forward-mode differentiation copies any tangent that lies in a larger storage than its primal.
+    Forward-mode differentiation copies any tangent that lies in a larger storage than its primal. A fake tensor (planning)
+    has no memory to share.
     """
-    return torch.from_dlpack(view) if view.numel() else view
+    return torch.from_dlpack(view) if view.numel() and type(view) is torch.Tensor else view
 
 
 def _piece(parameter: torch.Tensor, place: tuple[int, int] | None) -> _Piece:

@@ -62,8 +62,10 @@ class Gradient:
             for index in range(first, count):
                 self.routing.micro_batch = index
                 with model.world.guard(f"gradient, micro-batch {index + 1} of {count}"):
-                    contribution = self.objective.contribution(model.module, index)
-                    contribution.total.backward()
+                    with model.world.timers.phase("forward"):
+                        contribution = self.objective.contribution(model.module, index)
+                    with model.world.timers.phase("backward"):
+                        contribution.total.backward()
                 parts.append(contribution.per_sample.double())
                 ids.extend(contribution.sample_ids)
                 if whole:
@@ -93,8 +95,8 @@ class Gradient:
             self.routing.release_if_unused()
 
     def _check_losses(self, losses: torch.Tensor, ids: list[int]) -> None:
-        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-        first = min((ids[i] for i in bad), default=math.inf)
+        finite = torch.isfinite(losses)
+        first = math.inf if finite.all() else min(ids[i] for i in (~finite).nonzero().flatten().tolist())
         lowest = -self.model.world.max_over_ranks(-first, "loss check")
         if math.isfinite(lowest):
             raise NumericsError(

@@ -21,7 +21,8 @@ from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.reduce_scatter import start_reduce_scatter
+from hpc_hess.parallel.reduce_scatter import all_gather, start_reduce_scatter
+from hpc_hess.parallel.timers import Timers
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 
@@ -219,8 +220,10 @@ def _fully_shard(
     fully_shard(module, reshard_after_forward=False, **options)
     for m in module.modules():
         if isinstance(m, FSDPModule):
-            if world.device.type == "cpu" and hasattr(m, "set_custom_reduce_scatter"):
-                m.set_custom_reduce_scatter(_ReduceScatter())  # type: ignore[arg-type]
+            if world.gloo and hasattr(m, "set_custom_reduce_scatter"):
+                m.set_custom_reduce_scatter(_ReduceScatter(world.timers))  # type: ignore[arg-type]
+            if hasattr(m, "set_custom_all_gather"):
+                m.set_custom_all_gather(_AllGather(world.timers))  # type: ignore[arg-type]
             # the loss is already divided by the tokens of the whole set: plain sums over ranks
             m.set_gradient_divide_factor(1.0)
             m.set_force_sum_reduction_for_comms(True)
@@ -229,16 +232,34 @@ def _fully_shard(
         root.set_reduce_scatter_unused_params(True)
 
 
-class _ReduceScatter:
-    """FSDP2's interface to :func:`start_reduce_scatter`."""
+class _Timed:
+    """What FSDP2 asks of collectives that are not its own."""
+
+    def __init__(self, timers: Timers) -> None:
+        self.timers = timers
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
+
+class _ReduceScatter(_Timed):
+    """Through :func:`start_reduce_scatter`."""
+
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        start_reduce_scatter(output_tensor, input_tensor, group).wait()  # op is a sum: see _fully_shard
+        with self.timers.phase("reduce-scatter"):  # op is a sum: see _fully_shard
+            start_reduce_scatter(output_tensor, input_tensor, group, gloo=True).wait()
+
+
+class _AllGather(_Timed):
+    """FSDP2's own."""
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        with self.timers.phase("all-gather"):
+            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 def _outside(module: nn.Module, blocks: nn.ModuleList | None) -> bool:

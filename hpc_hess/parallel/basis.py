@@ -95,10 +95,11 @@ class Basis:
                 kernel(rows, w.data[columns], *arguments, total=total)
             return self.space.sum(total, name)
 
-        c1 = sweep(kernels.project, len(order), "first projection")
-        c1 = c1.to(self.space.dtype).double()  # what is subtracted, so that the sum below is <v_j, w>
-        c2 = sweep(kernels.subtract_then_project, len(order), "second projection", c1)
-        square = sweep(kernels.subtract_then_square, 1, "norm", c2)
+        with self.space.world.timers.phase("orthogonalisation"):
+            c1 = sweep(kernels.project, len(order), "first projection")
+            c1 = c1.to(self.space.dtype).double()  # what is subtracted, so that the sum below is <v_j, w>
+            c2 = sweep(kernels.subtract_then_project, len(order), "second projection", c1)
+            square = sweep(kernels.subtract_then_square, 1, "norm", c2)
         total = (c1 + c2).cpu()
         coefficients = torch.empty_like(total)
         coefficients[[j - first for j in order]] = total

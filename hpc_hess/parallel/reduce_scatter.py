@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# torch 2.13 renamed it
+# torch 2.13 renamed them
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -26,12 +27,12 @@ class _Parts:
         torch.sum(self._parts, 0, out=self._out)
 
 
-def start_reduce_scatter(out: torch.Tensor, everyone: torch.Tensor, group: Any) -> Any:
+def start_reduce_scatter(out: torch.Tensor, everyone: torch.Tensor, group: Any, *, gloo: bool) -> Any:
     """Start summing ``everyone`` (flat, a part of ``out``'s size for each rank) into ``out``; return what to wait for.
 
-    Both must live until then. Collective: yes.
+    Both must live until then. ``gloo``: see World.gloo. Collective: yes.
     """
-    if everyone.device.type != "cpu":
+    if not gloo:
         return _reduce_scatter(out, everyone, group=group, async_op=True)
     parts = torch.empty_like(everyone)
     work = dist.all_to_all_single(parts, everyone, group=group, async_op=True)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
 from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world
+from hpc_hess.parallel.timers import Timers
 from hpc_hess.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class World:
         self.shard_rank, self.shard_size = self.rank, self.size
         self._shard_group: Any = None
         self._watchdog: Watchdog | None = None
+        self.timers = Timers(device)
 
     # -- set-up and teardown -------------------------------------------------------------------------------------
 
@@ -157,9 +159,9 @@ class World:
             yield
 
     @contextlib.contextmanager
-    def _named(self, name: str) -> Iterator[None]:
+    def _named(self, name: str, phase: str = "agreement") -> Iterator[None]:
         try:
-            with self.doing(name):
+            with self.timers.phase(phase), self.doing(name):
                 yield
         except (RuntimeError, ValueError) as error:
             raise self._incomplete(name, error) from error
@@ -191,6 +193,11 @@ class World:
         )
 
     @property
+    def gloo(self) -> bool:
+        """Whether tensors on this rank's device travel through gloo."""
+        return self.device.type == "cpu"
+
+    @property
     def shards_only(self) -> bool:
         """Whether dot products need no reduction because one rank holds the whole vector."""
         return not self.connected or self.shard_size == 1
@@ -201,10 +208,10 @@ class World:
         Collective: yes. With HSDP replica 0's sums are broadcast, so that replicas cannot drift apart.
         """
         if self.connected and self.shard_size > 1:
-            with self._named(name):
+            with self._named(name, "all-reduce"):
                 dist.all_reduce(values, group=self._shard_group)
         if self.connected and self.num_replicas > 1:
-            with self._named(name):
+            with self._named(name, "all-reduce"):
                 dist.broadcast(values, group_src=0, group=self.mesh.get_group("replicate"))
         return values
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hpc_hess.linalg.density import density_symlog, inverse_symlog, symlog
-from hpc_hess.report.rundir import write_aside
+from hpc_hess.report.comparison import Drawn, drawn, new_figure, write_comparison
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import INK, MARKERS, MUTED, NEGATIVE, POSITIVE, STYLE, linear_threshold, set_symlog
 from hpc_hess.report.words import NONE, minus, number
@@ -32,15 +27,6 @@ _COLUMNS = [
 Record = Mapping[str, Any]
 
 
-class Drawn(NamedTuple):
-    """One figure of the page; ``source`` is its SVG as a data address."""
-
-    name: str
-    title: str
-    caption: str
-    source: str
-
-
 class _Grid(NamedTuple):
     """The runs in rows of a series each, along an axis: checkpoints, or the sample sizes of one model."""
 
@@ -52,22 +38,22 @@ class _Grid(NamedTuple):
 def write_page(out: Path, record: Record, results: Sequence[Mapping[str, Any]]) -> Path:
     """Write OUT/dynamics.html and OUT/figures/*.png; ``results`` in the order of the record's runs. Local, one rank only."""
     runs, grid = record["runs"], _arranged(record["runs"])
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
         plots = [
             _extremes(runs, grid, out), _negative(runs, grid, out), _ratios(runs, grid, record["outlier_above"], out),
             _outliers(runs, grid, record["outlier_above"], out), _densities(results, grid, out),
         ]  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpc_hess.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+    percent = f"{100 * record['outlier_above']:g} %"
+    return write_comparison(
+        out / PAGE_NAME, title="Dynamics of the Hessian", story=_story(runs, grid), notes=record["notes"], plots=plots,
+        columns=_COLUMNS, rows=[(f"{run['name']}/report.html", _cells(run)) for run in runs],
+        legend=(
+            "Each name leads to the report of that run. R_NEG = |λ min| / λ max. Rₙ = λₙ / λ₁, where λₙ is the n-th "
+            f"largest eigenvalue. Outliers: eigenvalues above {percent} of λ₁, then those below \u2212{percent} of it; ≥ "
+            "where every computed eigenvalue of that sign is one. Gradient mass: the share of |g|² in the space of their "
+            "eigenvectors. All of it is in dynamics.json."
+        ),
     )  # fmt: skip
-    text = environment.get_template(PAGE_NAME).render(
-        title="Dynamics of the Hessian", story=_story(runs, grid), notes=record["notes"], plots=plots, columns=_COLUMNS,
-        rows=[(f"{run['name']}/report.html", _cells(run)) for run in runs], percent=f"{100 * record['outlier_above']:g} %",
-    )  # fmt: skip
-    write_aside(out / PAGE_NAME, text)
-    return out / PAGE_NAME
 
 
 def _arranged(runs: Sequence[Record]) -> _Grid:
@@ -122,20 +108,6 @@ def _percent(share: float | None) -> str:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _drawn(figure: Figure, out: Path, name: str, title: str, caption: str) -> Drawn:
-    figure.savefig(out / "figures" / f"{name}.png", dpi=160)
-    figure.set_layout_engine("none")  # the layout just found serves again
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return Drawn(name, title, caption, "data:image/svg+xml;base64," + base64.b64encode(text.getvalue().encode()).decode())
-
-
 def _axis(axes: Axes, grid: _Grid) -> None:
     """Label every tick while they fit, then every so many."""
     stride = max(1, -(-len(grid.ticks) // 12))
@@ -160,7 +132,7 @@ def _labelled(label: str, series: str, grid: _Grid) -> str:
 
 
 def _extremes(runs: Sequence[Record], grid: _Grid, out: Path) -> Drawn:
-    figure = _figure(8.4, 4.0)
+    figure = new_figure(8.4, 4.0)
     axes = figure.subplots()
     values = np.array([run[key] for run in runs for key in ("lambda_min", "lambda_max")])
     least, most = np.abs(values[values != 0]).min(initial=np.inf), np.abs(values).max()
@@ -174,7 +146,7 @@ def _extremes(runs: Sequence[Record], grid: _Grid, out: Path) -> Drawn:
     axes.set_ylabel("eigenvalue λ")
     _axis(axes, grid)
     _legend(axes)
-    return _drawn(figure, out, "extremes", "The ends of the spectrum", "Each run's largest and smallest eigenvalue.")
+    return drawn(figure, out, "extremes", "The ends of the spectrum", "Each run's largest and smallest eigenvalue.")
 
 
 def _legend(axes: Axes) -> None:
@@ -182,7 +154,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _negative(runs: Sequence[Record], grid: _Grid, out: Path) -> Drawn:
-    figure = _figure(8.4, 3.4)
+    figure = new_figure(8.4, 3.4)
     axes = figure.subplots()
     for look, (series, places) in enumerate(grid.series):
         _line(axes, runs, places, [runs[k]["r_neg"] for k in places], look, INK, series)
@@ -192,11 +164,11 @@ def _negative(runs: Sequence[Record], grid: _Grid, out: Path) -> Drawn:
     if len(grid.series) > 1:
         _legend(axes)
     caption = "The size of the most negative eigenvalue over the largest positive one: 0 is a minimum along every direction."
-    return _drawn(figure, out, "r_neg", "Negative curvature, R_NEG", caption)
+    return drawn(figure, out, "r_neg", "Negative curvature, R_NEG", caption)
 
 
 def _ratios(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) -> Drawn:
-    figure = _figure(8.4, 3.4 * len(grid.series) + 0.4)
+    figure = new_figure(8.4, 3.4 * len(grid.series) + 0.4)
     panels = figure.subplots(len(grid.series), 1, squeeze=False, sharex=True)[:, 0]
     most = max((len(run["r_n"]) for run in runs), default=0)
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, max(most, 2)))
@@ -218,11 +190,11 @@ def _ratios(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) ->
     if most:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", ncols=1 + (most > 12))
     caption = f"The n-th largest eigenvalue over the largest, n = 2 to {most + 1}. Those above the dashed line are outliers."
-    return _drawn(figure, out, "r_n", "The largest eigenvalues over the first, Rₙ", caption)
+    return drawn(figure, out, "r_n", "The largest eigenvalues over the first, Rₙ", caption)
 
 
 def _outliers(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) -> Drawn:
-    figure = _figure(8.4, 3.8)
+    figure = new_figure(8.4, 3.8)
     counts, shares = figure.subplots(1, 2)
     for look, (series, places) in enumerate(grid.series):
         for sign, label, colour in (("", "positive", POSITIVE), ("negative_", "negative", NEGATIVE)):
@@ -245,7 +217,7 @@ def _outliers(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) 
         "of it. A large open triangle: every eigenvalue computed is an outlier, so there may be more. Right: how much of "
         "the gradient's square lies in the space of their eigenvectors."
     )
-    return _drawn(figure, out, "outliers", "Outliers and the gradient", caption)
+    return drawn(figure, out, "outliers", "Outliers and the gradient", caption)
 
 
 def _densities(results: Sequence[Mapping[str, Any]], grid: _Grid, out: Path) -> Drawn:
@@ -265,7 +237,7 @@ def _densities(results: Sequence[Mapping[str, Any]], grid: _Grid, out: Path) -> 
     peak = max(column.max() for column in columns)
     with np.errstate(divide="ignore"):
         logs = np.log10(np.array(columns) / peak)
-    figure = _figure(8.4, 4.6 * len(grid.series))
+    figure = new_figure(8.4, 4.6 * len(grid.series))
     panels = figure.subplots(len(grid.series), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (series, places) in zip(panels, grid.series, strict=True):
         set_symlog(axes, "y", float(inverse_symlog(x[0], linear)), float(inverse_symlog(x[-1], linear)), linear)
@@ -290,4 +262,4 @@ def _densities(results: Sequence[Mapping[str, Any]], grid: _Grid, out: Path) -> 
         f"for |λ| below {number(linear, 2)}. Less than a millionth of the peak is white; gaps between Ritz values "
         "are not resolved."
     )
-    return _drawn(figure, out, "densities", "Spectral densities", caption)
+    return drawn(figure, out, "densities", "Spectral densities", caption)

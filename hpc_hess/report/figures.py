@@ -276,8 +276,13 @@ def _convergence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
 
 
 def _timing(steps: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
+    phases = _phases(steps)
     figure = _figure(8.4, 3.6)
-    axes = figure.subplots()
+    if phases:
+        axes, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
+        _bars(bars, phases)
+    else:
+        axes = figure.subplots()
     x = np.arange(1, len(steps) + 1)
     series = (("hvp_s", "Hessian product"), ("lanczos_s", "Lanczos vectors"), ("checkpoint_s", "checkpoint"))
     seen: list[float] = []
@@ -295,7 +300,26 @@ def _timing(steps: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
     _step_axis(axes, len(steps))
     if axes.lines:
         axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _save(
-        figure, folder, "timing", "Time per step",
-        "Wall time of the parts of each completed step, on the slowest rank; probes in lock-step share it equally.",
-    )  # fmt: skip
+    caption = "Wall time of the parts of each completed step, on the slowest rank; probes in lock-step share it equally."
+    if phases:
+        caption += (
+            " Right: what ranks do in a step, in the mean over steps and ranks; the dot is the slowest rank's. Calibration "
+            "counts with its gradients."
+        )
+    return _save(figure, folder, "timing", "Time per step", caption)
+
+
+def _phases(steps: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return the seconds of each phase of a step, largest and mean over ranks, in the mean over steps."""
+    found = [step["phases"] for step in steps if step.get("phases")]
+    names = {name for phases in found for name in phases}
+    of = {name: np.array([phases.get(name, (0.0, 0.0)) for phases in found]).mean(0) for name in names}
+    return {name: (float(values[0]), float(values[1])) for name, values in of.items()}
+
+
+def _bars(axes: Axes, phases: Mapping[str, tuple[float, float]]) -> None:
+    names = sorted(phases, key=lambda name: phases[name][1])
+    axes.barh(names, [phases[name][1] for name in names], color=CYCLE[0], height=0.6)
+    axes.plot([phases[name][0] for name in names], names, linestyle="", marker="o", markersize=3, color=INK)
+    axes.set_xlabel("time of a step (s)")
+    axes.grid(False, axis="y")

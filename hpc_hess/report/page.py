@@ -209,7 +209,7 @@ def _facts(run: RunFiles) -> list[tuple[str, list[Row]]]:
     result = run.result
     model = result.get("model")
     steps = step_events(run.events)
-    timing = _rows(result.get("timing"))
+    timing = _rows({key: value for key, value in _table(result.get("timing")).items() if key != "phases"})
     if steps:
         resumed = sum(e.get("event") == "resume" for e in run.events)
         timing += [

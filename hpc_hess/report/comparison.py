@@ -1,0 +1,57 @@
+"""A page that compares runs: figures, a table with a line for each run, one file that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hpc_hess.report.rundir import write_aside
+
+
+class Drawn(NamedTuple):
+    """One figure of the page; ``source`` is its SVG as a data address."""
+
+    name: str
+    title: str
+    caption: str
+    source: str
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def drawn(figure: Figure, out: Path, name: str, title: str, caption: str) -> Drawn:
+    """Write OUT/figures/NAME.png and return the figure for the page."""
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "figures" / f"{name}.png", dpi=160)
+    figure.set_layout_engine("none")  # the layout just found serves again
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return Drawn(name, title, caption, "data:image/svg+xml;base64," + base64.b64encode(text.getvalue().encode()).decode())
+
+
+def write_comparison(
+    path: Path, *, title: str, story: str, notes: Sequence[str], plots: Sequence[Drawn], columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]], legend: str,
+) -> Path:  # fmt: skip
+    """Write the page; ``rows``: a link, or "", and the cells; ``legend``: what the columns mean."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpc_hess.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    text = environment.get_template("comparison.html").render(
+        title=title, story=story, notes=notes, plots=plots, columns=columns, rows=rows, legend=legend
+    )
+    write_aside(path, text)
+    return path
