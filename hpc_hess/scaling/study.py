@@ -1,16 +1,16 @@
-"""A scaling study: every combination of some settings, as runs of their own::
+"""A scaling study: every combination of some settings, as runs of their own.
 
-    config = "launch/configs/smollm2.toml"     # what all runs have in common
-    out = "runs/study"                         # each goes to a directory of its own there
-    launcher = "torchrun"                      # torchrun, mpirun or srun
+config = "launch/configs/smollm2.toml"     # what all runs have in common
+out = "runs/study"                         # each goes to a directory of its own there
+launcher = "torchrun"                      # torchrun, mpirun or srun
 
-    [set]                                      # keys that differ from that configuration, for all runs
-    "lanczos.steps" = 6
-    [sweep]                                    # every combination; ranks is no key of the configuration
-    ranks = [1, 2, 4]
-    "model.source" = ["a/config.json", "b/config.json"]
-    [per_rank]                                 # multiplied by the ranks: weak scaling
-    "data.sequences" = 2
+[set]                                      # keys that differ from that configuration, for all runs
+"lanczos.steps" = 6
+[sweep]                                    # every combination; ranks is no key of the configuration
+ranks = [1, 2, 4]
+"model.source" = ["a/config.json", "b/config.json"]
+[per_rank]                                 # multiplied by the ranks: weak scaling
+"data.sequences" = 2
 """
 
 from __future__ import annotations
