@@ -5,12 +5,14 @@ by itself. Every fourth kill comes at any instant of start-up, creation included
 each kill the store must open with every checksum right and hold every step that was reported as done but the last, whose
 rows may still have been on their way; when a run has ended, alpha, beta and the whole basis must equal, bit for bit,
 those of the run that was left alone.
-``python -m benchmarks.soak`` kills 100 times; ``--kills 10 10`` is a short form.
+``python -m benchmarks.soak`` kills 100 times; ``--kills 10 10`` is a short form; ``--add --seed 1 --kills 0 20`` adds to an
+earlier table.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import tempfile
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FILE
@@ -204,21 +206,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, nargs="+", default=[30, 30, 20, 20], help="for each case in turn")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="to the table that is there; a case of 0 kills is left out")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    earlier = RESULTS / "soak.json"
+    rows: list[dict[str, Any]] = json.loads(earlier.read_text())["rows"] if args.add and earlier.exists() else []
     for (name, (script, settings)), kills in zip(CASES.items(), args.kills, strict=False):
+        if not kills:
+            continue
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             found = soak(script, settings, Path(folder), kills=kills, seed=args.seed)
         assert found.lost_steps <= 1, found
         assert not found.unequal, found
         rows.append({
-            "run": name, "kills": found.kills, "before a store was there": found.before_creation,
+            "run": name, "seed": args.seed, "kills": found.kills, "before a store was there": found.before_creation,
             "resumed": found.resumed, "completed steps lost, at most": found.lost_steps, "runs finished": found.finished,
             "kills each survived": " ".join(map(str, found.interrupted)), "not bitwise equal": found.unequal,
         })  # fmt: skip
         write("soak", "Runs killed at random instants and resumed", rows,
-              {"ranks": 2, "seed": args.seed, "every second kill": "one rank; else launcher and ranks at once"})  # fmt: skip
+              {"ranks": 2, "every second kill": "one rank; else launcher and ranks at once"})  # fmt: skip
 
 
 if __name__ == "__main__":
