@@ -15,7 +15,7 @@ from hpc_hess.report.style import CYCLE, INK, MARKERS, MUTED, STYLE
 from hpc_hess.report.words import NONE, duration, minus, number, size
 
 PAGE_NAME = "scaling.html"
-_COLUMNS = ["Run", "Operator", "Parameters", "Ranks", "Tokens", "Product", "Lanczos", "Memory a rank", "Strong", "Weak"]
+_COLUMNS = ["Run", "Operator", "Parameters", "Ranks", "Tokens", "Product", "Lanczos", "Memory", "Strong", "Weak"]
 
 Record = Mapping[str, Any]
 
@@ -31,8 +31,8 @@ def write_scaling_page(out: Path, record: Record) -> Path:
         if strong or weak:
             plots.append(_efficiency(out, runs, strong, weak))
     rows = [
-        ("", [run["name"], run["operator"], f"{run['num_params']:,}", str(run["ranks"]), f"{run['tokens']:,}",
-              duration(run["hvp_s"]), duration(run["lanczos_s"]), size(run["memory_bytes"]), _share(strong, k),
+        ("", [run["name"], run["operator"].partition(", ")[2], f"{run['num_params']:,}", str(run["ranks"]),
+              f"{run['tokens']:,}", duration(run["hvp_s"]), duration(run["lanczos_s"]), size(run["memory_bytes"]), _share(strong, k),
               _share(weak, k)])
         for k, run in enumerate(runs)
     ]  # fmt: skip
@@ -74,10 +74,15 @@ def _law(out: Path, operators: Record, part: str, title: str, unit: str) -> Draw
     low, high = np.inf, 0.0
     for k, (name, found) in enumerate(operators.items()):
         measured, predicted = (np.array(found[part][key]) / scale for key in ("measured", "predicted"))
-        scatter.loglog(measured, predicted, linestyle="", marker=MARKERS[k % len(MARKERS)], markersize=4, alpha=0.7,
+        scatter.plot(measured, predicted, linestyle="", marker=MARKERS[k % len(MARKERS)], markersize=4, alpha=0.7,
                        color=CYCLE[k % len(CYCLE)], label=name)  # fmt: skip
         low, high = min(low, measured.min(), predicted[predicted > 0].min()), max(high, measured.max(), predicted.max())
-    scatter.loglog([low, high], [low, high], color=MUTED, linewidth=0.8)
+    scatter.plot([low, high], [low, high], color=MUTED, linewidth=0.8)
+    if high > 10 * low:
+        scatter.set_xscale("log")
+        scatter.set_yscale("log")
+    else:
+        scatter.locator_params(nbins=5)
     scatter.set_xlabel(f"measured ({unit})")
     scatter.set_ylabel(f"predicted ({unit})")
     _coefficients(terms, operators, part)
@@ -141,10 +146,12 @@ def _efficiency(out: Path, runs: Sequence[Record], strong: Mapping[int, float], 
         axes.axhline(1, color=MUTED, linewidth=0.8)
         axes.set_xlabel("ranks")
         axes.set_title(f"{title} scaling")
-        axes.set_ylim(0, 1.25)
+        axes.set_ylim(0, 1.1 * max(1.1, *strong.values(), *weak.values()))
         if found:
+            axes.set_xticks(sorted({runs[k]["ranks"] for k in found}))
             axes.legend(fontsize=7)
         else:
+            axes.set_xticks([])
             axes.text(0.5, 0.5, NONE, transform=axes.transAxes, ha="center", color=MUTED)
     panels[0].set_ylabel("efficiency of a step")
     return drawn(figure, out, "efficiency", "Efficiency over ranks",

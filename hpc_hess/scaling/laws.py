@@ -7,8 +7,8 @@ r: vectors of the reorthogonalisation; P: parameters; R: ranks. The product's ow
     T_HVP = a P t + b P / R + d m P (R - 1) / R + e m
 
 with t tokens of a rank in m micro-batches: arithmetic, vectors, gathered parameters, what a micro-batch costs however
-small. Memory above the program's own:  M = f P / R + g w k P / R + h P + i q  with k rows of basis for each of w probes,
-what lies unsharded for a moment, and q tokens of a micro-batch.
+small. Memory above the program's own:  M = f P / R + g w k P / R + h P + i q + j  with k rows of basis for each of w probes,
+what lies unsharded for a moment, q tokens of a micro-batch, and what every run takes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Float = NDArray[np.float64]
 _RESAMPLES = 400
 
 TIME_TERMS = ("P t", "P / R", "m P (R - 1) / R", "m", "2 + r", "(1 + r) P / R")
-MEMORY_TERMS = ("P / R", "w k P / R", "P", "q")
+MEMORY_TERMS = ("P / R", "w k P / R", "P", "q", "1")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _time_terms(run: Measured, r: int) -> list[float]:
 def _memory_terms(run: Measured) -> list[float]:
     """Return the terms of the memory law for a run."""
     share = run.num_params / run.ranks
-    return [share, run.width * run.rows * share, run.num_params, run.micro_batch_tokens]
+    return [share, run.width * run.rows * share, run.num_params, run.micro_batch_tokens, 1.0]
 
 
 class Observed(NamedTuple):

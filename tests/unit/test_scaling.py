@@ -59,7 +59,7 @@ def test_studies_that_cannot_be(tmp_path: Path, text: str, complaint: str) -> No
 
 
 _TIME = np.array([3e-13, 2e-9, 4e-10, 0.02, 1e-3, 5e-10])
-_MEMORY = np.array([24.0, 4.0, 1.5, 4e4])
+_MEMORY = np.array([24.0, 4.0, 1.5, 4e4, 1e8])
 
 
 def run(p: int, ranks: int, tokens: int, noise: float = 0.0, seed: int = 0) -> Measured:
@@ -71,7 +71,7 @@ def run(p: int, ranks: int, tokens: int, noise: float = 0.0, seed: int = 0) -> M
         for r in range(1, 9)
     ]
     rows = 8 if tokens < 1000 else 20
-    memory = np.array([p / ranks, rows * p / ranks, p, tokens // m]) @ _MEMORY
+    memory = np.array([p / ranks, rows * p / ranks, p, tokens // m, 1]) @ _MEMORY
     return Measured(f"{p}-{ranks}", "hessian", p, ranks, tokens * ranks, m, tokens // m, rows, 1, int(memory), steps)
 
 
