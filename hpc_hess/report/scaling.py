@@ -32,8 +32,8 @@ def write_scaling_page(out: Path, record: Record) -> Path:
             plots.append(_efficiency(out, runs, strong, weak))
     rows = [
         ("", [run["name"], run["operator"].partition(", ")[2], f"{run['num_params']:,}", str(run["ranks"]),
-              f"{run['tokens']:,}", duration(run["hvp_s"]), duration(run["lanczos_s"]), size(run["memory_bytes"]), _share(strong, k),
-              _share(weak, k)])
+              f"{run['tokens']:,}", duration(run["hvp_s"]), duration(run["lanczos_s"]), size(run["memory_bytes"]),
+              _share(strong, k), _share(weak, k)])
         for k, run in enumerate(runs)
     ]  # fmt: skip
     return write_comparison(
