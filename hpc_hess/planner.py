@@ -34,6 +34,8 @@ from hpc_hess.scaling.machine import Machine
 from hpc_hess.scaling.plan import Trace, describe, make_plan
 from hpc_hess.scaling.tracing import Tracer, Work
 
+_CALIBRATION_VECTORS = 3  # that step_size.measure holds beside what a product holds: fourth, truncated, slope
+
 
 class _Differences(FiniteDifferenceHessian):
     """Finite differences whose step is stored without loss: fake numbers would tell nothing."""
@@ -41,6 +43,10 @@ class _Differences(FiniteDifferenceHessian):
     def _move(self, v: Vector, factor: float, norm: float, *, dither: bool = False) -> tuple[float, bool]:
         self.gradient.model.move_parameters(self.theta0, v.data, factor)
         return factor * norm * norm, False
+
+
+def _calibrates(config: Config) -> bool:
+    return config.operator.method == "finite_difference" and config.operator.step == "auto"
 
 
 def _lock_step(config: Config) -> int:
@@ -90,8 +96,11 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         with tracer.category("vectors"):
             operator = _operator(config, gradient, objective, plain, watch)
             vectors = [model.space.zeros() for _ in range(width)]
+        with tracer.category("calibration"):
+            spare = [model.space.zeros() for _ in range(_CALIBRATION_VECTORS if _calibrates(config) else 0)]
         with tracer.category("products"), tracer.stretch() as product:
             products(operator, vectors)
+        del spare
         count = -(-config.data.sequences // (ranks * config.data.micro_batch))
         whole = product.work - watch.work * watch.calls + watch.work * (watch.calls * count)
         rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
