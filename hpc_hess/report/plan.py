@@ -54,9 +54,10 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     if plan["fits"]:
         return f"fits, with the basis {_where(plan)}"
     over = plan["device_bytes"] - plan["device_memory_bytes"]
+    what = f"the basis needs {size(plan['host_bytes'])} a rank on the host"
     if over > 0:
-        return f"does NOT fit: {size(over)} too much on a device"
-    return f"does NOT fit: the basis needs {size(plan['host_bytes'])} a rank on the host"
+        what = f"{size(over)} too much on a device"
+    return f"does NOT fit: {what}. Would do: {plan['remedy']}"
 
 
 def _where(plan: Mapping[str, Any]) -> str:

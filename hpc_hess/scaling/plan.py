@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,6 +130,27 @@ def make_plan(trace: Trace, lanczos: LanczosSection, machine: Machine, host_byte
     )  # fmt: skip
 
 
+_SHARDED = ("parameters", "vectors", "calibration")  # categories of a peak that more ranks share
+_PRODUCT_VECTORS = 2  # of the products' part: gradients, or a product and its tangents
+
+
+def remedy(plan: Plan) -> str:
+    """Return what would make a run fit, "" where it fits. Parts that ranks share are taken to shrink with their number."""
+    if plan.fits:
+        return ""
+    trace = plan.trace
+    shared = sum(trace.peak.parts[name] for name in _SHARDED)
+    shared += _PRODUCT_VECTORS * trace.num_params_local * trace.itemsize
+    room = (plan.machine.memory_bytes - _RESERVED) / _FRAGMENTED - (trace.peak.bytes - shared)
+    if plan.device_bytes <= plan.machine.memory_bytes:
+        return 'a larger --host-gib, or lanczos.basis_memory = "disk"'
+    options = ["model.activation_checkpointing = true, or a smaller data.micro_batch or sequence_length"]
+    if room > 0:
+        ranks = math.ceil(shared * trace.ranks / room)
+        options.insert(0, f"about {math.ceil(ranks / trace.local_ranks)} nodes of {trace.local_ranks}")
+    return "; or ".join(options)
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON-able numbers: bytes, seconds."""
     trace = plan.trace
@@ -140,6 +162,6 @@ def describe(plan: Plan) -> dict[str, Any]:
         "basis_bytes": trace.width * trace.rows * trace.row_bytes, "store_bytes": plan.store_bytes,
         "row_bytes": plan.row_bytes, "flops": trace.product.flops, "sent_bytes": trace.product.sent(),
         "gradient_s": [plan.gradient.least, plan.gradient.most], "product_s": [plan.product.least, plan.product.most],
-        "vectors_s": plan.vectors_s, "run_s": list(plan.run_s), "micro_batches": trace.micro_batches,
+        "vectors_s": plan.vectors_s, "run_s": list(plan.run_s), "micro_batches": trace.micro_batches, "remedy": remedy(plan),
         "tokens": trace.tokens, "width": trace.width,
     }  # fmt: skip

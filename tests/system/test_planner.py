@@ -116,6 +116,7 @@ def test_what_fits_and_where(source: Path, tmp_path: Path) -> None:
     config = settings(source, lanczos={"steps": 400})
     (plan,) = plans(config, [1], 1, str(tmp_path / "small.json"), host_bytes=0)
     assert not plan["fits"]
+    assert "larger --host-gib" in plan["remedy"]
     (plan,) = plans(config, [1], 1, str(tmp_path / "small.json"), host_bytes=20_000_000_000)
     assert (plan["fits"], plan["basis"]) == (True, "host")
     (plan,) = plans(config, [1], 1, "h100", host_bytes=0)
@@ -123,6 +124,12 @@ def test_what_fits_and_where(source: Path, tmp_path: Path) -> None:
     assert plan["store_bytes"] == 400 * 4 * NUM_PARAMS
     with pytest.raises(ConfigError, match=r"no such GPU: 'h99'; known are a100, a100-40, h100, h200, or a file"):
         Machine.read("h99")
+    tight = Machine("tight", {"float32": 1e12}, 1e11, 1_580_000_000, 1e-6, 1e9, 1e9, 1e-5)
+    tight.write(tmp_path / "tight.json")
+    found = plans(settings(source), [1, 4], 1, str(tmp_path / "tight.json"), host_bytes=2**40)
+    assert [plan["fits"] for plan in found] == [False, True]
+    assert "about " in found[0]["remedy"]
+    assert found[1]["remedy"] == ""
     assert KNOWN["h200"].memory_bytes > KNOWN["h100"].memory_bytes
 
 
