@@ -99,14 +99,16 @@ def test_noise_widens_the_intervals_and_nothing_is_negative() -> None:
 
 def test_phases_do_not_count_what_is_inside_them() -> None:
     timers = Timers(torch.device("cpu"))
+    began = time.perf_counter()
     with timers.phase("outer"):
         time.sleep(0.02)
         with timers.phase("inner"):
             time.sleep(0.05)
         with timers.phase("outer"):
             time.sleep(0.01)
+    whole_s = time.perf_counter() - began
     seconds = timers.take()
-    assert seconds["inner"] == pytest.approx(0.05, abs=0.03)
-    assert seconds["outer"] == pytest.approx(0.03, abs=0.03)
-    assert seconds["inner"] > seconds["outer"] - 0.02
+    assert seconds["inner"] >= 0.049
+    assert seconds["outer"] >= 0.029
+    assert sum(seconds.values()) <= whole_s
     assert timers.take() == {}
