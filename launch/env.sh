@@ -5,9 +5,9 @@
 #
 #   launch/X.sh [-n RANKS] [--nodes NODES] [COMMAND] CONFIG.toml [--set section.key=value ...] [--resume ...]
 #
-#   COMMAND         run (default), check, finetune, dynamics: what python -m hpc_hess takes
 #   -n RANKS        ranks in total (or the environment's RANKS; default one a GPU, else one a node)
 #   --nodes NODES   nodes (or the environment's NODES; default 1, under Slurm what was allocated)
+#   COMMAND         run (default), check, finetune, dynamics: what python -m hpc_hess takes
 #
 # The exit code is the program's: 0 done, 2 bad input, 3 numerics, 75 stopped early (the same command goes on), 1 other.
 
