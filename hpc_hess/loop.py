@@ -186,7 +186,7 @@ class Loop:
         began = time.perf_counter()
         key = [self.store.schema.run_id, *running, "step", max(p.step_count for p in running.values())]
         phase = self.world.timers.phase
-        self.world.timers.take()
+        self.world.timers.begin()
         self.watch.begin_product(key, self.operator, self.tally.slowest_step_s, self._settle)
         with phase("vectors"):
             products = dict(zip(running, next_products(list(running.values())), strict=True))

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hpc_hess.config import Config
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.self_check import Choice
+from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.accumulation import Unwatched
@@ -114,6 +115,8 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
 
 def plans(config: Config, nodes: Sequence[int], local_ranks: int, machine: str, host_bytes: int) -> list[dict[str, Any]]:
     """Return a plan (scaling.plan.describe) for each number of nodes. ``machine``: see Machine.read. Collective: no."""
+    if min(nodes) < 1 or local_ranks < 1:
+        raise ConfigError(f"--nodes {min(nodes)} --gpus-per-node {local_ranks}: give at least one node of at least one GPU")
     device = Machine.read(machine)
     found = []
     for count in nodes:

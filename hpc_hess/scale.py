@@ -87,7 +87,7 @@ def _row(run: Measured) -> dict[str, Any]:
     steps = run.steps[1:] or run.steps
     return {
         "name": run.name, "operator": run.operator, "num_params": run.num_params, "ranks": run.ranks, "tokens": run.tokens,
-        "memory_bytes": run.memory_bytes, "width": run.width, "hvp_s": float(np.median([hvp for _, hvp, _ in steps])),
+        "memory_bytes": run.memory_bytes, "hvp_s": float(np.median([hvp for _, hvp, _ in steps])),
         "lanczos_s": float(np.median([lanczos for _, _, lanczos in steps])),
     }  # fmt: skip
 
@@ -107,7 +107,7 @@ def measure_machine(out: Path) -> int:
     else:
         name, memory = f"{torch.get_num_threads()} threads", host_bytes_free()
     machine = measure(device, name, memory)
-    machine.write(out)
+    write_aside(out, machine.to_json())
     rates = ", ".join(f"{dtype} {rate / 1e9:.4g} GFLOP/s" for dtype, rate in machine.flops_per_s.items())
     print(f"{name}: {rates}; copies {machine.bytes_per_s / 1e9:.3g} GB/s; {machine.operation_s * 1e6:.3g} us an operation")
     print(out)

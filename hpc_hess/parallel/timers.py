@@ -12,7 +12,7 @@ import torch
 
 
 class Timers:
-    """Phases on one device, summed since the last :meth:`take`.
+    """Phases on one device, summed from :meth:`begin` to :meth:`take`; at other times nothing is counted.
 
     On a CPU a phase does not count what phases inside it take. On a GPU it is what lies between two events of its stream,
     where traffic goes on beside arithmetic: phases overlap, and nothing waits for the device before :meth:`take`.
@@ -24,10 +24,20 @@ class Timers:
         self._events: list[tuple[str, Any, Any]] = []
         self._open: list[str] = []
         self._since = 0.0
+        self._counting = False
+
+    def begin(self) -> None:
+        """Begin to count."""
+        self._counting = True
+        self._seconds.clear()
+        self._events.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the block as ``name``."""
+        if not self._counting:
+            yield
+            return
         if self._cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -46,7 +56,8 @@ class Timers:
             self._open.pop()
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of each phase, and begin anew. Waits for the device."""
+        """Return the seconds of each phase, and count no longer. Waits for the device."""
+        self._counting = False
         if self._events:
             torch.cuda.synchronize()
             for name, begin, end in self._events:

@@ -47,11 +47,6 @@ class Law:
     measured: Float
     predicted: Float
 
-    @property
-    def errors(self) -> Float:
-        """Relative error of each observation."""
-        return self.predicted / self.measured - 1
-
 
 def _time_terms(run: Measured, r: int) -> list[float]:
     """Return the terms of T(r) for a run."""

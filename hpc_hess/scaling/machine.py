@@ -57,9 +57,9 @@ class Machine:
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{name} does not describe a machine ({error}); hpc-hess scaling machine writes one") from None
 
-    def write(self, path: Path) -> None:
-        """Write what :meth:`read` takes."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        """Return the text of a file that :meth:`read` takes."""
+        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def _gpu(name: str, *, bf16: float, fp32: float, memory_gib: int, tb_per_s: float, nvlink: float, nic: float) -> Machine:

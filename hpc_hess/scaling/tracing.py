@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from hpc_hess.errors import ModelError
+
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
 
 # collective -> which argument holds what travels; its bytes are those of the whole group's tensor
@@ -177,7 +179,7 @@ class Tracer(TorchDispatchMode):
         elif func.namespace != "c10d":
             self._count(func, args, kwargs, out)
         for tensor in _tensors(out):
-            self.hold(tensor)
+            self._hold(tensor)
         return out
 
     def _of_a_healthy_run(self, func: Any, args: Any) -> Any:
@@ -198,7 +200,10 @@ class Tracer(TorchDispatchMode):
             return torch.empty(count, mask.ndim, dtype=torch.int64, device=mask.device)
         if func is _aten.index.Tensor and args[1][0].dtype == torch.bool and len(args[1]) == 1:
             return args[0].flatten(0, args[1][0].ndim - 1).clone()
-        raise NotImplementedError(f"the planner cannot follow {func}, whose result depends on the numbers")
+        raise ModelError(
+            f"the plan cannot follow this model: the result of {func} depends on the numbers; measure small runs and fit "
+            "them with hpc-hess scaling fit instead"
+        )
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         found = _tensors(out)
@@ -208,7 +213,7 @@ class Tracer(TorchDispatchMode):
         moved = sum(_nbytes(t) for t in [*_tensors((args, kwargs)), *found])
         self.work.operations[Operation(dtype, _flops(func, args, kwargs, out), moved)] += 1
 
-    def hold(self, tensor: torch.Tensor) -> None:
+    def _hold(self, tensor: torch.Tensor) -> None:
         """Count the memory of a tensor, unless it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata

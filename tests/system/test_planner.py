@@ -111,7 +111,7 @@ def test_seconds_of_a_machine() -> None:
 
 def test_what_fits_and_where(source: Path, tmp_path: Path) -> None:
     small = Machine("small", {"float32": 1e12}, 1e11, 2_000_000_000, 1e-6, 1e9, 1e9, 1e-5)
-    small.write(tmp_path / "small.json")
+    (tmp_path / "small.json").write_text(small.to_json())
     assert Machine.read(str(tmp_path / "small.json")) == small
     config = settings(source, lanczos={"steps": 400})
     (plan,) = plans(config, [1], 1, str(tmp_path / "small.json"), host_bytes=0)
@@ -122,10 +122,12 @@ def test_what_fits_and_where(source: Path, tmp_path: Path) -> None:
     (plan,) = plans(config, [1], 1, "h100", host_bytes=0)
     assert (plan["fits"], plan["basis"]) == (True, "device")
     assert plan["store_bytes"] == 400 * 4 * NUM_PARAMS
+    with pytest.raises(ConfigError, match="at least one node of at least one GPU"):
+        plans(config, [0], 1, "h100", host_bytes=0)
     with pytest.raises(ConfigError, match=r"no such GPU: 'h99'; known are a100, a100-40, h100, h200, or a file"):
         Machine.read("h99")
     tight = Machine("tight", {"float32": 1e12}, 1e11, 1_580_000_000, 1e-6, 1e9, 1e9, 1e-5)
-    tight.write(tmp_path / "tight.json")
+    (tmp_path / "tight.json").write_text(tight.to_json())
     found = plans(settings(source), [1, 4], 1, str(tmp_path / "tight.json"), host_bytes=2**40)
     assert [plan["fits"] for plan in found] == [False, True]
     assert "about " in found[0]["remedy"]
