@@ -54,7 +54,7 @@ class ProductWatch:
         self._before_save: Callable[[], object] | None = None
         self._state: dict[str, Any] = {}
         self._evaluation, self._count = 0, 0
-        self._ends_s: float | None = None  # when the step will be over, on the monotonic clock
+        self._began_s, self._usual_s = 0.0, 0.0  # the product's beginning, how long a step takes (0: nobody knows)
         self._mark_s = 0.0  # the end of the last micro-batch
         self._slowest_s, self._save_s = 0.0, 0.0  # a micro-batch, a checkpoint
         self.resumed = 0  # micro-batches that the last product found summed
@@ -79,7 +79,7 @@ class ProductWatch:
 
         """
         self._operator, self._before_save = operator, before_save
-        self._ends_s = time.monotonic() + usual_s if usual_s else None
+        self._began_s, self._usual_s = time.monotonic(), usual_s
         self._evaluation, self.resumed = 0, 0
         self._state = {"key": key, "operator": operator.to_state(), "whole": [], "partial": None}
         if self._store is not None and self._store.state.extra:
@@ -132,15 +132,20 @@ class ProductWatch:
             self._evaluation += 1
             if not more:
                 return
-        now = time.monotonic()
-        remaining = None if self._ends_s is None or now > self._ends_s else self._ends_s - now
-        reason = self._stopper.agreed_within(remaining, self._slowest_s + self._save_s + _MARGIN_S)
+        reason = self._stopper.agreed_within(self._remaining_s(), self._slowest_s + self._save_s + _MARGIN_S)
         if reason:
             if keeping and not due:
                 self._save(sums, index + 1)
             self.kept = keeping
             raise InterruptedProductError(reason)
         self._mark_s = time.monotonic()
+
+    def _remaining_s(self) -> float | None:
+        """Return the seconds until the step is committed; None if nobody knows."""
+        if not self._usual_s:
+            return None
+        left_s = self._began_s + self._usual_s - time.monotonic()
+        return left_s if left_s > 0 else self._usual_s  # late by an unknown time: as if it began now
 
     def milestone(self, state: dict[str, Any]) -> None:
         """Note that ``state``, of the operator, stands for all evaluations so far."""
