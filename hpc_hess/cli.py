@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                       help="override one key; may be repeated")  # fmt: skip
     plan.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="several: a table")
+    plan.add_argument("--sweep", action="store_true", help="a table of 1, 2, 4, ... nodes, to the largest of --nodes or 64")
+    plan.add_argument("--smallest", action="store_true", help="find the fewest nodes that fit, from --nodes on")
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="ranks of a node (8)")
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100, a100-40 or a measured.json (h100)")
     plan.add_argument("--host-gib", type=float, default=1000.0, metavar="GIB", help="memory of a node for the ranks (1000)")
@@ -158,17 +160,28 @@ def _plan(args: argparse.Namespace) -> int:
     import json
 
     from hpc_hess.config import load_config
-    from hpc_hess.planner import plans
-    from hpc_hess.report.plan import plan_text, sweep_text
+    from hpc_hess.planner import Planner
+    from hpc_hess.report.plan import plan_text, suggestions_text, sweep_text
+    from hpc_hess.scaling.plan import describe
 
-    found = plans(
-        load_config(args.config, args.overrides), args.nodes, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30)
-    )
+    config = load_config(args.config, args.overrides)
+    planner = Planner(config, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30))
+    nodes = args.nodes
+    if args.sweep:
+        largest = max(nodes) if max(nodes) > 1 else 64
+        nodes = [1 << k for k in range(largest.bit_length()) if 1 << k < largest] + [largest]
+    found = [planner.plan(count) for count in (nodes[:1] if args.smallest else nodes)]
+    if args.smallest:
+        found = [planner.smallest(found[0]) or found[0]]
+    suggested = [] if found[-1].fits or len(found) > 1 else planner.suggestions(found[-1])
+    plans, changes = [describe(plan) for plan in found], [(change, describe(plan)) for change, plan in suggested]
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps([*plans, *({"change": change, **plan} for change, plan in changes)], indent=2))
     else:
-        print(plan_text(found[0]) if len(found) == 1 else sweep_text(found))
-    return 0 if any(plan["fits"] for plan in found) else 2
+        print(plan_text(plans[0]) if len(plans) == 1 else sweep_text(plans))
+        if len(plans) == 1 and not found[0].fits:
+            print(suggestions_text(changes))
+    return 0 if any(plan.fits for plan in found) else 2
 
 
 def _scaling(args: argparse.Namespace) -> int:

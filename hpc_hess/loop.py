@@ -5,6 +5,7 @@ The rows of a step are written while the next product is computed, and it is com
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from hpc_hess.products import (
 from hpc_hess.report.progress import Progress
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import Tally
+from hpc_hess.scaling.counter import FlopCounter
 from hpc_hess.stopping import InterruptedProductError, Stopper
 from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.journal import Member
@@ -121,12 +123,14 @@ class Loop:
     def _measure_gradient(self) -> Vector:
         self.progress.phase("gradient at theta_0")
         began = time.perf_counter()
-        loss, gradient = self.problem.gradient.at_theta0()
+        with FlopCounter() as counter:
+            loss, gradient = self.problem.gradient.at_theta0()
         norm = gradient.norm()
         seconds = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
         self.progress.note(f"loss {loss:.6f}, |gradient| {norm:.4g}, one gradient {seconds:.1f} s")
         self.events.write("gradient", seconds=seconds, loss=loss, norm=norm)
         self.tally.loss, self.tally.gradient_norm, self.tally.gradient_s = loss, norm, seconds
+        self.tally.gradient_flops = int(self.world.max_over_ranks(counter.flops, "operations of a gradient"))
         self.tally.routed = self.world.any_true(self.problem.gradient.routing.has_router, "routing")
         return gradient
 
@@ -188,7 +192,8 @@ class Loop:
         phase = self.world.timers.phase
         self.world.timers.begin()
         self.watch.begin_product(key, self.operator, self.tally.slowest_step_s, self._settle)
-        with phase("vectors"):
+        counter = FlopCounter() if self._exact is not None and not self.tally.product_flops else None
+        with phase("vectors"), counter or contextlib.nullcontext():
             products = dict(zip(running, next_products(list(running.values())), strict=True))
         self.watch.end_product()
         hvp_s = time.perf_counter() - began
@@ -213,6 +218,11 @@ class Loop:
             self.tally.asymmetry = max(self.tally.asymmetry, process.asymmetry)
         record = self.operator.last_record()
         self.tally.note_products(record, len(running))
+        if counter is None:
+            self.tally.product_flops = self.tally.product_flops or self.tally.gradient_flops * record.gradients
+        elif not self.watch.resumed:
+            flops = self.world.max_over_ranks(counter.flops, "operations of a product")
+            self.tally.product_flops = int(flops) // len(running)
         self.tally.operator_state = self.operator.to_state()
         self._commit(group)
         spans = [hvp_s - record.calibration_s, lanczos_s, settle_s + time.perf_counter() - began]

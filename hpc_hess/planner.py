@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpc_hess.config import Config
+from hpc_hess.config import Config, make_config
+from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.self_check import Choice
 from hpc_hess.errors import ConfigError
@@ -30,11 +30,12 @@ from hpc_hess.parallel.pretend import pretending
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.placement import MOST_IN_LOCK_STEP, basis_dtype
 from hpc_hess.problem import dtype_of
-from hpc_hess.products import STREAMED, streaming_settings
+from hpc_hess.products import STREAMED, streaming_settings, wants_reference
 from hpc_hess.scaling.machine import Machine
-from hpc_hess.scaling.plan import Trace, describe, make_plan
+from hpc_hess.scaling.plan import Plan, Trace, make_plan, nodes_needed
 from hpc_hess.scaling.tracing import Tracer, Work
 
+_MOST_NODES = 4096  # that a search looks at
 _CALIBRATION_VECTORS = 3  # that step_size.measure holds beside what a product holds: fourth, truncated, slope
 
 
@@ -100,8 +101,15 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         with tracer.category("calibration"):
             spare = [model.space.zeros() for _ in range(_CALIBRATION_VECTORS if _calibrates(config) else 0)]
         with tracer.category("products"), tracer.stretch() as product:
-            products(operator, vectors)
+            found = products(operator, vectors)
         del spare
+        peak = product.peak
+        if wants_reference(config):
+            with tracer.category("vectors"):
+                reference = _exact(config, gradient, objective, plain, config.model.master_dtype)
+            with tracer.category("products"), tracer.stretch() as check:
+                found += products(reference, vectors[:1])
+            peak = max(peak, check.peak, key=lambda peak: peak.bytes)
         count = -(-config.data.sequences // (ranks * config.data.micro_batch))
         whole = product.work - watch.work * watch.calls + watch.work * (watch.calls * count)
         rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
@@ -109,20 +117,79 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         return Trace(
             source.name, model.layout.num_params, model.space.size_local, ranks, min(ranks, local_ranks), count,
             objective.micro_batches[0].input_ids.numel(), width, rows, model.space.size_local * dtype.itemsize,
-            model.space.dtype.itemsize, watch.work * count, whole, product.peak,
+            model.space.dtype.itemsize, watch.work * count, whole, peak,
         )  # fmt: skip
 
 
-def plans(config: Config, nodes: Sequence[int], local_ranks: int, machine: str, host_bytes: int) -> list[dict[str, Any]]:
-    """Return a plan (scaling.plan.describe) for each number of nodes. ``machine``: see Machine.read. Collective: no."""
-    if min(nodes) < 1 or local_ranks < 1:
-        raise ConfigError(f"--nodes {min(nodes)} --gpus-per-node {local_ranks}: give at least one node of at least one GPU")
-    device = Machine.read(machine)
-    found = []
-    for count in nodes:
-        traced = trace(config, count * local_ranks, local_ranks, gloo=not device.overlap)
-        found.append(describe(make_plan(traced, config.lanczos, device, host_bytes)))
-    return found
+class Planner:
+    """Plans of one configuration on nodes of ``local_ranks`` ranks with ``host_bytes`` of memory. Collective: no.
+
+    Parameters
+    ----------
+    machine : what each rank computes on; see Machine.read.
+
+    Raises
+    ------
+    ConfigError : there is no such machine, or no rank.
+
+    """
+
+    def __init__(self, config: Config, local_ranks: int, machine: str, host_bytes: int) -> None:
+        if local_ranks < 1:
+            raise ConfigError(f"--gpus-per-node {local_ranks}: give at least one")
+        self.config, self._local_ranks, self._host_bytes = config, local_ranks, host_bytes
+        self._machine = Machine.read(machine)
+
+    def plan(self, nodes: int, config: Config | None = None) -> Plan:
+        """Trace the run on ``nodes`` nodes, with another configuration if given. Raises as :func:`trace` does."""
+        if nodes < 1:
+            raise ConfigError(f"--nodes {nodes}: give at least one")
+        config = config or self.config
+        traced = trace(config, nodes * self._local_ranks, self._local_ranks, gloo=not self._machine.overlap)
+        return make_plan(traced, config.lanczos, self._machine, self._host_bytes)
+
+    def smallest(self, start: Plan) -> Plan | None:
+        """Return the plan with the fewest nodes that fits, None if none is found. ``start``: any of the configuration's."""
+        lacking, fitting, plan = 0, None, start
+        while fitting is None or fitting.nodes - lacking > 1:
+            if plan.fits:
+                fitting = plan
+            else:
+                lacking = plan.nodes
+            estimate = nodes_needed(plan)
+            most = _MOST_NODES if fitting is None else fitting.nodes - 1
+            if lacking >= most or estimate is None:
+                break
+            plan = self.plan(min(max(estimate, lacking + 1), most))
+        return fitting
+
+    def suggestions(self, plan: Plan) -> list[tuple[str, Plan]]:
+        """Return what would make a plan fit that does not: settings on as many nodes, and more nodes. Each was traced."""
+        found = []
+        changes = _changes(self.config)
+        for some in [*([change] for change in changes), *([changes] if len(changes) > 1 else [])]:
+            better = self.plan(plan.nodes, make_config(self.config.model_dump(), some))
+            if better.fits:
+                found.append((" ".join(f"--set {change}" for change in some), better))
+                break
+        more = self.smallest(plan)
+        if more is not None:
+            found.append((f"--nodes {more.nodes}", more))
+        return found
+
+
+def _changes(config: Config) -> list[str]:
+    """Return the settings that need less memory than the configuration's, those first that cost the least time."""
+    changes = []
+    if config.lanczos.basis_memory != "auto":
+        changes.append("lanczos.basis_memory=auto")
+    if _lock_step(config) > 1:
+        changes.append("lanczos.lock_step=1")
+    if config.data.micro_batch > 1:
+        changes.append("data.micro_batch=1")
+    if not config.model.activation_checkpointing and config.operator.method != "exact":  # exact ones keep one block's
+        changes.append("model.activation_checkpointing=true")
+    return changes
 
 
 class _MicroBatches(Unwatched):
@@ -153,15 +220,21 @@ def _objective(config: Config, ranks: int, vocabulary: int, device: torch.device
 def _operator(
     config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, watch: _MicroBatches
 ) -> LinearOperator:
-    section, model = config.operator, gradient.model
+    section = config.operator
     if section.method == "exact":
-        exact = STREAMED[section.kind](
-            model, objective, plain=plain, compute_dtype=dtype_of(config.model.compute_dtype),
-            settings=streaming_settings(config), choose=lambda *_: Choice(),
-        )  # fmt: skip
+        exact = _exact(config, gradient, objective, plain, config.model.compute_dtype)
         exact.watch = watch
         return exact
-    base = model.space.zeros() if section.scheme == "forward" else None
+    base = gradient.model.space.zeros() if section.scheme == "forward" else None
     differences = _Differences(gradient, section.scheme, 1e-3, (1.0, base))
     gradient.watch = watch
     return differences
+
+
+def _exact(
+    config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, compute_dtype: str
+) -> StreamedOperator:
+    return STREAMED[config.operator.kind](
+        gradient.model, objective, plain=plain, compute_dtype=dtype_of(compute_dtype),
+        settings=streaming_settings(config), choose=lambda *_: Choice(),
+    )  # fmt: skip

@@ -17,9 +17,13 @@ import numpy as np
 from hpc_hess.check import RitzCheck
 from hpc_hess.config import Config
 from hpc_hess.curvature.record import ProductRecord
+from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.quadrature import ritz, trace
 from hpc_hess.parallel.world import World, describe
-from hpc_hess.problem import Problem
+from hpc_hess.placement import basis_dtype
+from hpc_hess.problem import Problem, dtype_of
+from hpc_hess.scaling.counter import Limits
+from hpc_hess.scaling.plan import orthogonalisation_bytes
 
 RESULT_NAME = "result.json"
 FORMAT = 1
@@ -49,6 +53,9 @@ class Tally:
     checkpoint_s: float = 0.0
     slowest_step_s: float = 0.0
     phases: dict[str, list[float]] = field(default_factory=dict)  # name -> sums over steps of largest and mean over ranks
+    gradient_flops: int = 0  # of a rank, the largest over the ranks
+    product_flops: int = 0  # likewise, of one product of one probe
+    limits: list[float] = field(default_factory=list)  # Limits of a rank, the least over the ranks
     peak_bytes: int = 0
     baseline_bytes: int = 0  # resident before anything is loaded
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
@@ -142,11 +149,32 @@ def make_result(
                    "products": tally.products, "lock_step": tally.lock_step,
                    "phases": {name: {"max_s": largest_s / count, "mean_s": mean_s / count}
                               for name, (largest_s, mean_s) in sorted(tally.phases.items())},
-                   "calibration_gradients": tally.calibration_gradients},
+                   "calibration_gradients": tally.calibration_gradients, **_rates(config, tally, space.size_local)},
         "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
         "versions": _versions(),
     }  # fmt: skip
+
+
+def _rates(config: Config, tally: Tally, size_local: int) -> dict[str, Any]:
+    """Return what a rank reached, beside what its machine reaches in a matrix product and in a copy."""
+    if not (tally.limits and tally.product_flops and tally.hvp_s):
+        return {}
+    rates: dict[str, Any] = {
+        "product_flops": tally.product_flops, "product_flops_per_s": tally.product_flops * tally.products / tally.hvp_s,
+        "limits_per_s": Limits(*tally.limits)._asdict(),
+    }  # fmt: skip
+    largest_s, _ = tally.phases.get("orthogonalisation", [0.0, 0.0])
+    if largest_s:
+        itemsize = dtype_of(config.model.master_dtype).itemsize
+        row_bytes = size_local * basis_dtype(config.lanczos, dtype_of(config.model.master_dtype)).itemsize
+        most = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
+        moved = sum(
+            orthogonalisation_bytes(min(step, most), row_bytes, size_local * itemsize)
+            for step in range(1, config.lanczos.steps + 1)
+        )
+        rates["orthogonalisation_bytes_per_s"] = moved * tally.products / config.lanczos.steps / largest_s
+    return rates
 
 
 def _product_errors(tally: Tally) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import MOST_IN_LOCK_STEP, Bases, Place, exact_product_bytes, place_basis, used_bytes
-from hpc_hess.problem import Problem, load_problem
+from hpc_hess.problem import Problem, dtype_of, load_problem
 from hpc_hess.product_watch import ProductWatch, open_product_store, remove_product_store
 from hpc_hess.products import exact_operator
 from hpc_hess.report.progress import Progress, make_progress
@@ -25,6 +25,7 @@ from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import print_summary
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import RESULT_NAME, make_result, to_json
+from hpc_hess.scaling.counter import measure_limits
 from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
@@ -53,7 +54,6 @@ def run(config: Config, world: World) -> int:
     """
     world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
-    baseline_bytes = used_bytes(world.device)
     total = config.lanczos.steps * config.lanczos.probes
     with (
         make_progress(world.rank == 0, total) as progress,
@@ -64,6 +64,8 @@ def run(config: Config, world: World) -> int:
         _check_resume(out, existing, config.run.resume)
         lock = RunLock.acquire(out, world)
         held.callback(lock.release)
+        limits = [] if existing else _limits(config, world)
+        baseline_bytes = used_bytes(world.device)
         problem = load_problem(config, world, progress)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
@@ -90,6 +92,7 @@ def run(config: Config, world: World) -> int:
                 bases=Bases(place, problem.model.space, config.lanczos, store), width=min(wanted, place.width),
             )  # fmt: skip
             loop.tally.baseline_bytes = baseline_bytes
+            loop.tally.limits = loop.tally.limits or limits
             reason = loop.run()
             searched: dict[str, Any] = {}
             studies: dict[str, Any] = {}
@@ -126,6 +129,12 @@ def run(config: Config, world: World) -> int:
         print_summary(result, out, report)
     world.barrier("finish")
     return 0
+
+
+def _limits(config: Config, world: World) -> list[float]:
+    """Return what every rank reaches at least of a matrix product and of a copy. Collective: yes."""
+    mine = measure_limits(world.device, dtype_of(config.model.compute_dtype))
+    return [-world.max_over_ranks(-rate, "speed of the machine") for rate in mine]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@
 #   sbatch --nodes=16 --time=12:00:00 slurm/slq_70b.sh         any #SBATCH line gives way to the command line
 #   sbatch slurm/slq_70b.sh CONFIG.toml --set lanczos.steps=40
 #   CONFIG=my.toml sbatch slurm/slq_70b.sh --set ...
+#   PLAN=h100 sbatch slurm/slq_70b.sh                          first plans the run on these GPUs (names, or a file: hpc-hess
+#                                                              plan --help), and ends if it cannot fit
 #
 # Before the time limit Slurm signals this script; the ranks finish the step under way if it fits (else they give it up, or
 # keep a part of it: store.checkpoint_every), commit and exit with code 75; the job puts itself back into the queue and
@@ -31,6 +33,14 @@ config=${CONFIG:-$home/launch/configs/slq_70b.toml}
 case ${1:-} in '' | -*) ;; *) config=$1; shift ;; esac
 
 # What your cluster needs goes here: module load ..., export NCCL_SOCKET_IFNAME=..., source another environment.
+
+if [ -n "${PLAN:-}" ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+    python=${PYTHON:-${VENV:-$home/.venv}/bin/python}
+    settings=() last=''
+    for word in "$@"; do [ "$last" != --set ] || settings+=(--set "$word"); last=$word; done
+    PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} "$python" -m hpc_hess plan "$config" "${settings[@]}" --gpu "$PLAN" \
+        --nodes "$SLURM_JOB_NUM_NODES" --gpus-per-node "${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+fi
 
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), nodes $SLURM_JOB_NODELIST: $config $*"
 "$home/launch/srun.sh" "$config" "$@" &

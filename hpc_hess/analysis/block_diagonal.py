@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.stats import wasserstein_distance
 
 from hpc_hess.analysis.partition import partition
 from hpc_hess.analysis.study import Bench
@@ -112,6 +111,8 @@ def _compare(bench: Bench, blocks: Partition, v: Vector, image: Vector) -> tuple
 
 def _spectra(bench: Bench, blocks: Partition, parts: list[Ritz]) -> dict[str, Any]:
     """Describe the eigenvalues of every block, of all together, and each block's as a stand-in for the whole's."""
+    from scipy.stats import wasserstein_distance  # takes a second to import, in every rank of every run
+
     whole = [ritz(alpha, beta) for alpha, beta in bench.recurrences]
     values = np.concatenate([q.values for q in whole])
     weights = np.concatenate([q.weights for q in whole]) / len(whole)

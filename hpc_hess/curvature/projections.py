@@ -71,6 +71,8 @@ class _Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS and not kwargs:
+            return _times(*args)
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.embedding:
@@ -97,6 +99,18 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, kept: Kept) -> tuple[torch.
         return _Product.apply(x, weight, value), None
     value, tangent = _DualProduct.apply(x, x_dot, weight, weight_dot, value, tangent)
     return forward_ad.make_dual(value, tangent), (value, tangent)
+
+
+_PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
+
+
+def _times(a: Any, b: Any) -> torch.Tensor:
+    """Return a * b. PyTorch's own rule takes a missing tangent for a tensor of zeros, whose shapes Python then works out."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        (x, x_dot), (y, y_dot) = forward_ad.unpack_dual(a), forward_ad.unpack_dual(b)
+        if (x_dot is None) != (y_dot is None):
+            return forward_ad.make_dual(x * y, x * y_dot if x_dot is None else x_dot * y)
+    return torch.mul(a, b)
 
 
 def _embedding(

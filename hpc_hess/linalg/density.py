@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from hpc_hess.linalg.quadrature import Ritz
 
@@ -52,7 +52,7 @@ class Density:
         with np.errstate(divide="ignore", invalid="ignore"):
             count = np.nan_to_num(size * self.mean**2 / self.square)
         k = self.probes * np.maximum(1.0, 0.7 * count)
-        return self.mean * k / chi2.ppf(1 - share, k), self.mean * k / chi2.ppf(share, k)
+        return self.mean * k / chdtri(k, share), self.mean * k / chdtri(k, 1 - share)
 
 
 def _averaged(kernels: list[Float], quadratures: list[Ritz]) -> tuple[Float, Float | None, Float]:

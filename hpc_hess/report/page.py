@@ -33,6 +33,7 @@ from hpc_hess.report.words import (
     minus,
     number,
     plural,
+    rates,
     size,
     trace_text,
 )
@@ -209,7 +210,9 @@ def _facts(run: RunFiles) -> list[tuple[str, list[Row]]]:
     result = run.result
     model = result.get("model")
     steps = step_events(run.events)
-    timing = _rows({key: value for key, value in _table(result.get("timing")).items() if key != "phases"})
+    times = _table(result.get("timing"))
+    timing = _rows({key: value for key, value in times.items() if key != "phases" and not key.endswith("per_s")})
+    timing += [Row(name.capitalize(), share, "by a rank, on this machine") for name, share in rates(times)]
     if steps:
         resumed = sum(e.get("event") == "resume" for e in run.events)
         timing += [

@@ -12,13 +12,13 @@ _WIDTH = 13
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """Return a plan (scaling.plan.describe) as lines."""
-    ranks, local = plan["ranks"], plan["local_ranks"]
-    nodes = -(-ranks // local)
+    local = plan["local_ranks"]
+    nodes = plural(plan["nodes"], "node")
     lines = [
-        f"{plan['model']}: {count(plan['num_params'])} parameters on {plural(nodes, 'node')} x {plural(local, 'rank')}, "
+        f"{plan['model']}: {count(plan['num_params'])} parameters on {nodes} x {plural(local, 'rank')}, "
         f"{plan['machine']}",
         _line("verdict", _verdict(plan)),
-        _line("memory", f"{size(plan['device_bytes'])} of {size(plan['device_memory_bytes'])} a device at the peak"),
+        _line("memory", f"{_memory(plan)} at the peak"),
     ]
     parts = sorted(plan["parts_bytes"].items(), key=lambda part: -part[1])
     lines += [_line("", f"{size(value):>12}  {name}") for name, value in parts if value]
@@ -42,7 +42,7 @@ def sweep_text(plans: Sequence[Mapping[str, Any]]) -> str:
     rows = [("nodes", "ranks", "memory a device", "basis", "product", "whole run", "")]
     for plan in plans:
         rows.append((
-            str(-(-plan["ranks"] // plan["local_ranks"])), str(plan["ranks"]),
+            str(plan["nodes"]), str(plan["ranks"]),
             f"{size(plan['device_bytes'])} of {size(plan['device_memory_bytes'])}", _where(plan),
             _range(plan["product_s"]), _range(plan["run_s"]), "" if plan["fits"] else "does not fit",
         ))  # fmt: skip
@@ -57,7 +57,18 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     what = f"the basis needs {size(plan['host_bytes'])} a rank on the host"
     if over > 0:
         what = f"{size(over)} too much on a device"
-    return f"does NOT fit: {what}. Would do: {plan['remedy']}"
+    return f"does NOT fit: {what}"
+
+
+def suggestions_text(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return what would make a run fit (a change and its plan each), as lines."""
+    lines = [f"{change}: {_memory(plan)}, the whole run {_range(plan['run_s'])}" for change, plan in found]
+    lines = lines or ["nothing that was tried; try a smaller data.sequence_length"]
+    return "\n".join(_line("" if k else "would fit", line) for k, line in enumerate(lines))
+
+
+def _memory(plan: Mapping[str, Any]) -> str:
+    return f"{size(plan['device_bytes'])} of {size(plan['device_memory_bytes'])} a device"
 
 
 def _where(plan: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.report.rundir import RunFiles, read_run
 from hpc_hess.report.spectrum import extreme_residuals, extremes, interval_text, model_name, story, warnings
-from hpc_hess.report.words import count, duration, number, plural, printable, size, trace_text
+from hpc_hess.report.words import count, duration, number, plural, printable, rates, size, trace_text
 from hpc_hess.storage.reader import StoreView, read_store
 from hpc_hess.storage.schema import FILE
 
@@ -52,6 +52,8 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
         if (timing.get("lock_step") or 1) > 1:
             times.append(f"up to {timing['lock_step']} probes in lock-step")
         lines.append(_line("per step", ", ".join(times).replace(", (", " (")))
+    if shares := rates(timing):
+        lines.append(_line("speed", ", ".join(f"{name} {share}" for name, share in shares) + " (a rank)"))
     peak = (result.get("memory") or {}).get("peak_bytes")
     if peak:
         lines.append(_line("memory", f"at most {size(peak)} a rank, {plural(result.get('world_size'), 'rank')}"))

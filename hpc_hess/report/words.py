@@ -54,6 +54,24 @@ def size(num_bytes: float | None) -> str:
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
 
 
+def rates(timing: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say which share of its machine a rank used: (at what, share). ``timing``: of result.json."""
+    limits = timing.get("limits_per_s")
+    if not limits:
+        return []
+    found = [("products", f"{_share(timing['product_flops_per_s'], limits['flops_per_s'], 'FLOP/s')} of a matrix product")]
+    if moved := timing.get("orthogonalisation_bytes_per_s"):
+        found.append(("reorthogonalisation", f"{_share(moved, limits['bytes_per_s'], 'B/s')} of a copy"))
+    return found
+
+
+def _share(reached: float, limit: float, unit: str) -> str:
+    """Format a share of a limit: ``21 % (4.5 of 21 GFLOP/s)``."""
+    scale, prefix = next((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (0.0, "")) if limit >= s)
+    scale = scale or 1.0
+    return f"{100 * reached / limit:.2g} % ({reached / scale:.2g} of {limit / scale:.2g} {prefix}{unit})"
+
+
 def count(value: int | None) -> str:
     """Format a number of parameters in full and short: ``134,515,008 (134.5 M)``."""
     if value is None:

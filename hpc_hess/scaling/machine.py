@@ -7,8 +7,7 @@ reach; a machine that was measured (``hpc-hess scaling machine``) by what it did
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.scaling.counter import best_s, copy_rate, matmul_rate
 from hpc_hess.scaling.tracing import Collective, Work
 
 
@@ -125,25 +125,11 @@ def _collective_s(collective: Collective, machine: Machine, ranks: int, local_ra
 
 def measure(device: torch.device, name: str, memory_bytes: int) -> Machine:
     """Time matrix products and copies on this machine, in this process: a rank with its threads."""
-    rates = {}
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        size = 1024 if device.type == "cpu" else 8192
-        a = torch.randn(size, size, device=device).to(dtype)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / _best(lambda a=a: a @ a, device)  # type: ignore[misc]
-    x = torch.empty(1 << (26 if device.type == "cpu" else 28), device=device)
-    y = torch.empty_like(x).copy_(x)
-    copy = 2 * x.numel() * x.element_size() / _best(lambda: y.copy_(x), device)
+    rates = {
+        str(dtype).removeprefix("torch."): matmul_rate(device, dtype)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    }
+    copy = copy_rate(device)
     small = torch.zeros(1, device=device)
-    launch = _best(lambda: [small.add_(1.0) for _ in range(1000)], device) / 1000
+    launch = best_s(lambda: [small.add_(1.0) for _ in range(1000)], device, 5) / 1000
     return Machine(name, rates, copy, memory_bytes, launch, copy / 2, copy / 2, 1e-5, overlap=device.type != "cpu")
-
-
-def _best(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times)

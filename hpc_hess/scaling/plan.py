@@ -11,7 +11,6 @@ from hpc_hess.parallel.basis import PANEL_BYTES
 from hpc_hess.scaling.machine import Machine, Seconds, seconds
 from hpc_hess.scaling.tracing import Collective, Operation, Peak, Work
 
-_SWEEPS = 3  # over the basis in one reorthogonalisation: see parallel.kernels
 _ALL_REDUCES = 3
 _RESERVED = 1.5e9  # bytes of a device that are not the program's: its context, the libraries' buffers
 _FRAGMENTED = 1.05  # what an allocator holds over what is in use
@@ -65,6 +64,11 @@ class Plan:
     steps: int
 
     @property
+    def nodes(self) -> int:
+        """How many nodes the ranks are on."""
+        return -(-self.trace.ranks // self.trace.local_ranks)
+
+    @property
     def fits(self) -> bool:
         """Whether the run fits."""
         return self.placement is not None
@@ -92,13 +96,18 @@ class Plan:
         return self.row_bytes * self.trace.rows * self.trace.width
 
 
+def orthogonalisation_bytes(rows: int, row_bytes: int, vector_bytes: int) -> int:
+    """Return what a reorthogonalisation against ``rows`` vectors moves: the basis three times, the vector five times."""
+    return 3 * rows * row_bytes + 5 * vector_bytes
+
+
 def orthogonalisation(trace: Trace, rows: int) -> Work:
     """Return the work of the last and longest step of a Lanczos process that reorthogonalises against ``rows`` vectors.
 
-    Three sweeps read the basis once each; the vector is read and written in each, then scaled into its row.
+    The vector is scaled into its row afterwards.
     """
     vector = trace.num_params_local * trace.itemsize
-    moved = _SWEEPS * (rows * trace.row_bytes + 2 * vector) + 2 * vector
+    moved = orthogonalisation_bytes(rows, trace.row_bytes, vector) + 2 * vector
     work = Work()
     work.operations[Operation("float32", 4 * rows * trace.num_params_local, moved)] = 1
     if trace.ranks > 1:
@@ -134,21 +143,13 @@ _SHARDED = ("parameters", "vectors", "calibration")  # categories of a peak that
 _PRODUCT_VECTORS = 2  # of the products' part: gradients, or a product and its tangents
 
 
-def remedy(plan: Plan) -> str:
-    """Return what would make a run fit, "" where it fits. Parts that ranks share are taken to shrink with their number."""
-    if plan.fits:
-        return ""
+def nodes_needed(plan: Plan) -> int | None:
+    """Return about how many nodes a run needs, None if no number would do. What ranks share shrinks with their number."""
     trace = plan.trace
     shared = sum(trace.peak.parts[name] for name in _SHARDED)
     shared += _PRODUCT_VECTORS * trace.num_params_local * trace.itemsize
     room = (plan.machine.memory_bytes - _RESERVED) / _FRAGMENTED - (trace.peak.bytes - shared)
-    if plan.device_bytes <= plan.machine.memory_bytes:
-        return 'a larger --host-gib, or lanczos.basis_memory = "disk"'
-    options = ["model.activation_checkpointing = true, or a smaller data.micro_batch or sequence_length"]
-    if room > 0:
-        ranks = math.ceil(shared * trace.ranks / room)
-        options.insert(0, f"about {math.ceil(ranks / trace.local_ranks)} nodes of {trace.local_ranks}")
-    return "; or ".join(options)
+    return math.ceil(shared * trace.ranks / room / trace.local_ranks) if room > 0 else None
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -156,12 +157,13 @@ def describe(plan: Plan) -> dict[str, Any]:
     trace = plan.trace
     return {
         "model": trace.name, "num_params": trace.num_params, "num_params_local": trace.num_params_local,
-        "ranks": trace.ranks, "local_ranks": trace.local_ranks, "machine": plan.machine.name, "fits": plan.fits,
+        "nodes": plan.nodes, "ranks": trace.ranks, "local_ranks": trace.local_ranks, "machine": plan.machine.name,
+        "fits": plan.fits,
         "basis": plan.placement, "device_bytes": plan.device_bytes, "host_bytes": plan.host_bytes,
         "device_memory_bytes": plan.machine.memory_bytes, "parts_bytes": dict(trace.peak.parts),
         "basis_bytes": trace.width * trace.rows * trace.row_bytes, "store_bytes": plan.store_bytes,
         "row_bytes": plan.row_bytes, "flops": trace.product.flops, "sent_bytes": trace.product.sent(),
         "gradient_s": [plan.gradient.least, plan.gradient.most], "product_s": [plan.product.least, plan.product.most],
-        "vectors_s": plan.vectors_s, "run_s": list(plan.run_s), "micro_batches": trace.micro_batches, "remedy": remedy(plan),
+        "vectors_s": plan.vectors_s, "run_s": list(plan.run_s), "micro_batches": trace.micro_batches,
         "tokens": trace.tokens, "width": trace.width,
     }  # fmt: skip

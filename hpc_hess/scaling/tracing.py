@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from hpc_hess.errors import ModelError
+from hpc_hess.scaling.counter import count_flops
 
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
 
@@ -211,7 +211,7 @@ class Tracer(TorchDispatchMode):
             return
         dtype = str(found[0].dtype).removeprefix("torch.")
         moved = sum(_nbytes(t) for t in [*_tensors((args, kwargs)), *found])
-        self.work.operations[Operation(dtype, _flops(func, args, kwargs, out), moved)] += 1
+        self.work.operations[Operation(dtype, count_flops(func, args, kwargs, out), moved)] += 1
 
     def _hold(self, tensor: torch.Tensor) -> None:
         """Count the memory of a tensor, unless it is counted already."""
@@ -255,16 +255,3 @@ def _nbytes(tensor: torch.Tensor) -> int:
     for extent, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= extent if stride or extent <= 1 else 1
     return count * tensor.element_size()
-
-
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    packet = func._overloadpacket
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=out))
-    if packet is _aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
-    if packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
-    if packet in (_aten.mv, _aten.dot):
-        return 2 * args[0].numel()
-    return 0

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import load_problem
+from hpc_hess.report import page
 from hpc_hess.report.progress import Progress
 from hpc_hess.saving import save_model
 from tests.spawn import run_ranks
@@ -34,22 +35,6 @@ from tests.system.launching import environment, wait_until
 from tests.toys import toy_directory
 
 ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama on disk and a file of token ids."""
-    folder = tmp_path_factory.mktemp("toy")
-    toy_directory("llama", folder / "model")
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
-    return folder
 
 
 def settings(toy: Path, *overrides: str) -> Config:
@@ -309,14 +294,15 @@ def test_finished_runs_are_not_computed_again(world: World, toy: Path, trained: 
 
 
 def study_on_ranks(world: World, config: Config, models: list[str], sequences: list[int], out: Path) -> int:
-    return dynamics(config, world, models=models, sequences=sequences, out=out)
+    with mock.patch.object(page, "write_report", return_value=None):  # drawing takes longer than computing here
+        return dynamics(config, world, models=models, sequences=sequences, out=out)
 
 
 def test_sample_sizes_on_two_ranks(world: World, toy: Path, tmp_path: Path) -> None:
     config = study(toy, "analysis.eigenpairs=0", "analysis.tolerance=1e-3", "analysis.which=largest")
     models = [str(toy / "model")]
     assert run_ranks(study_on_ranks, 2, config, models, [2, 4], tmp_path / "two") == [0, 0]
-    assert dynamics(config, world, models=models, sequences=[2, 4], out=tmp_path / "one") == 0
+    assert study_on_ranks(world, config, models, [2, 4], tmp_path / "one") == 0
     two, one = record(tmp_path / "two"), record(tmp_path / "one")
     assert [run["name"] for run in one["runs"]] == ["model-2-sequences", "model-4-sequences"]
     assert [len(run["r_n"]) for run in one["runs"]] == [7, 7]

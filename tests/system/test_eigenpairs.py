@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,29 +17,13 @@ from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.model.data import load_samples
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.world import World
+from hpc_hess.report import page
 from hpc_hess.run import run
 from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks
 from tests.system.test_within_product import go
-from tests.toys import toy_directory
 
 ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama on disk and a file of token ids."""
-    folder = tmp_path_factory.mktemp("toy")
-    toy_directory("llama", folder / "model")
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
-    return folder
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
@@ -119,7 +103,9 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(world: World, toy: Pat
 
 
 def on_ranks(world: World, config: Config) -> int:
-    return run(config, world)
+    """Run without a report: drawing takes longer than computing here."""
+    with mock.patch.object(page, "write_report", return_value=None):
+        return run(config, world)
 
 
 @pytest.mark.parametrize("driver", ["files"])

@@ -12,8 +12,11 @@ import pytest
 from hpc_hess.cli import main
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError
-from hpc_hess.planner import plans, trace
+from hpc_hess.parallel.world import World
+from hpc_hess.planner import Planner, trace
+from hpc_hess.run import run
 from hpc_hess.scaling.machine import KNOWN, Machine, seconds
+from hpc_hess.scaling.plan import Plan
 from hpc_hess.scaling.tracing import Collective, Operation, Work
 
 HIDDEN, INNER, LAYERS, VOCABULARY, LENGTH = 256, 512, 4, 1024, 64
@@ -34,7 +37,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(source: Path, **sections: Any) -> Config:
     return make_config({
-        "model": {"source": str(source)}, "data": {"sequences": 8, "sequence_length": LENGTH, "micro_batch": 2}, **sections,
+        "model": {"source": str(source)}, "data": {"sequences": 8, "sequence_length": LENGTH, "micro_batch": 2},
+        "operator": {"check": False} | sections.pop("operator", {}), **sections,
     })  # fmt: skip
 
 
@@ -73,6 +77,25 @@ def test_exact_products_and_probes_in_lock_step(source: Path, ranks: int) -> Non
     assert four.product.flops < 4 * one.product.flops
     if ranks > 1:
         assert one.product.sent()["all-gather"] > 1.9 * 4 * NUM_PARAMS * one.micro_batches
+
+
+@pytest.mark.parametrize("method", ["finite_difference", "exact"])
+def test_a_run_counts_the_operations_that_were_planned(source: Path, tmp_path: Path, method: str) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(8 * LENGTH) % VOCABULARY)
+    config = make_config({
+        "model": {"source": str(source)}, "lanczos": {"steps": 2}, "operator": {"method": method, "check": False},
+        "data": {"source": f"tokens:{tmp_path / 'tokens.npy'}", "sequences": 8, "sequence_length": LENGTH, "micro_batch": 2},
+        "run": {"out": str(tmp_path / "run")},
+    })  # fmt: skip
+    world = World.join("cpu", 60.0)
+    assert run(config, world) == 0
+    world.leave()
+    timing = json.loads((tmp_path / "run" / "result.json").read_text())["timing"]
+    assert timing["product_flops"] == pytest.approx(trace(config, 1, 1).product.flops, rel=5e-3)
+    assert 0 < timing["product_flops_per_s"] < 1.5 * timing["limits_per_s"]["flops_per_s"]
+    assert timing["orthogonalisation_bytes_per_s"] > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "of a matrix product" in page
 
 
 def test_micro_batches_are_counted_and_not_traced(source: Path) -> None:
@@ -114,25 +137,44 @@ def test_what_fits_and_where(source: Path, tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text(small.to_json())
     assert Machine.read(str(tmp_path / "small.json")) == small
     config = settings(source, lanczos={"steps": 400})
-    (plan,) = plans(config, [1], 1, str(tmp_path / "small.json"), host_bytes=0)
-    assert not plan["fits"]
-    assert "larger --host-gib" in plan["remedy"]
-    (plan,) = plans(config, [1], 1, str(tmp_path / "small.json"), host_bytes=20_000_000_000)
-    assert (plan["fits"], plan["basis"]) == (True, "host")
-    (plan,) = plans(config, [1], 1, "h100", host_bytes=0)
-    assert (plan["fits"], plan["basis"]) == (True, "device")
-    assert plan["store_bytes"] == 400 * 4 * NUM_PARAMS
-    with pytest.raises(ConfigError, match="at least one node of at least one GPU"):
-        plans(config, [0], 1, "h100", host_bytes=0)
+
+    def plan(name: str, host_bytes: int) -> Plan:
+        return Planner(config, 1, name, host_bytes).plan(1)
+
+    assert not plan(str(tmp_path / "small.json"), 0).fits
+    assert plan(str(tmp_path / "small.json"), 20_000_000_000).placement == "host"
+    assert plan("h100", 0).placement == "device"
+    assert plan("h100", 0).store_bytes == 400 * 4 * NUM_PARAMS
+    with pytest.raises(ConfigError, match="--nodes 0: give at least one"):
+        Planner(config, 1, "h100", 0).plan(0)
+    with pytest.raises(ConfigError, match="--gpus-per-node 0: give at least one"):
+        Planner(config, 0, "h100", 0)
     with pytest.raises(ConfigError, match=r"no such GPU: 'h99'; known are a100, a100-40, h100, h200, or a file"):
         Machine.read("h99")
-    tight = Machine("tight", {"float32": 1e12}, 1e11, 1_580_000_000, 1e-6, 1e9, 1e9, 1e-5)
-    (tmp_path / "tight.json").write_text(tight.to_json())
-    found = plans(settings(source), [1, 4], 1, str(tmp_path / "tight.json"), host_bytes=2**40)
-    assert [plan["fits"] for plan in found] == [False, True]
-    assert "about " in found[0]["remedy"]
-    assert found[1]["remedy"] == ""
     assert KNOWN["h200"].memory_bytes > KNOWN["h100"].memory_bytes
+
+
+def test_what_would_make_it_fit(source: Path, tmp_path: Path) -> None:
+    config = settings(source, lanczos={"basis_memory": "device", "steps": 100})
+    host_bytes = 2**40
+
+    def planner(memory_bytes: int) -> Planner:
+        machine = Machine("tight", {"float32": 1e12}, 1e11, memory_bytes, 1e-6, 1e9, 1e9, 1e-5)
+        (tmp_path / "tight.json").write_text(machine.to_json())
+        return Planner(config, 1, str(tmp_path / "tight.json"), host_bytes)
+
+    plan = planner(1).plan(1)
+    found = planner(plan.device_bytes - 1).suggestions(plan)  # a byte is missing
+    assert [change for change, _ in found] == ["--set lanczos.basis_memory=auto", "--nodes 2"]
+    assert all(better.fits for _, better in found)
+    assert found[0][1].placement == "host"
+    tight = planner(1_560_000_000)
+    smallest = tight.smallest(tight.plan(1))
+    assert smallest is not None
+    assert smallest.nodes > 1
+    assert not tight.plan(smallest.nodes - 1).fits
+    assert tight.smallest(tight.plan(smallest.nodes + 5)).nodes == smallest.nodes  # type: ignore[union-attr]
+    assert planner(1).suggestions(planner(1).plan(1)) == []
 
 
 def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,5 +187,9 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "all-gather" in text
     assert main(["plan", str(path), "--nodes", "1", "2", "--gpus-per-node", "2"]) == 0
     assert "whole run" in capsys.readouterr().out.splitlines()[0]
+    assert main(["plan", str(path), "--sweep", "--nodes", "3", "--gpus-per-node", "1"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["nodes", "1", "2", "3"]
+    assert main(["plan", str(path), "--smallest", "--nodes", "2", "--gpus-per-node", "1"]) == 0
+    assert "on 1 node x 1 rank" in capsys.readouterr().out
     assert main(["plan", str(path), "--gpu", "nothing"]) == 2
     assert "no such GPU" in capsys.readouterr().err

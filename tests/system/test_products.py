@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from hpc_hess.run import run
 from tests.numerics.exact_case import micro_batches, objective
 from tests.spawn import run_ranks
 from tests.toys import toy_model
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
 
 
 @pytest.fixture(scope="module")

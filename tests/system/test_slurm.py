@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import h5py
 import psutil
 import pytest
 
+from hpc_hess.scaling.machine import Machine
 from tests.spawn import free_port
 from tests.system.launching import (
     LONG,
@@ -47,18 +47,19 @@ class Cluster:
         self.variables = {"HPC_HESS_SLURM_DIR": str(directory), "HPC_HESS_SLURM_PORT": str(free_port())}
         self.variables["SLURM_CONF"] = str(directory / "etc" / "slurm.conf")
 
-    def call(self, *command: str | Path, timeout_s: float = 120) -> str:
+    def call(self, *command: str | Path, timeout_s: float = 120, **variables: str) -> str:
         done = subprocess.run(
-            [*map(str, command)], cwd=ROOT, env=environment(**self.variables), capture_output=True, text=True,
+            [*map(str, command)], cwd=ROOT, env=environment(**self.variables, **variables), capture_output=True, text=True,
             timeout=timeout_s,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, out: Path, *arguments: str, script: str = "slurm/slq_70b.sh") -> str:
+    def submit(self, out: Path, *arguments: str, script: str = "slurm/slq_70b.sh", **variables: str) -> str:
         """Submit a batch script with the toy configuration; returns the job's number."""
         log = f"--output={out.parent / 'job.out'}"
-        said = self.call("sbatch", *TWO_BY_TWO, log, script, TOY, *arguments, "--set", f"run.out={out}")
+        words = [*TWO_BY_TWO, log, script, TOY, *arguments, "--set", f"run.out={out}"]
+        said = self.call("sbatch", *words, **variables)
         return re.fullmatch(r"Submitted batch job (\d+)\n", said)[1]  # type: ignore[index]
 
     def job(self, number: str) -> dict[str, str]:
@@ -162,24 +163,38 @@ def test_a_job_that_is_requeued_twice_ends_with_the_same_bits(cluster: Cluster, 
         assert result(out)["probes"][0][key] == result(straight)["probes"][0][key]
 
 
-def test_a_job_shorter_than_a_product_gets_on(cluster: Cluster, tmp_path: Path) -> None:
-    """Allocations of a few gradients: products are given up in their middle, requeued, and taken up from their parts."""
+def test_allocations_shorter_than_a_product_get_on(cluster: Cluster, tmp_path: Path) -> None:
+    """Products are given up in their middle, requeued, and taken up from their parts."""
     settings = [word for s in ("data.sequences=128", "data.sequence_length=16", "data.micro_batch=1", "lanczos.probes=1",
-                               "lanczos.steps=2", "operator.check=false", "operator.step=0.01")
+                               "lanczos.steps=3", "operator.check=false", "operator.step=0.01")
                 for word in ("--set", s)]  # fmt: skip
     straight, out = tmp_path / "straight" / "run", tmp_path / "parts" / "run"
     for folder in (straight.parent, out.parent):
         folder.mkdir()
     assert cluster.wait(cluster.submit(straight, *settings))["JobState"] == "COMPLETED"
-    limit_s = math.ceil(3 * result(straight)["timing"]["gradient_s"]) + 4
-    parts = ["--set", "store.checkpoint_every=4", "--set", f"run.time_limit=00:{limit_s // 60:02}:{limit_s % 60:02}"]
-    job = cluster.wait(cluster.submit(out, *settings, *parts), timeout_s=500)
-    log = (out.parent / "job.out").read_text()
-    assert job["JobState"] == "COMPLETED", log
-    assert int(job["Restarts"]) >= 1
-    assert "and a part of the next product: the time limit is near" in log
+    log = out.parent / "job.out"
+    number = cluster.submit(out, *settings, "--set", "store.checkpoint_every=4", "--set", "run.grace_s=0")
+    for restarts in (1, 2):
+        wait_until(lambda n=restarts: log.exists() and log.read_text().count("[probe 1 of 1]") == n, "a product begins")
+        time.sleep(0.7 * result(straight)["timing"]["gradient_s"])
+        cluster.call("scancel", "--batch", "--signal=USR1", number)
+        wait_until(lambda n=restarts: cluster.job(number)["Restarts"] == str(n), f"requeue {restarts}")
+    job = cluster.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), log.read_text()
+    assert "and a part of the next product: a signal asked for it" in log.read_text()
     for key in ("alpha", "beta"):
         assert result(out)["probes"][0][key] == result(straight)["probes"][0][key]
+
+
+def test_a_run_that_cannot_fit_is_not_started(cluster: Cluster, tmp_path: Path) -> None:
+    machine = Machine("a small one", {"float32": 1e12}, 1e11, 1_500_000_000, 1e-6, 1e9, 1e9, 1e-5)
+    (tmp_path / "small.json").write_text(machine.to_json())
+    job = cluster.wait(cluster.submit(tmp_path / "run", *SHORT, PLAN=str(tmp_path / "small.json")))
+    log = (tmp_path / "job.out").read_text()
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log
+    assert "on 2 nodes x 2 ranks, a small one" in log
+    assert "does NOT fit" in log
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:

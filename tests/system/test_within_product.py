@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,23 +23,6 @@ from hpc_hess.run import run
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks
-from tests.toys import toy_directory
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama on disk and a file of token ids."""
-    folder = tmp_path_factory.mktemp("toy")
-    toy_directory("llama", folder / "model")
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
-    return folder
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:

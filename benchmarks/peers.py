@@ -1,0 +1,229 @@
+"""hpc_hess beside the other Hessian tools, in one run on one machine: SmolLM2-135M and a GPT-2 of random weights.
+
+Each tool is a process of its own, on the same weights and tokens, with all cores. A product is timed between gradients of
+the same process (the tool's own way to compute one): its cost in gradients is what compares machines. The error is that of
+one random vector against the exact product in float64. The peers come from PyPI, in an environment of their own:
+
+    python -m venv PEERS
+    PEERS/bin/pip install curvlinops-for-pytorch==3.0.1 hessian-eigenthings==1.0.0a5 pyhessian==0.1 torch==2.13.0 \
+        transformers gguf
+
+HessFormer is left out: what it releases multiplies with another matrix than the loss's Hessian.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import ROOT, write
+from hpc_hess.check import start_vector
+from hpc_hess.config import make_config
+from hpc_hess.curvature.exact import ExactHessian
+from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.streaming import Settings
+from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.parallel.basis import Basis
+from hpc_hess.parallel.world import World
+from hpc_hess.problem import Problem, load_problem
+from hpc_hess.report.progress import make_progress
+
+OURS = {
+    "central": "hpc_hess, central differences", "forward": "hpc_hess, forward differences",
+    "exact": "hpc_hess, exact", "exact-keeping": "hpc_hess, exact, keeping state",
+    "exact-lock-step": "hpc_hess, exact, 4 vectors in lock-step, each",
+}  # fmt: skip
+PEERS = {
+    "eigenthings-differences": "hessian-eigenthings 1.0.0a5, finite differences",
+    "eigenthings-autograd": "hessian-eigenthings 1.0.0a5, autograd",
+    "curvlinops": "curvlinops-for-pytorch 3.0.1", "pyhessian": "pyhessian 0.1",
+}  # fmt: skip
+GPT2 = "GPT-2, 124 M, random"
+SMOLLM2 = "SmolLM2-135M"
+
+
+@contextlib.contextmanager
+def subject(name: str, rows: int, length: int) -> Iterator[dict[str, Any]]:
+    """Yield the sections [model] and [data]."""
+    if name == SMOLLM2:
+        yield {"data": {"source": "text:launch/data/gpl-3.txt", "sequences": rows, "sequence_length": length}}
+        return
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+        np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, 50000, rows * length))
+        data = {"source": f"tokens:{folder}/tokens.npy", "sequences": rows, "sequence_length": length}
+        yield {"model": {"source": folder}, "data": data}
+
+
+def load(config: dict[str, Any], dtype: str) -> Problem:
+    model = {**config.get("model", {}), "master_dtype": dtype, "compute_dtype": dtype}
+    return load_problem(make_config({**config, "model": model}), World.alone("cpu"), make_progress(False, 1))
+
+
+def prepare(config: dict[str, Any], folder: Path) -> Path:
+    """Write tokens, a vector and its exact product in float64, for every tool; return the weights' path."""
+    problem = load(config, "float64")
+    names = [name for name, _ in problem.model.module.named_parameters()]
+    assert [p.name for p in problem.model.layout.parameters] == names, "the tools' order of parameters"
+    v = start_vector(problem.model.space, 0, 1, "gaussian")
+    np.save(folder / "tokens.npy", problem.samples.input_ids.numpy())
+    np.save(folder / "v.npy", v.data.float().numpy())
+    exact = ExactHessian(problem.model, problem.gradient.objective)
+    reference = exact.matvec(problem.model.space.wrap(v.data.float().double()))
+    np.save(folder / "reference.npy", reference.data.float().numpy())
+    return Path(problem.source.path)
+
+
+def ours(tool: str, config: dict[str, Any], folder: Path, repeats: int, steps: int) -> dict[str, Any]:
+    """Measure one of our products in this process."""
+    problem = load(config, "float32")
+    space, out = problem.model.space, problem.model.space.zeros()
+    v, reference = (space.wrap(torch.from_numpy(np.load(folder / name))) for name in ("v.npy", "reference.npy"))
+    operator: Any
+    if tool in ("central", "forward"):
+        operator = FiniteDifferenceHessian(problem.gradient, tool)  # type: ignore[arg-type]
+    else:
+        operator = ExactHessian(
+            problem.model, problem.gradient.objective, settings=Settings(keep_state=tool == "exact-keeping")
+        )
+    width = 4 if tool == "exact-lock-step" else 1
+    vectors = [v, *(start_vector(space, 0, 2 + k, "gaussian") for k in range(width - 1))]
+
+    def gradient() -> float:
+        began = time.perf_counter()
+        problem.gradient(out)
+        return time.perf_counter() - began
+
+    gradient_s = [gradient() for _ in range(repeats)]
+    seconds, costs, calibration_s = [], [], 0.0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        found = operator.matmat(vectors) if width > 1 else [operator.matvec(v)]
+        spent = time.perf_counter() - began
+        if tool in ("central", "forward"):
+            calibration_s += operator.records[-1].calibration_s
+            spent -= operator.records[-1].calibration_s
+        gradient_s.append(gradient())
+        seconds.append(spent / width)
+        costs.append(2 * spent / width / sum(gradient_s[-2:]))
+    error = float((found[0].data - reference.data).norm() / reference.data.norm())
+    del found, reference
+    step_s = None
+    if width == 1:
+        process = Lanczos(operator, Basis(space, steps), steps)
+        process.start(vectors[0])
+        before = getattr(operator, "records", [])[:]
+        began = time.perf_counter()
+        while not process.finished:
+            process.step()
+        step_s = time.perf_counter() - began
+        step_s -= sum(record.calibration_s for record in getattr(operator, "records", [])[len(before):])
+        step_s /= steps
+    return {
+        "gradient_s": statistics.median(gradient_s), "product_s": statistics.median(seconds),
+        "gradients": statistics.median(costs), "error": error, "step_s": step_s, "finishes": "yes",
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, "calibration_s": calibration_s,
+    }  # fmt: skip
+
+
+def measured(command: list[str], **variables: str) -> dict[str, Any]:
+    """Run one tool; return what it printed, or why it did not finish."""
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"finishes": f"no: {why[:90]}"}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def race(args: argparse.Namespace) -> None:
+    rows = []
+    for name in args.models:
+        with subject(name, args.sequences, args.length) as config, tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            config.setdefault("data", {})["micro_batch"] = args.micro_batch
+            (folder / "config.json").write_text(json.dumps(config))
+            weights = prepare(config, folder)
+            common = ["--folder", str(folder), "--repeats", str(args.repeats), "--steps", str(args.steps)]
+            for tool, title in {**OURS, **PEERS}.items():
+                if args.only not in tool:
+                    continue
+                if tool in OURS:
+                    found = measured([sys.executable, "-m", "benchmarks.peers", "--ours", tool, *common])
+                else:
+                    found = measured([
+                        str(args.python), str(ROOT / "benchmarks" / "peer_products.py"), tool, "--model", str(weights),
+                        "--micro-batch", str(args.micro_batch), *common,
+                    ], PYTHONPATH="")  # fmt: skip
+                rows.append(line(name, title, found))
+                print(rows[-1], flush=True)
+    settings = {
+        "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "Lanczos steps": args.steps,
+        "threads": torch.get_num_threads(), "repeats": args.repeats,
+    }  # fmt: skip
+    write("peers", "Products and Lanczos steps beside other tools", rows, settings, NOTE,
+          command="peers --python PEERS/bin/python")  # fmt: skip
+
+
+def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table."""
+    if "product_s" not in found:
+        return {"model": model, "tool": title, "finishes": found["finishes"]}
+    step = found.get("step_s")
+    return {
+        "model": model, "tool": title, "product, s": found["product_s"], "in gradients": found["gradients"],
+        "error": found["error"], "Lanczos step, s": "" if step is None else step,
+        "beside its product, %": "" if step is None else 100 * (step / found["product_s"] - 1),
+        "peak memory, GB": found["peak_bytes"] / 1e9, "gradient, s": found["gradient_s"], "finishes": found["finishes"],
+    }  # fmt: skip
+
+
+NOTE = (
+    "A product is timed between two gradients of the same process; medians. A Lanczos step is the mean over a process of so "
+    "many steps: hpc_hess and hessian-eigenthings reorthogonalise against the whole basis, curvlinops against none, "
+    "pyhessian against all. Calibration of our finite differences (done again every few products) is apart. The peers' "
+    "gradients are autograd's of the whole loss; ours are written into a vector, with chunks of the cross-entropy."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, help="of the environment with the peers")
+    parser.add_argument("--models", nargs="+", choices=[SMOLLM2, GPT2], default=[SMOLLM2, GPT2])
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", default="", help="tools whose name holds this text")
+    parser.add_argument("--ours", choices=list(OURS), help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.ours:
+        config = json.loads((args.folder / "config.json").read_text())
+        print(json.dumps(ours(args.ours, config, args.folder, args.repeats, args.steps)))
+    elif args.python is None:
+        parser.error("--python PEERS/bin/python: see above how to make that environment")
+    else:
+        race(args)
+
+
+if __name__ == "__main__":
+    main()
