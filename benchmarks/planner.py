@@ -1,18 +1,26 @@
-"""The planner's memory against runs that happen here: SmolLM2-135M and random Llamas, 1 to 4 ranks, both operators.
+"""The planner against runs that happen here: SmolLM2-135M and random Llamas, 1 to 4 ranks, both operators.
 
-Peak resident memory of a rank above what it has after the imports, against what was traced without running.
+Peak resident memory of a rank above what it has after the imports, against what was traced without running; and the seconds
+of a product against the planner's, for this machine as ``hpc_hess scaling machine`` measures it with as many processes at a
+time as the run has ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from benchmarks.common import random_llama, run_program, write
+from benchmarks.common import ROOT, random_llama, run_program, write
 from hpc_hess.config import make_config
 from hpc_hess.planner import trace
+from hpc_hess.scaling.machine import Machine, seconds
 
 SHAPES = {
     "Llama, 10 M": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096},
@@ -32,6 +40,20 @@ def model_of(name: str, length: int, sequences: int) -> Iterator[dict[str, Any]]
             yield config
 
 
+def machine_of(ranks: int) -> Machine:
+    """Measure this machine as one of so many ranks that work at a time sees it."""
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / f"{rank}.json") for rank in range(ranks)]
+        measuring = [
+            subprocess.Popen([sys.executable, "-m", "hpc_hess", "scaling", "machine", file], cwd=ROOT,
+                             env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL)
+            for file in files
+        ]  # fmt: skip
+        assert all(process.wait() == 0 for process in measuring)
+        return Machine.read(files[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[SMOLLM2, *SHAPES], default=[SMOLLM2, *SHAPES])
@@ -39,6 +61,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     args = parser.parse_args()
     rows = []
+    machines = {ranks: machine_of(ranks) for ranks in args.ranks}
     for name in args.models:
         for method in ("finite_difference", "exact"):
             for ranks in args.ranks:
@@ -51,12 +74,17 @@ def main() -> None:
                     result = run_program(config, ranks)
                 predicted = traced.peak.bytes + traced.rows * traced.row_bytes * traced.width
                 measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
+                time = seconds(traced.product, machines[ranks], ranks, ranks)
+                product_s = result["timing"]["hvp_s"]
                 rows.append({
                     "model": name, "operator": method.replace("_", " "), "ranks": ranks, "predicted, MB": predicted / 1e6,
                     "measured, MB": measured / 1e6, "predicted / measured": predicted / measured,
+                    "product predicted, s": time.most, "product measured, s": product_s,
+                    "time predicted / measured": time.most / product_s,
                 })  # fmt: skip
                 print(rows[-1], flush=True)
-    write("planner", "Peak memory of a rank: the planner against runs", rows, {"tokens of a rank": f"1 x {args.length}"})
+    title = "Peak memory of a rank and seconds of a product: the planner against runs"
+    write("planner", title, rows, {"tokens of a rank": f"1 x {args.length}"})
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from hpc_hess.parallel.world import World
 from hpc_hess.products import wants_reference
 from hpc_hess.storage.store import Store
 
-# probes in lock-step where lanczos.lock_step = "auto": each holds a basis and the tangents of its product
-MOST_IN_LOCK_STEP = 4
+_MOST_IN_LOCK_STEP = 4  # where lanczos.lock_step = "auto": each probe holds a basis and the tangents of its product
 _WORK_VECTORS = 4  # a product holds two gradients, its result is one of them, and the start vector is a third
 _CHECK_VECTORS = 2  # the exact product and its difference from the one it is compared with
 # an exact product streams the parameters and the direction of a stage and of the next, as gathered and as unpacked;
@@ -52,6 +51,14 @@ class Place(NamedTuple):
             return ""
         read = 3 * basis_rows(lanczos.reorthogonalise, lanczos.steps) * self.row_bytes
         return f"the Krylov basis is read from disk, up to {_gb(read)} by each rank in each step of a probe"
+
+
+def lock_step(lanczos: LanczosSection, shared: bool) -> int:
+    """Return how many probes should advance together; ``shared``: their products can share work."""
+    wanted = lanczos.lock_step
+    if wanted == "auto":
+        wanted = _MOST_IN_LOCK_STEP if shared else 1
+    return min(wanted, lanczos.probes)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -28,7 +28,7 @@ from hpc_hess.model.skeleton import build_skeleton, vocabulary_size
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.pretend import pretending
 from hpc_hess.parallel.vector import Vector
-from hpc_hess.placement import MOST_IN_LOCK_STEP, basis_dtype
+from hpc_hess.placement import basis_dtype, lock_step
 from hpc_hess.problem import dtype_of
 from hpc_hess.products import STREAMED, streaming_settings, wants_reference
 from hpc_hess.scaling.machine import Machine
@@ -49,13 +49,6 @@ class _Differences(FiniteDifferenceHessian):
 
 def _calibrates(config: Config) -> bool:
     return config.operator.method == "finite_difference" and config.operator.step == "auto"
-
-
-def _lock_step(config: Config) -> int:
-    lanczos = config.lanczos
-    if lanczos.lock_step != "auto":
-        return min(lanczos.lock_step, lanczos.probes)
-    return min(MOST_IN_LOCK_STEP, lanczos.probes) if config.operator.method == "exact" else 1
 
 
 def num_experts(hf_config: Any) -> int:
@@ -94,7 +87,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         if config.model.activation_checkpointing:
             checkpoint_blocks(model.module)
         watch = _MicroBatches(tracer)
-        width = _lock_step(config)
+        width = lock_step(config.lanczos, config.operator.method == "exact")
         with tracer.category("vectors"):
             operator = _operator(config, gradient, objective, plain, watch)
             vectors = [model.space.zeros() for _ in range(width)]
@@ -183,7 +176,7 @@ def _changes(config: Config) -> list[str]:
     changes = []
     if config.lanczos.basis_memory != "auto":
         changes.append("lanczos.basis_memory=auto")
-    if _lock_step(config) > 1:
+    if lock_step(config.lanczos, config.operator.method == "exact") > 1:
         changes.append("lanczos.lock_step=1")
     if config.data.micro_batch > 1:
         changes.append("data.micro_batch=1")

@@ -16,7 +16,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import MOST_IN_LOCK_STEP, Bases, Place, exact_product_bytes, place_basis, used_bytes
+from hpc_hess.placement import Bases, Place, exact_product_bytes, lock_step, place_basis, used_bytes
 from hpc_hess.problem import Problem, dtype_of, load_problem
 from hpc_hess.product_watch import ProductWatch, open_product_store, remove_product_store
 from hpc_hess.products import exact_operator
@@ -215,15 +215,12 @@ def _look(out: Path, world: World, attributes: dict[str, Any]) -> _Existing:
     return found
 
 
-def _lock_step(config: Config, found: _Existing | None, possible: bool) -> int:
-    """Return how many probes should advance together; ``possible``: their products can share work. Collective: no."""
-    lanczos = config.lanczos
-    if lanczos.lock_step != "auto":
-        return min(lanczos.lock_step, lanczos.probes)
-    most = MOST_IN_LOCK_STEP if possible else 1
-    if found and lanczos.probes <= found.schema.probes:
-        most = min(most, found.schema.width)  # "auto" does not make a store be rebuilt
-    return min(most, lanczos.probes)
+def _lock_step(config: Config, found: _Existing | None, shared: bool) -> int:
+    """Return how many probes should advance together (see placement.lock_step). Collective: no."""
+    wanted = lock_step(config.lanczos, shared)
+    if config.lanczos.lock_step == "auto" and found and config.lanczos.probes <= found.schema.probes:
+        return min(wanted, found.schema.width)  # "auto" does not make a store be rebuilt
+    return wanted
 
 
 def _open_store(

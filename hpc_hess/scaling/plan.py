@@ -28,7 +28,7 @@ class Trace:
     width : probes of a group, which share an exact product.
     rows, row_bytes : of the Krylov basis of a probe.
     gradient, product : one gradient, and the product of a group, over all micro-batches.
-    peak : the most held during a product, in bytes by category, without the Krylov basis.
+    peak : the most held during a product, or the exact one that checks it, in bytes by category, without the Krylov basis.
 
     """
 
