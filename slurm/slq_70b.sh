@@ -60,7 +60,9 @@ if [ "$code" = 75 ]; then
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-1000}" ]; then
         echo "stopped early and restarted $SLURM_RESTART_COUNT times already (MAX_RESTARTS): submit again to go on" >&2
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        sleep 60 # Slurm ends this script and starts it again
+        trap 'exit 75' TERM # Slurm ends this script and starts it again
+        sleep 60 &
+        wait $!
     else
         echo "stopped early and could not be requeued: submit again to go on" >&2
     fi

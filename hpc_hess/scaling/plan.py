@@ -149,6 +149,8 @@ def nodes_needed(plan: Plan) -> int | None:
     shared = sum(trace.peak.parts[name] for name in _SHARDED)
     shared += _PRODUCT_VECTORS * trace.num_params_local * trace.itemsize
     room = (plan.machine.memory_bytes - _RESERVED) / _FRAGMENTED - (trace.peak.bytes - shared)
+    if not plan.fits:  # nor would it with the basis elsewhere, if that is allowed
+        shared += int((plan.device_bytes - _RESERVED) / _FRAGMENTED) - trace.peak.bytes
     return math.ceil(shared * trace.ranks / room / trace.local_ranks) if room > 0 else None
 
 
