@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from hpc_hess.parallel import kernels
 from hpc_hess.parallel.vector import Vector
 
 # change of a typical entry over the typical parameter where the first calibration starts
@@ -51,12 +52,7 @@ class Concentration:
 
 def concentration(v: Vector) -> Concentration:
     """Measure ``v``. Collective: yes."""
-    squares = torch.zeros(2, dtype=torch.float64, device=v.data.device)
-    for part in v.data.split(1 << 20):
-        square = part.double().square()
-        squares[0] += square.sum()
-        squares[1] += square.square().sum()
-    second, fourth = v.space.sum(squares, "concentration of a vector").tolist()
+    second, fourth = v.space.sum(kernels.moments(v.data), "concentration of a vector").tolist()
     return Concentration(math.sqrt(second), second * second / fourth if fourth > 0 else 0.0)
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hpc_hess.linalg.density import density_symlog, inverse_symlog, symlog
 from hpc_hess.report.comparison import Drawn, drawn, new_figure, write_comparison
+from hpc_hess.report.densities import smoothing_width
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import INK, MARKERS, MUTED, NEGATIVE, POSITIVE, STYLE, linear_threshold, set_symlog
 from hpc_hess.report.words import NONE, minus, number
@@ -226,8 +227,7 @@ def _densities(results: Sequence[Mapping[str, Any]], grid: _Grid, out: Path) -> 
     values = np.concatenate([q.values for part in parts for q in part])
     weights = np.concatenate([q.weights for part in parts for q in part])
     linear = linear_threshold(values, weights)
-    span = float(np.ptp(symlog(values, linear))) or 1.0
-    width = float(np.clip(0.5 * span / max(len(part[0].values) for part in parts), 0.05, 0.3))
+    width = smoothing_width(values, linear, max(len(part[0].values) for part in parts))
     ends = symlog(np.array([values.min(), values.max()]), linear)
     x = np.linspace(ends[0] - 3 * width, ends[1] + 3 * width, 400)
     columns = []

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hpc_hess.linalg.density import Density, density, density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.report import cumulative, studies
+from hpc_hess.report.densities import smoothing_width
 from hpc_hess.report.rundir import step_events
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import (
@@ -115,9 +116,7 @@ def _density_plot(parts: list[Ritz], size: int, folder: Path, kind: str) -> Plot
         x = shape.grid
     else:
         linear = linear_threshold(values, weights)
-        span = float(np.ptp(symlog(values, linear)))
-        # a Gaussian about as wide as the gap between Ritz values: finer would draw the quadrature, not the spectrum
-        width = float(np.clip(0.5 * span / max(len(parts[0].values), 1), 0.05, 0.3))
+        width = smoothing_width(values, linear, len(parts[0].values))
         shape = density_symlog(parts, points=1200, width=width, linear=linear)
         x = symlog(shape.grid, linear)
         place = set_symlog(rug, "x", float(shape.grid[0]), float(shape.grid[-1]), linear)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpc_hess.linalg.density import density_symlog, symlog
 from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.report.densities import Curve, draw_densities
 from hpc_hess.report.spectrum import quadratures
-from hpc_hess.report.style import CYCLE, INK, MUTED, label_powers, linear_threshold, set_symlog
+from hpc_hess.report.style import CYCLE, INK, MUTED, label_powers
 from hpc_hess.report.words import number
 
 TITLE = "Class structure of the Gauss-Newton matrix"
@@ -43,24 +43,13 @@ def size(found: Mapping[str, Any]) -> tuple[float, float]:
 def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Draw both densities and the class means' own eigenvalues; return the caption."""
     axes, rest = figure.subplots(), ritz(found["alpha"], found["beta"])
-    whole, means = quadratures(result), np.array(found["means"])
-    values = np.concatenate([rest.values, means, *[q.values for q in whole]])
-    linear = linear_threshold(rest.values, rest.weights)
-    span = float(np.ptp(symlog(values, linear)))
-    width = float(np.clip(0.5 * span / max(len(rest.values), 1), 0.05, 0.3))
-    place = set_symlog(axes, "x", float(values.min()) * 1.5, float(values.max()) * 1.5, linear)
-    peaks = []
-    for parts, colour, label in ((whole, INK, "the whole"), ([rest], CYCLE[1], "without the class means")):
-        shape = density_symlog(parts, points=1200, width=width, linear=linear)
-        peaks.append(float(shape.mean.max()))
-        axes.plot(symlog(shape.grid, linear), np.maximum(shape.mean, 1e-300), color=colour, label=label)
-    floor = max(peaks) * 1e-11
+    means = np.array(found["means"])
+    curves = [Curve(quadratures(result), INK, "the whole"), Curve([rest], CYCLE[1], "without the class means")]
+    place, _, peak = draw_densities(axes, curves, rest, means)
+    floor = peak * 1e-11
     axes.plot(place(means), np.full(len(means), floor * 3), "v", color=MUTED, label="eigenvalues of the class means' part")
-    axes.set_yscale("log")
-    axes.set_ylim(floor, max(peaks) * 4)
+    axes.set_ylim(floor, peak * 4)
     label_powers(axes, 8)
-    axes.set_ylabel("density per decade of λ")
-    axes.set_xlabel("eigenvalue λ, symmetric-log axis")
     figure.legend(loc="outside upper right", ncols=3)
     return (
         "Densities of the Gauss-Newton matrix and of what is left of it outside the span of the class means; triangles: the "

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpc_hess.linalg.density import density_symlog, symlog
 from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.report.densities import Curve, draw_densities
 from hpc_hess.report.spectrum import quadratures
-from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, label_powers, linear_threshold, set_symlog
+from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, label_powers
 from hpc_hess.report.words import minus, number
 
 TITLE = "Outliers taken out, the rest estimated"
@@ -49,26 +49,15 @@ def size(found: Mapping[str, Any]) -> tuple[float, float]:
 def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Draw the density of the rest, the outliers at 1 / N, and the run's own density; return the caption."""
     axes, rest = figure.subplots(), ritz(found["alpha"], found["beta"])
-    whole, outliers = quadratures(result), np.array(found["outliers"])
-    values = np.concatenate([rest.values, outliers, *[q.values for q in whole]])
-    linear = linear_threshold(rest.values, rest.weights)
-    span = float(np.ptp(symlog(values, linear)))
-    width = float(np.clip(0.5 * span / max(len(rest.values), 1), 0.05, 0.3))
-    place = set_symlog(axes, "x", float(values.min()) * 1.5, float(values.max()) * 1.5, linear)
-    for parts, colour, label in ((whole, MUTED, "of the whole, as the probes see it"), ([rest], INK, "of the rest")):
-        shape = density_symlog(parts, points=1200, width=width, linear=linear)
-        axes.plot(symlog(shape.grid, linear), np.maximum(shape.mean, 1e-300), color=colour, label=label,
-                  linewidth=0.9 if colour == MUTED else 1.4)  # fmt: skip
+    outliers = np.array(found["outliers"])
+    whole = Curve(quadratures(result), MUTED, "of the whole, as the probes see it", 0.9)
+    place, width, _ = draw_densities(axes, [whole, Curve([rest], INK, "of the rest")], rest, outliers)
     height = 1 / (found["size"] + len(outliers)) / (width * np.sqrt(2 * np.pi))  # a line's peak, as wide as the curve's
     colours = [NEGATIVE if value < 0 else POSITIVE for value in outliers]
     floor = height * 1e-3
     axes.vlines(place(outliers), floor, height, colors=colours, linewidth=1.4, label="outliers, one eigenvalue each")
-    axes.set_yscale("log")
     axes.set_ylim(floor, 10)
     label_powers(axes, 9)
-    axes.set_xlim(float(place(values.min())) - 3 * width, float(place(values.max())) + 3 * width)
-    axes.set_ylabel("density per decade of λ")
-    axes.set_xlabel("eigenvalue λ, symmetric-log axis")
     figure.legend(loc="outside upper right", ncols=3)
     return (
         "Black: the density of the matrix without its outliers (one probe). Lines: the outliers, each as high as exactly "

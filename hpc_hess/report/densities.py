@@ -1,0 +1,58 @@
+"""Several spectral densities on one symmetric-logarithmic axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from hpc_hess.linalg.density import density_symlog, symlog
+from hpc_hess.linalg.quadrature import Ritz
+from hpc_hess.report.style import linear_threshold, set_symlog
+
+Float = NDArray[np.float64]
+
+
+class Curve(NamedTuple):
+    """The density of some quadratures, and how it is drawn."""
+
+    parts: list[Ritz]
+    colour: str
+    label: str
+    linewidth: float = 1.4
+
+
+def smoothing_width(values: Float, linear: float, count: int) -> float:
+    """Return a Gaussian's width in decades: about the gap between ``count`` Ritz values.
+
+    A finer one would draw the quadrature, not the spectrum.
+    """
+    span = float(np.ptp(symlog(values, linear)))
+    return float(np.clip(0.5 * span / max(count, 1), 0.05, 0.3))
+
+
+def draw_densities(
+    axes: Axes, curves: Sequence[Curve], scale: Ritz, others: Float
+) -> tuple[Callable[[Any], Float], float, float]:
+    """Draw curves; ``scale`` sets axis and smoothing, ``others`` are further values that must be on the axis.
+
+    Returns where values lie on the axis, the smoothing's width in decades, and the highest peak.
+    """
+    values = np.concatenate([scale.values, others, *[q.values for curve in curves for q in curve.parts]])
+    linear = linear_threshold(scale.values, scale.weights)
+    width = smoothing_width(values, linear, len(scale.values))
+    place = set_symlog(axes, "x", float(values.min()) * 1.5, float(values.max()) * 1.5, linear)
+    peak = 0.0
+    for curve in curves:
+        shape = density_symlog(curve.parts, points=1200, width=width, linear=linear)
+        peak = max(peak, float(shape.mean.max()))
+        axes.plot(symlog(shape.grid, linear), np.maximum(shape.mean, 1e-300), color=curve.colour, label=curve.label,
+                  linewidth=curve.linewidth)  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylabel("density per decade of λ")
+    axes.set_xlabel("eigenvalue λ, symmetric-log axis")
+    axes.set_xlim(float(place(values.min())) - 3 * width, float(place(values.max())) + 3 * width)
+    return place, width, peak
