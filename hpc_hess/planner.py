@@ -26,6 +26,7 @@ from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import checkpoint_blocks, shard_model
 from hpc_hess.model.skeleton import build_skeleton, vocabulary_size
 from hpc_hess.model.source import resolve_source
+from hpc_hess.parallel import kernels
 from hpc_hess.parallel.pretend import pretending
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.placement import basis_dtype, lock_step
@@ -73,6 +74,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
     tracer = Tracer(num_experts(source.hf_config))
     replicate = config.parallel.replicate
     with (
+        contextlib.nullcontext() if gloo else kernels.as_on_gpu(),
         pretending(ranks, local_ranks, gloo=gloo, replicate=replicate) as world,
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,

@@ -27,10 +27,28 @@ _ROW = 1 << 12  # terms that are summed in float32: relative to the sum of their
 _DEVICE_ENTRIES = 1 << 26  # on a GPU launches cost more than cache misses
 
 
+_pretending = False
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Cut CPU tensors as a GPU's are cut: for a program that is traced as if it ran on one."""
+    global _pretending
+    before, _pretending = _pretending, True
+    try:
+        yield
+    finally:
+        _pretending = before
+
+
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu" and not _pretending
+
+
 def _width(rows: int, device: torch.device, threads: int) -> int:
     """Return how many columns of ``rows`` rows fit a block."""
     entries = _DEVICE_ENTRIES
-    if device.type == "cpu":
+    if _on_cpu(device):
         entries = min(_THREAD_ENTRIES * threads, _CPU_ENTRIES)
     return max(1024, entries // rows)
 
@@ -66,7 +84,7 @@ def _doubled(rows: torch.Tensor, w: torch.Tensor) -> Iterator[tuple[slice, torch
 
 
 def _in_float32(num_rows: int, dtypes: set[torch.dtype], device: torch.device) -> bool:
-    return device.type == "cpu" and dtypes == {torch.float32} and num_rows > 1  # a dot stays float64
+    return _on_cpu(device) and dtypes == {torch.float32} and num_rows > 1  # a dot stays float64
 
 
 def sweep_width(num_rows: int, dtypes: set[torch.dtype], device: torch.device) -> int:
