@@ -180,6 +180,19 @@ def test_a_signal_with_time_lets_the_step_end(world: World, toy: Path, tmp_path:
         assert view.state.step == 2
 
 
+def test_a_product_that_is_late_counts_as_one_that_begins() -> None:
+    """Nobody knows how late it will be: with time for a whole step left, it is not given up."""
+    stopper = mock.Mock()
+    stopper.agreed_within.return_value = ""
+    watch = ProductWatch(stopper)
+    for usual_s, low, high in ((0.0, None, None), (1e-9, 1e-9, 1e-9), (100.0, 90.0, 100.0)):
+        watch.begin_product([], mock.Mock(), usual_s, lambda: None)
+        watch.begin([], 2)
+        watch.added(0, [])
+        remaining_s = stopper.agreed_within.call_args.args[0]
+        assert remaining_s == low if low is None else low <= remaining_s <= high
+
+
 def test_replicas_of_exact_products_are_refused(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"store\.checkpoint_every needs parallel\.replicate = 1"):
         settings(toy, tmp_path, "operator.method=exact", "parallel.replicate=2")
