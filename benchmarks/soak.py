@@ -37,7 +37,8 @@ _WHOLE_S = 1800.0  # a run that nobody kills has ended by then
 _SHARE = 0.4  # of the seconds that all steps take: how long a resumed run is left alone at most
 _TOY = ["launch/configs/toy.toml", "lanczos.steps=150", "lanczos.probes=2"]
 _PARTS = "store.checkpoint_every=1"  # kills find a product in parts as well
-_SMOLLM2 = ["launch/configs/smollm2.toml", "lanczos.steps=6", "data.sequences=4", "data.micro_batch=1", _PARTS]
+_SMOLLM2 = ["launch/configs/smollm2.toml", "lanczos.steps=6", "data.sequences=4", "data.micro_batch=1", _PARTS,
+            "data.sequence_length=64", "operator.step=1e-3", "operator.check=false"]  # fmt: skip
 CASES = {  # name: launch script, configuration and settings
     "toy, rank files": ("torchrun.sh", _TOY),
     "toy, one file over MPI": ("mpirun.sh", _TOY),
