@@ -17,28 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer_eigsh import Logits, write_out_silu  # the same folder: this runs as a script
 from torch import nn
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 Tool = tuple[Product, Callable[[int], object] | None]  # a product, and so many Lanczos steps
-
-
-class SiLU(nn.Module):
-    """Written out: torch 2.13 has no forward derivative of silu_backward, which curvlinops' product needs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(x)
-
-
-class Logits(nn.Module):
-    """From rows of ids to logits [predicted tokens, vocabulary]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 def load(path: Path, attention: str) -> nn.Module:
@@ -49,14 +32,6 @@ def load(path: Path, attention: str) -> nn.Module:
         path.parent if file else path, dtype=torch.float32, attn_implementation=attention, **file
     )
     return Logits(model.eval())
-
-
-def write_out_silu(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if type(child).__name__ in ("SiLU", "SiLUActivation"):
-            setattr(module, name, SiLU())
-        else:
-            write_out_silu(child)
 
 
 def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -64,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                       help="override one key; may be repeated")  # fmt: skip
     plan.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="several: a table")
-    plan.add_argument("--sweep", action="store_true", help="a table of 1, 2, 4, ... nodes, to the largest of --nodes or 64")
-    plan.add_argument("--smallest", action="store_true", help="find the fewest nodes that fit, from --nodes on")
+    search = plan.add_mutually_exclusive_group()
+    search.add_argument("--sweep", action="store_true", help="a table of 1, 2, 4, ... nodes, up to --nodes (64)")
+    search.add_argument("--smallest", action="store_true", help="find the fewest nodes that fit, from --nodes on")
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="ranks of a node (8)")
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100, a100-40 or a measured.json (h100)")
     plan.add_argument("--host-gib", type=float, default=1000.0, metavar="GIB", help="memory of a node for the ranks (1000)")

@@ -220,7 +220,7 @@ class Loop:
         self.tally.note_products(record, len(running))
         if counter is None:
             self.tally.product_flops = self.tally.product_flops or self.tally.gradient_flops * record.gradients
-        elif not self.watch.resumed:
+        elif not self.world.any_true(self.watch.resumed > 0, "was a part computed before?"):  # a rank may have no data
             flops = self.world.max_over_ranks(counter.flops, "operations of a product")
             self.tally.product_flops = int(flops) // len(running)
         self.tally.operator_state = self.operator.to_state()
