@@ -1,8 +1,9 @@
-"""The command line: ``hpc-hess run | check | finetune | dynamics | plan | scaling | inspect | report``."""
+"""The command line: ``hpc-hess COMMAND``; the commands of _LAUNCHED run on many ranks, the others in one process."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import signal
@@ -13,12 +14,14 @@ from typing import Any
 
 from hpc_hess.errors import HpcHessError
 
+_LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check", "intrinsic-dimension")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (other), 2 (bad input), 3 (numerics), 75 (stopped, run again)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command in ("run", "check", "finetune", "dynamics"):
+    if args.command in _LAUNCHED:
         return _spmd(args)
     try:
         return int(args.function(args))
@@ -39,7 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="measure how far the products of a configuration can be trusted")
     finetune = commands.add_parser("finetune", help="train the model a little, keeping checkpoints (launched like run)")
     dynamics = commands.add_parser("dynamics", help="compare the spectra of checkpoints (launched like run)")
-    for command in (run, check, finetune, dynamics):
+    attribute = commands.add_parser("attribute", help="which examples speak for a text (launched like run)")
+    parts = attribute.add_subparsers(dest="part", required=True, metavar="PART")
+    build = parts.add_parser("build", help="sketch the gradient of every example, or go on with it")
+    query = parts.add_parser("query", help="rank the examples for a text")
+    compare = commands.add_parser("sketch-check", help="compare sketched with whole gradients (launched like run)")
+    intrinsic = commands.add_parser("intrinsic-dimension", help="find how few dimensions suffice to fine-tune (like run)")
+    launched = (run, check, finetune, dynamics, build, query, compare, intrinsic)
+    for command in launched:
         command.add_argument("config", help="TOML file; every key has a default")
         command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                              help="override one key; may be repeated")  # fmt: skip
@@ -58,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     dynamics.add_argument("--sequences", nargs="+", type=int, default=[], metavar="N", help="sample sizes (data.sequences)")
     dynamics.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs go to DIR/NAME, the page to "
                           "DIR/dynamics.html")  # fmt: skip
+
+    _sketch_arguments(query, compare, intrinsic)
 
     plan = commands.add_parser("plan", help="predict memory and time of a run on other machines, in this process alone")
     plan.add_argument("config", help="TOML file of the run")
@@ -96,9 +108,44 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     report.set_defaults(function=_report)
 
-    for command in (run, check, finetune, dynamics, plan, inspect, report):
+    for command in (*launched, plan, inspect, report):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _sketch_arguments(
+    query: argparse.ArgumentParser, compare: argparse.ArgumentParser, intrinsic: argparse.ArgumentParser
+) -> None:  # fmt: skip
+    """Add what the commands that sketch take; names are those of Query, Comparison and Search."""
+    query.add_argument("--text", default="", help="the text that examples should speak for")
+    query.add_argument("--data", default="", metavar="SOURCE", help="or a data source, such as text:FILE")
+    query.add_argument("--sequences", type=int, default=1, help="rows of that source; their mean loss is asked about (1)")
+    query.add_argument("--top", type=int, default=10, help="examples to list, of either sign (10)")
+    query.add_argument("--precondition", choices=["none", "fisher", "gauss_newton", "hessian"], default="none",
+                       help="by the inverse of this matrix, damped, in sketch space (none)")  # fmt: skip
+    query.add_argument("--damping", type=float, help="of that matrix (a tenth of the sketches' mean eigenvalue)")
+    query.add_argument("--products", type=int, default=30, help="with gauss_newton or hessian, at most (30)")
+
+    compare.add_argument("--kinds", nargs="+", default=["affd", "afjl", "qk"], metavar="KIND", help="(affd afjl qk)")
+    compare.add_argument("--bits", nargs="+", type=int, default=[8, 10, 12, 13, 14, 16], metavar="B",
+                         help="log2 of the dimensions (8 10 12 13 14 16)")  # fmt: skip
+    compare.add_argument("--queries", type=int, default=4, help="gradients kept whole (4)")
+
+    add = intrinsic.add_argument
+    add("--smallest", type=int, default=16, metavar="D", help="dimension to begin with (16)")
+    add("--largest", type=int, default=1 << 16, metavar="D", help="dimension of the subspace (65536)")
+    add("--every", type=int, default=100, metavar="STEPS", help="between measurements (100)")
+    add("--delta", type=float, default=0.1, help="gain of the metric below which the dimension doubles (0.1)")
+    add("--target", type=float, help="metric to reach (else --share of what ordinary training gains)")
+    add("--share", type=float, default=0.9, help="of the gain of ordinary training (0.9)")
+    add("--baseline-steps", type=int, default=500, metavar="STEPS", help="of ordinary training (500)")
+    add("--baseline-rate", type=float, default=1e-3, metavar="RATE", help="Adam's, of ordinary training (1e-3)")
+    add("--learning-rate", type=float, default=1e-2, metavar="RATE", help="Adam's, in the subspace (1e-2)")
+    add("--batch", type=int, default=32, help="sequences of a step (32)")
+    add("--held-out", type=int, default=16, metavar="N", help="the last N sequences measure (16)")
+    add("--metric", choices=["accuracy", "loss"], default="accuracy", help="of the next token, in percent; or -loss")
+    add("--no-verify", dest="verify", action="store_false", help="without training anew at half the dimension")
+    add("--seed", type=int, default=0, help="of the order of the sequences (0)")
 
 
 def _spmd(args: argparse.Namespace) -> int:
@@ -151,10 +198,30 @@ def _command(args: argparse.Namespace) -> Callable[..., int]:
         from hpc_hess.dynamics import dynamics
 
         return functools.partial(dynamics, models=args.models, sequences=args.sequences, out=args.out)
+    if args.command == "attribute":
+        from hpc_hess.attribution import Query, build, query
+
+        if args.part == "build":
+            return build
+        return functools.partial(query, asked=_filled(Query, args))
+    if args.command == "sketch-check":
+        from hpc_hess.sketch_check import Comparison, sketch_check
+
+        asked = Comparison(tuple(args.kinds), tuple(args.bits), args.queries)
+        return functools.partial(sketch_check, asked=asked)
+    if args.command == "intrinsic-dimension":
+        from hpc_hess.intrinsic import Search, intrinsic_dimension
+
+        return functools.partial(intrinsic_dimension, search=_filled(Search, args))
     from hpc_hess.finetune import Training, finetune, parse_steps
 
     values: dict[str, Any] = {k: getattr(args, k) for k in ("out", "steps", "learning_rate", "batch", "optimizer", "seed")}
     return functools.partial(finetune, training=Training(save_at=parse_steps(args.save_at), **values))
+
+
+def _filled(kind: type[Any], args: argparse.Namespace) -> Any:
+    """Return a dataclass whose fields are arguments of the same names."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -122,6 +122,15 @@ class AnalysisSection(_Section):
         return 2 * self.wanted + 8 if self.basis_size == "auto" else self.basis_size
 
 
+class SketchSection(_Section):
+    """Which random map to fewer dimensions: of gradients (attribution), of the parameters (intrinsic dimension)."""
+
+    kind: Literal["affd", "afjl", "qk", "ffd", "fjl", "gaussian", "rademacher"] = "affd"
+    dimension: int = Field(default=1 << 13, ge=1)
+    preconditioner: Literal["hadamard", "fft", "haar"] = "hadamard"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
 class StoreSection(_Section):
     """How the run is kept on disk."""
 
@@ -150,6 +159,7 @@ class Config(_Section):
     lanczos: LanczosSection = LanczosSection()
     store: StoreSection = StoreSection()
     analysis: AnalysisSection = AnalysisSection()
+    sketch: SketchSection = SketchSection()
     run: RunSection = RunSection()
 
     def to_toml(self) -> str:
@@ -164,6 +174,7 @@ class Config(_Section):
         dump.pop("run")
         dump.pop("store")
         dump.pop("analysis")
+        dump.pop("sketch")
         return dump
 
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,7 @@ import torch
 
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError, NumericsError, StoreError
-from hpc_hess.model.data import Samples, micro_batches
-from hpc_hess.model.loss import CausalLMObjective, shifted_targets
+from hpc_hess.model.data import objective_of
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, load_problem
@@ -176,7 +175,9 @@ class _Loop:
         problem, training = self._problem, self._training
         batch = min(training.batch, len(problem.samples))
         rows = batch_rows(len(problem.samples), batch, step, training.seed)
-        problem.gradient.objective = _objective(problem.samples, rows, problem.objective, self._world)
+        whole, world = problem.objective, self._world
+        size = len(whole.micro_batches[0].sample_ids)
+        problem.gradient.objective = objective_of(problem.samples, rows, world.rank, world.size, size, whole.device)
         try:
             loss, gradient = problem.gradient(self._gradient)
         except NumericsError as error:
@@ -245,18 +246,6 @@ def batch_rows(num_samples: int, batch: int, step: int, seed: int) -> list[int]:
         order = torch.randperm(num_samples, generator=torch.Generator().manual_seed((seed << 32) + epoch)).tolist()
         rows += order[place : place + batch - len(rows)]
     return rows
-
-
-def _objective(samples: Samples, rows: list[int], whole: CausalLMObjective, world: World) -> CausalLMObjective:
-    """Return the mean loss over ``rows``; this rank's part of them."""
-    chosen = replace(
-        samples, input_ids=samples.input_ids[rows], labels=samples.labels[rows], attention_mask=samples.attention_mask[rows]
-    )
-    size = len(whole.micro_batches[0].sample_ids)
-    batches = micro_batches(chosen, world.rank, world.size, size)
-    for batch in batches:  # an error should name the sample of the data set
-        batch.sample_ids = [rows[i] if i >= 0 else -1 for i in batch.sample_ids]
-    return CausalLMObjective(batches, int((shifted_targets(chosen.labels) != -100).sum()), whole.device)
 
 
 def _starting_from(config: Config, out: Path, step: int | None) -> Config:

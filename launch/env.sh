@@ -7,7 +7,8 @@
 #
 #   -n RANKS        ranks in total (or the environment's RANKS; default one a GPU, else one a node)
 #   --nodes NODES   nodes (or the environment's NODES; default 1, under Slurm what was allocated)
-#   COMMAND         run (default), check, finetune, dynamics: what python -m hpc_hess takes
+#   COMMAND         run (default), check, finetune, dynamics, attribute build, attribute query, sketch-check,
+#                   intrinsic-dimension: what python -m hpc_hess takes
 #
 # The exit code is the program's: 0 done, 2 bad input, 3 numerics, 75 stopped early (the same command goes on), 1 other.
 
@@ -26,15 +27,16 @@ while [ $# -gt 0 ]; do
         [ "$1" = -n ] && ranks=$2 || nodes=$2
         shift 2
         ;;
-    -h | --help) sed -n '4,12s/^# \{0,1\}//p' "$root/launch/env.sh"; exit 0 ;;
+    -h | --help) sed -n '4,13s/^# \{0,1\}//p' "$root/launch/env.sh"; exit 0 ;;
     --) shift; break ;;
     -*) echo "${0##*/}: unknown option '$1' before the configuration: -n RANKS or --nodes NODES" >&2; exit 2 ;;
     *) break ;;
     esac
 done
 case ${1:-} in
-run | check | finetune | dynamics) command=$1; shift ;;
-*) command=run ;;
+run | check | finetune | dynamics | sketch-check | intrinsic-dimension) command=("$1"); shift ;;
+attribute) command=("$1" "${2:-}"); shift $(($# > 1 ? 2 : 1)) ;;
+*) command=(run) ;;
 esac
 [ $# -gt 0 ] || { echo "usage: ${0##*/} [-n RANKS] [--nodes NODES] [COMMAND] CONFIG.toml [--set section.key=value ...]" >&2; exit 2; }
 

@@ -14,7 +14,7 @@ for name in PYTHONPATH OMP_NUM_THREADS PYTHONUNBUFFERED TOKENIZERS_PARALLELISM H
 code=0
 # USR1: mpirun passes it on to the ranks; at TERM it would end them
 # shellcheck disable=SC2086  # several words on purpose
-forward USR1 mpirun "${arguments[@]}" ${MPIRUN_ARGS:-} "$PYTHON" -m hpc_hess "$command" "$@" || code=$?
+forward USR1 mpirun "${arguments[@]}" ${MPIRUN_ARGS:-} "$PYTHON" -m hpc_hess "${command[@]}" "$@" || code=$?
 # --quiet hides mpirun's page about ranks that ended with a code, and its line about ranks that could not say why
 [ "$code" -le 128 ] || echo "hpc-hess: error: a rank was ended by SIG$(kill -l $((code - 128)))" >&2
 exit "$code"

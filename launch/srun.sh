@@ -37,7 +37,7 @@ exec 3>&2 2> >(note_codes)
 filter=$!
 # USR1: srun passes it on to the ranks; at TERM it would end them
 # shellcheck disable=SC2086  # several words on purpose
-forward USR1 srun "${arguments[@]}" ${SRUN_ARGS:-} "$PYTHON" -m hpc_hess "$command" "$@" || code=$?
+forward USR1 srun "${arguments[@]}" ${SRUN_ARGS:-} "$PYTHON" -m hpc_hess "${command[@]}" "$@" || code=$?
 exec 2>&3 3>&-
 wait "$filter" || true
 # a rank that only lost the others ends with 1: another code says why

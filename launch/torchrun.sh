@@ -18,4 +18,4 @@ else
     rendezvous=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
 use_threads $((ranks / nodes))
-exec "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc-per-node $((ranks / nodes)) -m hpc_hess "$command" "$@"
+exec "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc-per-node $((ranks / nodes)) -m hpc_hess "${command[@]}" "$@"

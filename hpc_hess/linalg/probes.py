@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     SIGNS = 0
     NORMALS = 1
     WEIGHTS = 2
+    SKETCH = 3
 
 
 def philox(counter: tuple[torch.Tensor | int, ...], key: tuple[int, int]) -> list[torch.Tensor]:

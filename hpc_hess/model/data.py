@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from hpc_hess.config import DataSection, ModelSection
 from hpc_hess.errors import DataError
 from hpc_hess.model.documents import documents
-from hpc_hess.model.loss import MicroBatch
+from hpc_hess.model.loss import CausalLMObjective, MicroBatch, shifted_targets
 from hpc_hess.model.skeleton import max_positions, vocabulary_size
 from hpc_hess.model.source import Source
 from hpc_hess.model.tokenizer import LazyTokenizer
@@ -163,6 +163,31 @@ def _micro_batch(samples: Samples, ids: list[int]) -> MicroBatch:
     labels = samples.labels[rows].clone()
     labels[torch.tensor([i < 0 for i in ids])] = IGNORED
     return MicroBatch(ids, samples.input_ids[rows], samples.attention_mask[rows], labels)
+
+
+def objective_of(
+    samples: Samples, rows: Sequence[int], rank: int, size: int, micro_batch: int, device: torch.device
+) -> CausalLMObjective:  # fmt: skip
+    """Return the mean loss over some samples (a batch); rank ``rank``'s part of them. Collective: no."""
+    chosen = list(rows)
+    part = replace(
+        samples, input_ids=samples.input_ids[chosen], labels=samples.labels[chosen],
+        attention_mask=samples.attention_mask[chosen],
+    )  # fmt: skip
+    batches = micro_batches(part, rank, size, micro_batch)
+    for batch in batches:  # an error should name the sample of the data set
+        batch.sample_ids = [chosen[i] if i >= 0 else -1 for i in batch.sample_ids]
+    return CausalLMObjective(batches, int((shifted_targets(part.labels) != IGNORED).sum()), device)
+
+
+def one_example(samples: Samples, index: int, *, dummy: bool = False) -> MicroBatch:
+    """Return one sample without its padding; as a ``dummy`` it predicts nothing. Collective: no."""
+    length = int(samples.attention_mask[index].sum())
+    batch = _micro_batch(samples, [index])
+    labels = torch.full_like(batch.labels, IGNORED) if dummy else batch.labels
+    return MicroBatch(
+        [-1 if dummy else index], batch.input_ids[:, :length], batch.attention_mask[:, :length], labels[:, :length]
+    )
 
 
 def idle_ranks_note(num_samples: int, size: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ class LazyTokenizer:
         self._used = True
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids
+
+    def text(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; the ids themselves where there is no tokenizer."""
+        ids = [int(i) for i in ids]
+        try:
+            return str(self._tokenizer.decode(ids))
+        except DataError:
+            return " ".join(map(str, ids))
 
     @property
     def end(self) -> int | None:

@@ -43,15 +43,20 @@ def drawn(figure: Figure, out: Path, name: str, title: str, caption: str) -> Dra
 
 def write_comparison(
     path: Path, *, title: str, story: str, notes: Sequence[str], plots: Sequence[Drawn], columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[str]]], legend: str,
+    rows: Sequence[tuple[str, Sequence[str]]], legend: str, quotation: str = "", text_columns: int = 0,
 ) -> Path:  # fmt: skip
-    """Write the page; ``rows``: a link, or "", and the cells; ``legend``: what the columns mean."""
+    """Write the page.
+
+    ``rows``: a link, or "", and the cells; ``legend``: what the columns mean; ``quotation``: a text that the page is about;
+    ``text_columns``: so many columns at the end hold running text.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpc_hess.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     text = environment.get_template("comparison.html").render(
-        title=title, story=story, notes=notes, plots=plots, columns=columns, rows=rows, legend=legend
+        title=title, story=story, notes=notes, plots=plots, columns=columns, rows=rows, legend=legend, quotation=quotation,
+        text_columns=text_columns,
     )
     write_aside(path, text)
     return path

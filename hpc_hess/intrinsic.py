@@ -1,0 +1,361 @@
+"""The search for an intrinsic dimension, in one training run on the sharded model; then a check at half of it.
+
+theta = theta_0 + Phi^T w: the gradient by w is the sketch of the gradient by theta. Every rank holds w, its shard of theta_0
+and of Phi^T w. What is held out to measure is the end of the data set. The state is kept after every measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hpc_hess.config import Config
+from hpc_hess.errors import ConfigError, NumericsError, StoreError
+from hpc_hess.finetune import batch_rows
+from hpc_hess.model.data import objective_of
+from hpc_hess.model.loss import CausalLMObjective
+from hpc_hess.parallel.world import World
+from hpc_hess.problem import Problem, load_problem
+from hpc_hess.report.progress import Progress, make_progress
+from hpc_hess.report.rundir import write_aside
+from hpc_hess.report.words import number
+from hpc_hess.sketch.intrinsic_dimension import DoublingRule, threshold_of
+from hpc_hess.sketch.kinds import SketchSettings
+from hpc_hess.sketch.sketch import Sketch
+from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
+from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.lock import RunLock
+
+RECORD_NAME = "intrinsic_dimension.json"
+STATE_NAME = "intrinsic_dimension.npz"
+
+
+@dataclass(frozen=True)
+class Search:
+    """How an intrinsic dimension is looked for.
+
+    ``smallest`` and ``largest`` dimension (powers of two); ``every``: steps between measurements (c); ``delta``: the gain
+    over these below which the dimension doubles; ``target``: the metric to reach, None for ``share`` of what
+    ``baseline_steps`` of ordinary training gain. ``metric``: next-token accuracy in percent, or loss (negated).
+
+    Raises
+    ------
+    ConfigError : a value makes no sense.
+
+    """
+
+    smallest: int = 16
+    largest: int = 1 << 16
+    every: int = 100
+    delta: float = 0.1
+    target: float | None = None
+    share: float = 0.9
+    baseline_steps: int = 500
+    baseline_rate: float = 1e-3
+    learning_rate: float = 1e-2
+    batch: int = 32
+    held_out: int = 16
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    verify: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("smallest", "largest"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ConfigError(f"--{name} {value} is not valid: it should be a power of two")
+        for name in ("every", "batch", "held_out", "baseline_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not valid: it should be at least 1")
+        if self.smallest > self.largest:
+            raise ConfigError(f"--smallest {self.smallest} is larger than --largest {self.largest}")
+        for name in ("learning_rate", "baseline_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not valid: it should be above 0")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"--share {self.share} is not valid: it should be above 0 and at most 1")
+
+
+@dataclass
+class Progressed:
+    """What is known so far; what a run that goes on begins with."""
+
+    start: float | None = None
+    baseline: list[tuple[int, float]] = field(default_factory=list)  # (steps, metric) of ordinary training
+    threshold: float | None = None
+    search: list[tuple[int, int, float]] = field(default_factory=list)  # (steps, dimension, metric)
+    dimension: int | None = None  # found
+    failed: bool = False
+    half: list[tuple[int, float]] = field(default_factory=list)  # the check at half the dimension
+    half_reached: bool | None = None
+
+
+def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
+    """Find the dimension, or go on with it; writes OUT/intrinsic_dimension.{json,html}. Collective: yes.
+
+    Returns the exit code: 0, also where no dimension up to the largest reaches the target.
+
+    Raises
+    ------
+    HpcHessError : as one sentence for the user.
+
+    """
+    world.make_mesh(config.parallel.replicate)
+    out = Path(config.run.out)
+    with (
+        make_progress(world.rank == 0, 1) as progress,
+        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
+        contextlib.ExitStack() as held,
+    ):
+        held.callback(RunLock.acquire(out, world).release)
+        if config.operator.routing != "free":
+            config = config.model_copy(update={"operator": config.operator.model_copy(update={"routing": "free"})})
+        problem = load_problem(config, world, progress)
+        if len(problem.samples) <= search.held_out:
+            raise ConfigError(
+                f"--held-out {search.held_out} leaves nothing of {len(problem.samples)} sequences to train on: raise "
+                "data.sequences"
+            )
+        job = _Job(config, problem, search, world, progress, stopper, out)
+        try:
+            job.run()
+        except InterruptedProductError as interrupted:
+            progress.note(f"stopped early: {interrupted}; run the same command to go on")
+            world.barrier("stop")
+            return EXIT_STOPPED
+        if world.rank == 0:
+            from hpc_hess.report.intrinsic import result_text, write_page  # matplotlib: not on the other ranks
+
+            print(result_text(job.record()))
+            print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, job.record())}")
+    world.barrier("finish")
+    return 0
+
+
+class _Job:
+    """The phases: measure at theta_0, ordinary training, the search, the check."""
+
+    def __init__(
+        self, config: Config, problem: Problem, search: Search, world: World, progress: Progress, stopper: Stopper, out: Path
+    ) -> None:  # fmt: skip
+        self._problem, self._search, self._world, self._progress = problem, search, world, progress
+        self._stopper, self._out = stopper, out
+        count = len(problem.samples) - search.held_out
+        self._train, self._test = range(count), range(count, len(problem.samples))
+        settings = replace(SketchSettings(**config.sketch.model_dump()), dimension=search.largest)
+        self._sketch = Sketch(problem.model.layout.num_params_full, settings)
+        self._theta0 = problem.model.read_parameters()
+        self._row = min(config.data.micro_batch, max(1, search.batch // world.size))
+        self._slowest_s = 0.0
+        self._asked = asdict(search) | {
+            "sketch": config.sketch.model_dump() | {"dimension": search.largest},
+            "parameters": config.parameters.model_dump(),
+            "model_fingerprint": problem.source.fingerprint, "data_fingerprint": problem.samples.fingerprint,
+        }  # fmt: skip
+        self._asked.pop("verify")
+        self.known, self._kept = self._take_up()
+
+    def record(self) -> dict[str, Any]:
+        """Return what intrinsic_dimension.json holds."""
+        return {
+            "format": 1, "asked": self._asked, "model": self._problem.source.name,
+            "num_params": self._problem.model.space.size, **asdict(self.known),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Do what is not done yet. Collective: yes. Raises InterruptedProductError: stop now."""
+        known, search = self.known, self._search
+        if known.start is None:
+            known.start = self._measure()
+            self._save(None)
+        if known.threshold is None:
+            if search.target is None:
+                self._progress.phase("ordinary training, to know what can be reached")
+                self._baseline()
+            best = max(metric for _, metric in [(0, known.start), *known.baseline])
+            known.threshold = search.target if search.target is not None else threshold_of(known.start, best, search.share)
+            self._progress.note(f"{search.metric} {number(known.start)} at theta_0, to reach {number(known.threshold)}")
+            self._save(None)
+        if known.dimension is None and not known.failed:
+            self._progress.phase("search")
+            self._look()
+        if search.verify and known.dimension is not None and known.half_reached is None and known.dimension > 1:
+            self._progress.phase(f"check at {known.dimension // 2} dimensions")
+            self._check(known.dimension // 2)
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+
+    def _baseline(self) -> None:
+        """Train all parameters with Adam; forget them afterwards. Begins anew if it is interrupted."""
+        model, search = self._problem.model, self._search
+        gradient, parameters = model.space.zeros(), model.local_parameters
+        for parameter, part in zip(parameters, model.pieces_of(gradient.data), strict=True):
+            parameter.grad = part
+        optimizer = torch.optim.Adam(parameters, lr=search.baseline_rate)
+        self.known.baseline = []
+        for step in range(search.baseline_steps):
+            self._go_on()
+            self._gradient(step, gradient)
+            optimizer.step()
+            if (step + 1) % search.every == 0 or step + 1 == search.baseline_steps:
+                self.known.baseline.append((step + 1, self._measure()))
+        model.write_parameters(self._theta0)
+
+    def _look(self) -> None:
+        known, search = self.known, self._search
+        assert known.start is not None
+        assert known.threshold is not None
+        rule = DoublingRule(known.threshold, search.delta, search.smallest, search.largest, known.start)
+        for _, _, metric in known.search:  # what an interrupted search decided already
+            rule.decide(metric)
+        trainer = _Subspace(self._problem, self._sketch, self._theta0, search.learning_rate, self._kept)
+        while True:
+            metric = self._advance(trainer, rule.dimension)
+            known.search.append((trainer.steps, rule.dimension, metric))
+            decision = rule.decide(metric)
+            if decision == "double":
+                self._progress.note(f"{number(metric)} after {trainer.steps} steps: on to {rule.dimension} dimensions")
+            elif decision != "go on":
+                known.dimension, known.failed = (rule.dimension, False) if decision == "found" else (None, True)
+            self._save(None if known.dimension or known.failed else trainer)
+            if decision in ("found", "failed"):
+                return
+
+    def _check(self, dimension: int) -> None:
+        """Train anew in half the dimensions, as long as the search took."""
+        known = self.known
+        assert known.threshold is not None
+        trainer = _Subspace(self._problem, self._sketch, self._theta0, self._search.learning_rate, self._kept)
+        while trainer.steps < known.search[-1][0] and not (known.half and known.half[-1][1] >= known.threshold):
+            known.half.append((trainer.steps + self._search.every, self._advance(trainer, dimension)))
+            self._save(trainer)
+        known.half_reached = max(metric for _, metric in known.half) >= known.threshold
+        self._save(None)
+
+    def _advance(self, trainer: _Subspace, dimension: int) -> float:
+        """Take c steps in the first ``dimension`` directions; return the metric after them."""
+        for _ in range(self._search.every):
+            self._go_on()
+            began = time.perf_counter()
+            trainer.step(dimension, lambda out: self._gradient(trainer.steps, out))
+            self._slowest_s = max(self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time"))
+        return self._measure()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        if reason := self._stopper.agreed(self._slowest_s):
+            raise InterruptedProductError(reason)
+
+    def _gradient(self, step: int, out: Any) -> float:
+        search, problem = self._search, self._problem
+        rows = batch_rows(len(self._train), min(search.batch, len(self._train)), step, search.seed)
+        problem.gradient.objective = self._objective(rows)
+        try:
+            loss, _ = problem.gradient(out)
+        except NumericsError as error:
+            raise NumericsError(f"in step {step + 1} {error}; or the learning rate is too large") from None
+        self._progress.status(f"step {step + 1} | loss {number(loss, 5)}")
+        return loss
+
+    def _objective(self, rows: Sequence[int]) -> CausalLMObjective:
+        world, device = self._world, self._problem.model.space.device
+        return objective_of(self._problem.samples, rows, world.rank, world.size, self._row, device)
+
+    def _measure(self) -> float:
+        """Return the metric on what is held out. Collective: yes."""
+        objective, module = self._objective(self._test), self._problem.model.module
+        found = torch.zeros(2, dtype=torch.float64, device=self._problem.model.space.device)
+        with torch.no_grad(), self._world.guard("measuring"):
+            for index in range(objective.num_micro_batches):
+                logits, targets = objective.logits_and_targets(module, index)
+                predicted = targets >= 0
+                found[0] += (logits.argmax(1)[predicted] == targets[predicted]).sum()
+                found[1] += torch.nn.functional.cross_entropy(
+                    logits[predicted], targets[predicted], reduction="sum"
+                ).double()  # fmt: skip
+        hits, loss = (self._world.sum_over_ranks(found, "metric") / objective.num_tokens).tolist()
+        return 100 * hits if self._search.metric == "accuracy" else -loss
+
+    def _save(self, trainer: _Subspace | None) -> None:
+        """Keep what is known, and the state of a training in progress. Collective: yes."""
+        with attempt(self._world, self._out, "keep the search"):
+            if self._world.rank == 0:
+                self._out.mkdir(parents=True, exist_ok=True)
+                if trainer is not None:  # the record names the steps: written last, it never runs ahead of the state
+                    partial = self._out / (STATE_NAME + ".new.npz")
+                    np.savez(partial, **trainer.state())  # type: ignore[arg-type]  # names of arrays, not options
+                    partial.replace(self._out / f"{trainer.steps:08d}-{STATE_NAME}")
+                write_aside(self._out / RECORD_NAME, json.dumps(self.record() | {
+                    "state": "" if trainer is None else f"{trainer.steps:08d}-{STATE_NAME}"
+                }, indent=1) + "\n")  # fmt: skip
+                for old in self._out.glob(f"*-{STATE_NAME}"):
+                    if trainer is None or old.name != f"{trainer.steps:08d}-{STATE_NAME}":
+                        old.unlink()
+        self._kept = None
+
+    def _take_up(self) -> tuple[Progressed, dict[str, np.ndarray] | None]:
+        """Return what an earlier run of the same search left. Collective: yes. Raises StoreError."""
+        known, kept = Progressed(), None
+        with attempt(self._world, self._out, "take up the search"):
+            path = self._out / RECORD_NAME
+            if self._world.rank == 0 and path.exists():
+                record = json.loads(path.read_text())
+                for key, value in json.loads(json.dumps(self._asked)).items():
+                    if record["asked"].get(key) != value:
+                        raise StoreError(
+                            f"{path} holds a search with {key} = {record['asked'].get(key)}, not {value}: choose another "
+                            "run.out, or go back to that"
+                        )
+                known = Progressed(**{key: record[key] for key in asdict(known)})
+                if record["state"]:
+                    with np.load(self._out / record["state"]) as arrays:
+                        kept = dict(arrays)
+        return self._world.broadcast((known, kept), "state of the search")
+
+
+class _Subspace:
+    """Adam on w [D]: the same on every rank. Takes up ``kept`` where that is given."""
+
+    def __init__(
+        self, problem: Problem, sketch: Sketch, theta0: torch.Tensor, rate: float, kept: dict[str, np.ndarray] | None
+    ) -> None:  # fmt: skip
+        self._model, self._sketch, self._theta0 = problem.model, sketch, theta0
+        self._buffer = problem.model.space.zeros()
+        self._w = torch.zeros(sketch.dimension, dtype=torch.float64, device=theta0.device)
+        self._optimizer = torch.optim.Adam([self._w], lr=rate)
+        self.steps = 0
+        if kept is not None:
+            self.steps = int(kept["steps"])
+            self._w.copy_(torch.from_numpy(kept["w"]))
+            self._optimizer.state[self._w] = {
+                "step": torch.tensor(float(self.steps)),
+                **{key: torch.from_numpy(kept[key]).to(theta0.device) for key in ("exp_avg", "exp_avg_sq")},
+            }
+        self._move()
+
+    def step(self, dimension: int, gradient: Callable[[Any], float]) -> None:
+        """Move the first ``dimension`` entries of w by the gradient at theta_0 + Phi^T w. Collective: yes."""
+        gradient(self._buffer)
+        self._w.grad = self._sketch.apply(self._buffer)
+        self._w.grad[dimension:] = 0.0
+        self._optimizer.step()
+        self.steps += 1
+        self._move()
+
+    def _move(self) -> None:
+        self._model.move_parameters(self._theta0, self._sketch.transpose(self._w, self._model.space).data, 1.0)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what :class:`_Subspace` takes up."""
+        moments = {key: self._optimizer.state[self._w][key].cpu().numpy() for key in ("exp_avg", "exp_avg_sq")}
+        return {"steps": np.int64(self.steps), "w": self._w.cpu().numpy(), **moments}  # type: ignore[dict-item]
