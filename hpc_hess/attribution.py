@@ -121,7 +121,8 @@ def build(config: Config, world: World) -> int:
             progress.resume_at(count)
             progress.status(f"example {count} of {len(done)} | {seconds:.2g} s each rank | loss {losses[-1]:.3f}")
         writer.flush()
-        progress.note(f"{len(done)} sketches of {config.sketch.dimension} numbers: {out / NAME}")
+    if world.rank == 0:
+        print(f"\n{len(done)} sketches of {config.sketch.dimension} numbers: {out / NAME}")
     world.barrier("finish")
     return 0
 
@@ -221,8 +222,8 @@ def query(config: Config, world: World, asked: Query) -> int:
         elif asked.precondition != "none":
             damping = damping or influence.default_damping(sketches)
             target = _solved(config, problem, sketcher.sketch, target, damping, asked, progress)
-        if world.rank == 0:
-            _answer(config, problem, samples, asked, out, plain, target, damping, sketches, losses, ids)
+    if world.rank == 0:
+        _answer(config, problem, samples, asked, out, plain, target, damping, sketches, losses, ids)
     world.barrier("finish")
     return 0
 

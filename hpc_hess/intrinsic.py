@@ -132,11 +132,11 @@ def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
             progress.note(f"stopped early: {interrupted}; run the same command to go on")
             world.barrier("stop")
             return EXIT_STOPPED
-        if world.rank == 0:
-            from hpc_hess.report.intrinsic import result_text, write_page  # matplotlib: not on the other ranks
+    if world.rank == 0:
+        from hpc_hess.report.intrinsic import result_text, write_page  # matplotlib: not on the other ranks
 
-            print(result_text(job.record()))
-            print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, job.record())}")
+        print(result_text(job.record()))
+        print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, job.record())}")
     world.barrier("finish")
     return 0
 

@@ -103,13 +103,13 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
                     write_aside(out / RECORD_NAME, json.dumps(record) + "\n")
             progress.resume_at(asked.queries + index + 1)
             progress.status(f"example {index + 1} of {examples}")
-        if world.rank == 0:
-            from hpc_hess.report.sketches import check_text, write_page  # matplotlib: not on the other ranks
+    if world.rank == 0:
+        from hpc_hess.report.sketches import check_text, write_page  # matplotlib: not on the other ranks
 
-            found = summary(record)
-            write_aside(out / RECORD_NAME, json.dumps(record | {"found": found}) + "\n")
-            print(check_text(found))
-            print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, found)}")
+        found = summary(record)
+        write_aside(out / RECORD_NAME, json.dumps(record | {"found": found}) + "\n")
+        print(check_text(found))
+        print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, found)}")
     world.barrier("finish")
     return 0
 

@@ -68,7 +68,7 @@ class ExampleGradients:
             loss = objective.contribution(model.module, 0).total
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         self._give({n: g for n, g in zip(named, found, strict=True) if g is not None}, sink)
-        return float(loss)
+        return float(loss.detach())
 
     def _give(self, tensors: Tensors, sink: Sink) -> None:
         """Hand over parameters' gradients in the order of the global index, neighbours together."""
@@ -139,7 +139,7 @@ class _Streamed:
             logits = self._split.logits({**full, **W}, hidden.flatten(0, -2)[predicted])
             loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[predicted])
         (bar,) = self._differentiate((loss,), (torch.ones_like(loss),), W, (x,), give)
-        return float(loss), bar
+        return float(loss.detach()), bar
 
     def _back(
         self, call: int, arguments: list[object], inputs: Several, bar: torch.Tensor, give: Callable[[Tensors], None]

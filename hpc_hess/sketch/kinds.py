@@ -25,8 +25,8 @@ from hpc_hess.sketch.transforms import Kronecker, Preconditioner, Transform, haa
 
 Kind = Literal["affd", "afjl", "qk", "ffd", "fjl", "gaussian", "rademacher"]
 KINDS: tuple[str, ...] = get_args(Kind)
-_SMALLEST_BLOCK = 1 << 16  # entries: smaller ones spread less, larger ones are shared by more ranks
-_QK_BLOCK = 1 << 18
+_BLOCK = 1 << 16  # entries, where D is smaller: smaller ones spread less, larger ones are shared by more ranks
+_LARGEST_QK_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def chain(settings: SketchSettings, size: int) -> Chain:
     D, seed, kind = settings.dimension, settings.seed, settings.kind
     if kind == "qk":
         return _qk(settings, size)
-    M = settings.block or max(D, _SMALLEST_BLOCK)
+    M = settings.block or max(D, min(_BLOCK, _power_above(size)))
     if kind == "ffd":
         M = D
     if kind in ("affd", "afjl") and D > M:
@@ -93,7 +93,8 @@ def chain(settings: SketchSettings, size: int) -> Chain:
 
 def _qk(settings: SketchSettings, size: int) -> Chain:
     """The last factors act within a block of M entries, the first one across the blocks."""
-    M = settings.block or _QK_BLOCK
+    across = 1 << -(-_power_above(size).bit_length() // 3)  # about the cube root of the whole
+    M = settings.block or min(across**2, _LARGEST_QK_BLOCK)
     blocks = -(-size // M)
     columns = [blocks, *_halves(M)]
     rows = _shares(settings.dimension, columns)
@@ -101,6 +102,11 @@ def _qk(settings: SketchSettings, size: int) -> Chain:
     scale = math.sqrt(math.prod(columns) / settings.dimension)
     within = (Same(Kronecker(matrices[1:])),)
     return Chain(M, settings.dimension, within, Mix(matrices[0]), None, scale)
+
+
+def _power_above(size: int) -> int:
+    """Return the smallest power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
 
 
 def _halves(size: int) -> list[int]:
