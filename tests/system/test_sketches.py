@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_a_build_holds_sketches_of_the_gradients_goes_on_and_grows(
         attribution.build(settings(toy, tmp_path / "run", f"data.source=tokens:{tmp_path / 'other.npy'}"), world)
 
 
-def test_a_full_disk_is_named_and_what_is_written_stays(world: World, toy: Path, tmp_path: Path) -> None:
+def test_sketches_of_something_else_are_left_alone(world: World, toy: Path, tmp_path: Path) -> None:
     config = settings(toy, tmp_path / "run")
     (tmp_path / "run").mkdir()
     stored.prepare(tmp_path / "run", np.ones((2, 3), np.int64), 4, {}).close()
@@ -107,6 +108,24 @@ def test_a_full_disk_is_named_and_what_is_written_stays(world: World, toy: Path,
     with pytest.raises(StoreError, match="other settings"):
         attribution.build(config, world)
     assert (tmp_path / "run/sketches.h5").read_bytes() == before
+
+
+def test_a_full_disk_is_named_and_what_is_written_stays(world: World, toy: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        attribution.build(settings(toy, disk / "run", "sketch.dimension=32768", "data.sequences=2"), world)
+        before = (disk / "run/sketches.h5").read_bytes()
+        with pytest.raises(StoreError, match="full"):
+            attribution.build(settings(toy, disk / "run", "sketch.dimension=32768"), world)
+        with pytest.raises(StoreError, match="full"):
+            attribution.build(settings(toy, disk / "other", "sketch.dimension=65536"), world)
+        assert (disk / "run/sketches.h5").read_bytes() == before
+        assert not (disk / "other/sketches.h5").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def _build(world: World, config: Config) -> int:

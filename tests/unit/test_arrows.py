@@ -52,7 +52,7 @@ Import = tuple[str, int, str]  # file, line, what is imported
 def part_of(module: str) -> str:
     """Return the part of the package that a dotted module name belongs to."""
     names = module.split(".")[1:]
-    if names[:1] in (["cli"], ["api"], ["classifiers"], ["__main__"]) or not names:
+    if names[:1] in (["cli"], ["api"], ["classifiers"], ["sketches"], ["__main__"]) or not names:
         return "top"
     return names[0] if names[0] in ALLOWED else "run"
 

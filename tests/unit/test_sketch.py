@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import hpc_hess
 from hpc_hess.errors import ConfigError
+from hpc_hess.sketch.implicit import implicit_gradient, implicit_product
 from hpc_hess.sketch.kinds import KINDS, SketchSettings
 from hpc_hess.sketch.sketch import Sketch
 from hpc_hess.sketch.transforms import factors, haar, hadamard, spreading
@@ -158,3 +161,34 @@ def test_indices_beyond_32_bits() -> None:
     out = torch.empty(5000)
     sketch.lift(y, out, [start], [5000])
     assert abs(torch.dot(out, x) - y.square().sum()) < 1e-5 * y.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "preconditioner"), [("affd", "hadamard"), ("afjl", "fft"), ("qk", "haar"), ("ffd", "haar")]
+)
+def test_implicit_and_explicit_derivatives_agree(kind: str, preconditioner: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3)).double()
+    x, target = torch.randn(20, 7, dtype=torch.float64), torch.randint(3, (20,))
+    batches, weights = [(x, target)], dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(model, parameters, (x,)), target)
+
+    settings: dict[str, Any] = {"kind": kind, "preconditioner": preconditioner, "seed": 2}
+
+    def of_model(m: torch.nn.Module, _: Any) -> torch.Tensor:
+        return loss(dict(m.named_parameters()))
+
+    explicit = hpc_hess.gradient_sketches(model, batches, of_model, dimension=32, **settings)
+    operator = hpc_hess.hessian(model, batches, of_model, method="exact")
+    sketch = Sketch(operator.shape[0], SketchSettings(dimension=32, **settings))
+    theta0 = {name: weight.detach() for name, weight in weights.items()}
+    gradient = implicit_gradient(loss, theta0, sketch, operator.layout)
+    assert torch.allclose(gradient, torch.from_numpy(explicit[0]), atol=1e-10)
+    v = normal(32, 4)
+    product = hpc_hess.sketched(operator, 32, **settings) @ v
+    assert torch.allclose(implicit_product(loss, theta0, v, sketch, operator.layout), product, atol=1e-8)
+    values = hpc_hess.eigenpairs(hpc_hess.sketched(operator, 32, **settings), 1, which="largest").values
+    dense = torch.stack([hpc_hess.sketched(operator, 32, **settings) @ e for e in torch.eye(32, dtype=torch.float64)])
+    assert values[0] == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-3)
