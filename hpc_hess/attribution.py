@@ -93,7 +93,8 @@ def build(config: Config, world: World) -> int:
                 examples = prepare(out, _tokens(samples), config.sketch.dimension, _identity(config, problem))
                 held.callback(examples.close)
                 done = examples.done
-                write_aside(out / "config.toml", config.to_toml())
+                if not (out / "config.toml").exists():  # a run's own stays
+                    write_aside(out / "config.toml", config.to_toml())
         done = world.broadcast(done, "examples that are done")
         left = np.flatnonzero(~done).tolist()
         if not left:

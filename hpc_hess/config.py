@@ -146,6 +146,7 @@ class RunSection(_Section):
     resume: Literal["auto", "never", "must"] = "auto"
     time_limit: str = ""
     grace_s: float = Field(default=30.0, ge=0)
+    report: bool = True
 
 
 class Config(_Section):

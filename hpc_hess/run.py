@@ -123,9 +123,11 @@ def run(config: Config, world: World) -> int:
         return EXIT_STOPPED
     if world.rank == 0:
         write_aside(out / RESULT_NAME, to_json(result))
-        from hpc_hess.report.page import write_report  # matplotlib: not on the other ranks
+        report = None
+        if config.run.report:
+            from hpc_hess.report.page import write_report  # matplotlib: not on the other ranks
 
-        report = write_report(out)
+            report = write_report(out)
         print_summary(result, out, report)
     world.barrier("finish")
     return 0

@@ -12,6 +12,8 @@ from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.report.rundir import RunFiles, read_run
 from hpc_hess.report.spectrum import extreme_residuals, extremes, interval_text, model_name, story, warnings
 from hpc_hess.report.words import count, duration, number, plural, printable, rates, size, trace_text
+from hpc_hess.storage.examples import NAME as SKETCHES
+from hpc_hess.storage.examples import Examples
 from hpc_hess.storage.reader import StoreView, read_store
 from hpc_hess.storage.schema import FILE
 
@@ -91,7 +93,10 @@ def inspect_text(run_dir: str | Path) -> str:
     """
     run = read_run(run_dir, need_result=False)
     lines = [_line("run", str(run.path)), *_request(run)]
-    if (run.path / FILE).exists() or not run.result:
+    sketched = (run.path / SKETCHES).exists()
+    if sketched:
+        lines.append(_line("sketches", _sketches(run.path / SKETCHES)))
+    if (run.path / FILE).exists() or not (run.result or sketched):
         with read_store(run.path) as store:
             lines += _progress(store) + _store(store)
     if run.result:
@@ -185,6 +190,13 @@ def _store(store: StoreView) -> list[str]:
         _line("parameters", f"{count(schema.num_params)} in {plural(len(store.layout), 'tensor')}"),
         _line("store", f"{kind}; {kept}: {schema.rows} rows of {schema.dtype}, {size(schema.basis_bytes)}"),
     ]
+
+
+def _sketches(path: Path) -> str:
+    with Examples(path) as examples:
+        sketch = examples.attributes["sketch"]
+        return (f"{examples.done.sum()} of {plural(len(examples), 'example')}, {sketch['kind'].upper()} to "
+                f"{sketch['dimension']:,} numbers, seed {sketch['seed']}")  # fmt: skip
 
 
 def _files(path: Path) -> list[str]:

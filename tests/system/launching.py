@@ -25,8 +25,8 @@ NEEDS_MPI = pytest.mark.skipif(
 LAUNCHERS = ["torchrun.sh", pytest.param("mpirun.sh", marks=NEEDS_MPI)]
 ROOT = Path(__file__).resolve().parents[2]
 TOY = "launch/configs/toy.toml"
-SHORT = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=4"]
-LONG = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=500", "--set", "lanczos.reorthogonalise=2"]
+SHORT = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=4", "--set", "run.report=false"]
+LONG = [*SHORT, "--set", "lanczos.steps=500", "--set", "lanczos.reorthogonalise=2"]
 
 
 def environment(**variables: str) -> dict[str, str]:

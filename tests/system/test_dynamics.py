@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import load_problem
-from hpc_hess.report import page
 from hpc_hess.report.progress import Progress
 from hpc_hess.saving import save_model
 from tests.spawn import run_ranks
@@ -41,7 +39,7 @@ def settings(toy: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
-        "operator": {"method": "exact"}, "lanczos": {"steps": 6}, "run": {"grace_s": 0.0},
+        "operator": {"method": "exact"}, "lanczos": {"steps": 6}, "run": {"grace_s": 0.0, "report": False},
     }  # fmt: skip
     return make_config(values, list(overrides))
 
@@ -247,7 +245,7 @@ def record(out: Path) -> dict[str, Any]:
 def compared(world: World, toy: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
     models = [str(checkpoint(trained, step)) for step in (0, 6)]
-    assert dynamics(study(toy), world, models=models, sequences=[], out=out) == 0
+    assert dynamics(study(toy, "run.report=true"), world, models=models, sequences=[], out=out) == 0
     return out
 
 
@@ -294,8 +292,7 @@ def test_finished_runs_are_not_computed_again(world: World, toy: Path, trained: 
 
 
 def study_on_ranks(world: World, config: Config, models: list[str], sequences: list[int], out: Path) -> int:
-    with mock.patch.object(page, "write_report", return_value=None):  # drawing takes longer than computing here
-        return dynamics(config, world, models=models, sequences=sequences, out=out)
+    return dynamics(config, world, models=models, sequences=sequences, out=out)
 
 
 def test_sample_sizes_on_two_ranks(world: World, toy: Path, tmp_path: Path) -> None:

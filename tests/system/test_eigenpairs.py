@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.model.data import load_samples
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.world import World
-from hpc_hess.report import page
+from hpc_hess.report.page import write_report
 from hpc_hess.run import run
 from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks
@@ -32,7 +31,7 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
         "parameters": {"include": ONLY}, "operator": {"method": "exact"},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
         "lanczos": {"steps": 40}, "analysis": {"eigenpairs": 3, "tolerance": 1e-7},
-        "run": {"out": str(out), "grace_s": 0.0},
+        "run": {"out": str(out), "grace_s": 0.0, "report": False},
     }  # fmt: skip
     return make_config(values, list(overrides))
 
@@ -82,7 +81,7 @@ def test_the_pairs_are_those_of_the_hessian(toy: Path, whole: Path) -> None:
 
 
 def test_the_report_shows_them(whole: Path) -> None:
-    page = (whole / "report.html").read_text()
+    page = write_report(whole).read_text()
     assert "Where the eigenvectors live" in page
     assert "6 of 6 pairs converged" in page
     assert (whole / "figures" / "eigenpairs.png").stat().st_size > 10_000
@@ -102,17 +101,15 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(world: World, toy: Pat
     assert vectors(out) == vectors(whole)
 
 
-def on_ranks(world: World, config: Config) -> int:
-    """Run without a report: drawing takes longer than computing here."""
-    with mock.patch.object(page, "write_report", return_value=None):
-        return run(config, world)
+def _run(world: World, config: Config) -> int:
+    return run(config, world)
 
 
 @pytest.mark.parametrize("driver", ["files"])
 def test_on_two_and_three_ranks(toy: Path, tmp_path: Path, whole: Path, driver: str) -> None:
     for ranks in (2, 3):
         out = tmp_path / f"on_{ranks}"
-        assert run_ranks(on_ranks, ranks, settings(toy, out, f"store.driver={driver}")) == [0] * ranks
+        assert run_ranks(_run, ranks, settings(toy, out, f"store.driver={driver}")) == [0] * ranks
         scale = np.abs(values(whole)).max()
         assert np.abs(values(out) - values(whole)).max() < 1e-8 * scale
         with read_store(out / "eigenpairs") as mine, read_store(whole / "eigenpairs") as theirs:
@@ -125,7 +122,7 @@ def test_a_search_goes_on_on_other_ranks(world: World, toy: Path, tmp_path: Path
     out = tmp_path / "run"
     assert run(settings(toy, out, "analysis.eigenpairs=0"), world) == 0
     assert go(world, settings(toy, out), 40)[0] == 75
-    assert run_ranks(on_ranks, 2, settings(toy, out)) == [0, 0]
+    assert run_ranks(_run, 2, settings(toy, out)) == [0, 0]
     assert np.abs(values(out) - values(whole)).max() < 1e-8 * np.abs(values(whole)).max()
 
 

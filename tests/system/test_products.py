@@ -45,7 +45,7 @@ def settings(toys: Path, out: Path, **changes: Any) -> Any:
         "model": {"source": str(toys / "fp32")},
         "data": {"source": f"tokens:{toys / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
         "lanczos": {"steps": 6},
-        "run": {"out": str(out)},
+        "run": {"out": str(out), "report": False},
     }
     for name, value in changes.items():
         section, key = name.split("__")
@@ -69,7 +69,7 @@ def test_bfloat16_says_what_it_computes_and_how_well(
         ("fp32", "Hessian of the bf16-rounded function"),
         ("bf16", "Hessian of the fp32 function estimated in bf16"),
     ):
-        config = settings(toys, tmp_path / weights, model__source=str(toys / weights), **BF16)
+        config = settings(toys, tmp_path / weights, model__source=str(toys / weights), run__report=True, **BF16)
         result = finished(config, world)
         assert result["operator"]["computes"] == computes
         assert computes in capsys.readouterr().out

@@ -39,7 +39,7 @@ def settings(toy: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "model": {"source": str(toy / "model")},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
         "lanczos": {"steps": 6, "probes": 2},
-        "run": {"out": str(out)},
+        "run": {"out": str(out), "report": False},
     }
     for name, value in changes.items():
         section, key = name.split("__")
@@ -95,7 +95,7 @@ def test_eigenvalues_match_the_dense_hessian(world: World, toy: Path, tmp_path: 
 
 def test_stable_keys_and_files(world: World, toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert run(make_config(settings(toy, out)), world) == 0
+    assert run(make_config(settings(toy, out, run__report=True)), world) == 0
     result = json.loads((out / "result.json").read_text())
     assert {"format", "num_params", "world_size", "model", "data", "operator", "steps", "probes", "lambda_max",
             "lambda_min", "trace", "errors", "timing", "memory"} <= result.keys()  # fmt: skip

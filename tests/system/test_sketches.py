@@ -84,6 +84,8 @@ def test_a_build_holds_sketches_of_the_gradients_goes_on_and_grows(
     assert "going on after 1 of 5" in shown
     assert "going on after 5 of 7" in shown
     assert "all 7 examples" in shown
+    assert cli.main(["inspect", str(tmp_path / "run")]) == 0
+    assert "7 of 7 examples, AFFD to 256 numbers" in capsys.readouterr().out
     whole = gradients(longer, world)
     with Examples(tmp_path / "run/sketches.h5") as found:
         assert found.done.all()

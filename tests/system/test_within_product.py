@@ -18,7 +18,6 @@ from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.world import World
 from hpc_hess.product_watch import FOLDER, ProductWatch
-from hpc_hess.report import page
 from hpc_hess.run import run
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
@@ -31,7 +30,7 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
         "model": {"source": str(toy / "model")},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 5},
         "lanczos": {"steps": 3}, "store": {"checkpoint_every": 2, "keep_basis": True},
-        "operator": {"check": False}, "run": {"out": str(out), "grace_s": 0.0},
+        "operator": {"check": False}, "run": {"out": str(out), "grace_s": 0.0, "report": False},
     }  # fmt: skip
     return make_config(values, list(overrides))
 
@@ -51,7 +50,7 @@ class Signals:
                 os.kill(os.getpid(), signal.SIGUSR1)
             original(watch, index, sums, more=more)
 
-        self._patches = [mock.patch.object(ProductWatch, "added", added), mock.patch.object(page, "write_report")]
+        self._patches = [mock.patch.object(ProductWatch, "added", added)]
         for patch in self._patches:
             patch.start()
         return self
