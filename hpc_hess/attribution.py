@@ -29,7 +29,7 @@ from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.sketch import influence
 from hpc_hess.sketch.kinds import SketchSettings
-from hpc_hess.sketch.sketch import Sketch, SketchedOperator
+from hpc_hess.sketch.sketch import Sketch, SketchedOperator, part_of, whole_of
 from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.examples import NAME, Examples, prepare
@@ -255,14 +255,14 @@ def _solved(
     )  # fmt: skip
     sketched = SketchedOperator(operator, sketch)
     solver = minres if kind == "hessian" else conjugate_gradients
-    right = sketched.from_array(target)
+    right = part_of(torch.from_numpy(target), sketched.space)
 
     def say(residual: float) -> None:
         progress.status(f"solving in sketch space: residual {residual:.2e}")
 
     solution = solver(sketched, right, damping=damping, tolerance=1e-3, most=asked.products, after_product=say)
     progress.note(f"relative residual {solution.converged_to:.1e} after {len(solution.residuals) - 1} products")
-    return sketched.to_array(solution.x)
+    return whole_of(solution.x).cpu().numpy()
 
 
 def _answer(

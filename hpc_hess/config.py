@@ -71,6 +71,7 @@ class OperatorSection(_Section):
     keep_state: bool = False
     boundaries: Literal["device", "host"] = "device"
     check: bool = True
+    sketched: bool = False
 
 
 class LanczosSection(_Section):
@@ -110,6 +111,12 @@ class AnalysisSection(_Section):
     class_steps: int = Field(default=20, ge=2)
     sub_block: list[str] = []
     columns: int = Field(default=8, ge=1)
+
+    @property
+    def on_parameters(self) -> list[str]:
+        """Keys that were given and that make sense for the model's own parameters only."""
+        keys = ("diagonal", "block_diagonal", "block_spectrum", "class_groups", "sub_block")
+        return [key for key in keys if getattr(self, key)]
 
     @property
     def wanted(self) -> int:
@@ -175,7 +182,8 @@ class Config(_Section):
         dump.pop("run")
         dump.pop("store")
         dump.pop("analysis")
-        dump.pop("sketch")
+        if not self.operator.sketched:
+            dump.pop("sketch")
         return dump
 
 
@@ -293,6 +301,11 @@ def _check_combinations(config: Config) -> None:
                 f"analysis.basis_size = {config.analysis.basis_size} is not valid: {config.analysis.wanted} pairs need at "
                 f"least {least} vectors"
             )
+    if config.operator.sketched and config.analysis.on_parameters:
+        raise ConfigError(
+            f"analysis.{config.analysis.on_parameters[0]} is a study of parameters, of which operator.sketched = true "
+            "leaves random combinations: take one of the two out"
+        )
     if config.analysis.class_groups and operator.kind != "gauss_newton":
         raise ConfigError(
             f"analysis.class_groups = {config.analysis.class_groups} takes the Gauss-Newton matrix apart: set "

@@ -63,7 +63,7 @@ class Loop:
         self.config, self.world, self.problem, self.store = config, world, problem, store
         self.events, self.progress, self.stopper, self.watch = events, progress, stopper, watch
         self.bases, self.width = bases, width
-        self.space: VectorSpace = problem.model.space
+        self.space: VectorSpace = problem.space
         self.tally = Tally.from_json(store.state.extra)
         self.operator: CurvatureOperator
         self._ready = False

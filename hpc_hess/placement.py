@@ -214,15 +214,17 @@ def _remedy(lanczos: LanczosSection, width: int, rows: int, row_bytes: int, free
 def exact_product_bytes(config: Config, model: ShardedModel) -> int:
     """Bytes a rank needs on its device for exact products and comparisons with them, activations aside.
 
-    The skeleton they stream through has no memory of its own. 0 where the run takes no exact product.
+    The skeleton they stream through has no memory of its own. 0 where the run takes no exact product and no sketch.
     """
+    item = torch.empty(0, dtype=model.space.dtype).element_size()
+    # the product's own vectors are as long as the parameters where the basis' are not
+    beside = _WORK_VECTORS * model.space.size_local * item if config.operator.sketched else 0
     checked = wants_reference(config)
     if not checked and config.operator.method != "exact":
-        return 0
+        return beside
     numel = {id(p): p.numel() for p in model.module.parameters()}
     of_blocks = [[id(p) for p in block.parameters()] for block in find_blocks(model.module) or ()]
     outside = numel.keys() - {p for block in of_blocks for p in block}
     stage = max([sum(numel[p] for p in block) for block in of_blocks] + [numel[p] for p in outside])
-    item = torch.empty(0, dtype=model.space.dtype).element_size()
     held = (_STAGES if model.sharded else _STAGES_ALONE) * stage
-    return item * (held + (_CHECK_VECTORS * model.space.size_local if checked else 0))
+    return beside + item * (held + (_CHECK_VECTORS * model.space.size_local if checked else 0))

@@ -125,13 +125,15 @@ class Planner:
 
     Raises
     ------
-    ConfigError : there is no such machine, or no rank.
+    ConfigError : there is no such machine, or no rank; a sketched operator.
 
     """
 
     def __init__(self, config: Config, local_ranks: int, machine: str, host_bytes: int) -> None:
         if local_ranks < 1:
             raise ConfigError(f"--gpus-per-node {local_ranks}: give at least one")
+        if config.operator.sketched:
+            raise ConfigError("a run with operator.sketched = true cannot be planned yet: plan it without")
         self.config, self._local_ranks, self._host_bytes = config, local_ranks, host_bytes
         self._machine = Machine.read(machine)
 

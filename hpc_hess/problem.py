@@ -20,8 +20,11 @@ from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.model.weights import fill, open_reader
 from hpc_hess.parallel.memory import release_memory
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.report.progress import Progress
+from hpc_hess.sketch.kinds import SketchSettings
+from hpc_hess.sketch.sketch import Sketch, part_of, sketch_space
 
 
 @dataclass
@@ -34,6 +37,18 @@ class Problem:
     objective: CausalLMObjective
     gradient: Gradient
     plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
+    sketch: Sketch | None = None  # with operator.sketched: what the matrix is seen through
+
+    @property
+    def space(self) -> VectorSpace:
+        """The space of the Krylov vectors: the parameters', or that of the sketch."""
+        return self.model.space if self.sketch is None else sketch_space(self.sketch, self.model.space)
+
+    def seen(self, vector: Vector) -> Vector:
+        """Return a vector of the parameters as one of :attr:`space`. Collective: yes."""
+        if self.sketch is None:
+            return vector
+        return part_of(self.sketch.apply(vector), self.space)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -74,7 +89,10 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         checkpoint_blocks(model.module)
     batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
     objective = CausalLMObjective(batches, samples.num_tokens, world.device)
-    return Problem(source, samples, model, objective, Gradient(model, objective, routing), plain)
+    sketch = None
+    if config.operator.sketched:
+        sketch = Sketch(model.layout.num_params_full, SketchSettings(**config.sketch.model_dump()))
+    return Problem(source, samples, model, objective, Gradient(model, objective, routing), plain, sketch)
 
 
 def make_exact_float32() -> None:

@@ -20,6 +20,7 @@ from hpc_hess.linalg.operator import products
 from hpc_hess.model.precision import survives
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.problem import Problem, dtype_of
+from hpc_hess.sketch.sketch import Sketch, SketchedOperator
 
 
 class CurvatureOperator(Protocol):
@@ -94,6 +95,25 @@ class _Exact:
         pass
 
 
+class _Sketched:
+    """Another product seen through a sketch: Phi A Phi^T."""
+
+    def __init__(self, inner: CurvatureOperator, sketch: Sketch) -> None:
+        self._operator, self.notes = SketchedOperator(inner, sketch), inner.notes
+        self.space = self._operator.space
+        self.last_record, self.to_state, self.from_state = inner.last_record, inner.to_state, inner.from_state
+
+    def matvec(self, v: Vector) -> Vector:
+        return self._operator.matvec(v)
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return self._operator.matmat(vectors)
+
+
+def _seen(operator: CurvatureOperator, problem: Problem) -> CurvatureOperator:
+    return operator if problem.sketch is None else _Sketched(operator, problem.sketch)
+
+
 class _Perplexity:
     """The Hessian of exp(loss) around another product."""
 
@@ -123,7 +143,7 @@ def exact_operator(
     Streamed block by block, or of the whole model where its blocks cannot be told apart. Raises ModelError, on every
     rank, where neither is possible.
     """
-    space, lanczos = problem.model.space, config.lanczos
+    space, lanczos = problem.space, config.lanczos
     row_bytes = space.size_local * torch.empty(0, dtype=space.dtype).element_size()
     # the host's memory for the basis counts as free until it is written to
     basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
@@ -152,11 +172,11 @@ def reference_operator(config: Config, problem: Problem, loss: float, gradient: 
     ``gradient`` at theta_0 is needed for kind "perplexity" only.
     """
     kind = config.operator.kind
-    inner = _Exact(exact_operator(config, problem, kind, config.model.master_dtype))
-    if kind != "perplexity":
-        return inner
-    assert gradient is not None
-    return _Perplexity(inner, loss, gradient)
+    inner: CurvatureOperator = _Exact(exact_operator(config, problem, kind, config.model.master_dtype))
+    if kind == "perplexity":
+        assert gradient is not None
+        inner = _Perplexity(inner, loss, gradient)
+    return _seen(inner, problem)
 
 
 _MATRICES = {
@@ -172,6 +192,8 @@ def what_is_computed(config: Config, problem: Problem) -> str:
     nothing in the cast, and only the arithmetic is rounded; others are first moved to another point.
     """
     matrix, model = _MATRICES[config.operator.kind], config.model
+    if problem.sketch is not None:
+        matrix = f"{matrix} ({config.sketch.kind.upper()} to {config.sketch.dimension:,} dimensions)"
     if model.compute_dtype != "bfloat16":
         return f"{matrix} of the {model.compute_dtype.replace('float', 'fp')} function"
     exact = problem.model.world.all_true(survives(problem.model.module, torch.bfloat16), "weights in bfloat16")
@@ -193,10 +215,10 @@ def build_operator(
     else:
         differences = FiniteDifferenceHessian(problem.gradient, section.scheme, section.step, (loss, gradient))
         inner = _Differences(differences)
-    if section.kind != "perplexity":
-        return inner
-    assert gradient is not None
-    return _Perplexity(inner, loss, gradient)
+    if section.kind == "perplexity":
+        assert gradient is not None
+        inner = _Perplexity(inner, loss, gradient)
+    return _seen(inner, problem)
 
 
 def needs_gradient(config: Config) -> bool:

@@ -100,7 +100,7 @@ def make_result(
     config: Config, world: World, problem: Problem, tally: Tally, recurrences: list[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, Any]:
     """Build the contents of result.json. Collective: no."""
-    space = problem.model.space
+    space = problem.space
     quadratures = [ritz(alpha, beta) for alpha, beta in recurrences]
     estimate = trace(quadratures, space.size)
     largest = max(float(np.abs(q.values).max()) for q in quadratures) or 1.0
@@ -110,7 +110,7 @@ def make_result(
     return {
         "format": FORMAT,
         "num_params": space.size,
-        "num_params_model": space.layout.num_params_full,
+        "num_params_model": problem.model.layout.num_params_full,
         "world_size": world.size,
         "model": {"name": problem.source.name, "source": config.model.source, "kind": problem.source.kind,
                   "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
@@ -120,7 +120,8 @@ def make_result(
                  "fingerprint": problem.samples.fingerprint},
         "operator": {"name": config.operator.kind, "method": config.operator.method,
                      "scheme": config.operator.scheme, "dtype": config.model.compute_dtype,
-                     "master_dtype": config.model.master_dtype, "computes": tally.computes or None},
+                     "master_dtype": config.model.master_dtype, "computes": tally.computes or None,
+                     "sketch": config.sketch.model_dump() if config.operator.sketched else None},
         "loss": tally.loss,
         "gradient_norm": tally.gradient_norm,
         "steps": config.lanczos.steps,

@@ -78,7 +78,7 @@ def run(config: Config, world: World) -> int:
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
         going_on = found.state.width if found and not found.state.finished else 1
         place = place_basis(
-            world, problem.model.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
+            world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
         store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock))
         if world.rank == 0:
@@ -89,7 +89,7 @@ def run(config: Config, world: World) -> int:
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
             loop = Loop(
                 config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
-                bases=Bases(place, problem.model.space, config.lanczos, store), width=min(wanted, place.width),
+                bases=Bases(place, problem.space, config.lanczos, store), width=min(wanted, place.width),
             )  # fmt: skip
             loop.tally.baseline_bytes = baseline_bytes
             loop.tally.limits = loop.tally.limits or limits
@@ -178,7 +178,7 @@ def _search(
                 return str(interrupted), {}
             search = EigenLoop(
                 config, world, operator, store, device, events=events, progress=progress, stopper=stopper, watch=watch,
-                gradient=lambda: loop.problem.gradient.at_theta0()[1],
+                gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]),
             )  # fmt: skip
             if reason := search.run():
                 return reason, {}
@@ -230,7 +230,7 @@ def _open_store(
     place_of_basis: Place, lock: RunLock,
 ) -> Store:  # fmt: skip
     lanczos = config.lanczos
-    place: dict[str, Any] = {"layout": problem.model.layout, "shard": problem.model.shard, "world": world,
+    place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": world,
                              "driver": config.store.driver, "lock": lock}  # fmt: skip
     if found:
         return Store.open(out, **place, probes=lanczos.probes, width=place_of_basis.width)

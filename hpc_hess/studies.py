@@ -166,7 +166,8 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
 
     return Bench(
         settings=config.analysis, seed=config.lanczos.seed, steps=config.lanczos.steps, operator=keep.operator, keep=keep,
-        basis=basis, gradient=lambda: loop.problem.gradient.at_theta0()[1], recurrences=loop.recurrences(),
+        basis=basis,
+        gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
         eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
         save_vectors=save_vectors, head_dim=_head_dim(loop), target_counts=lambda: _target_counts(loop),
         group_weights=lambda groups: weights(

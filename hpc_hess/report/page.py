@@ -22,6 +22,7 @@ from hpc_hess.report.spectrum import (
     interval_text,
     model_name,
     quadratures,
+    sketch_text,
     story,
     warnings,
 )
@@ -121,7 +122,9 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
     low, high = extremes(result)
     below, above = extreme_residuals(result)
     scale = max(abs(low or 0.0), abs(high or 0.0))
-    trace, num_params = _table(result.get("trace")), result.get("num_params")
+    trace, sketch = _table(result.get("trace")), sketch_text(result)
+    num_params = result.get("num_params_model" if sketch else "num_params")
+    meaning = sketch or (f"{num_params:,}" if (num_params or 0) >= 1e6 else "")
     spread = ""
     if trace.get("mean") is not None:
         error = trace.get("stderr")
@@ -130,11 +133,7 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
         Row("λ max", number(high), interval_text(result, high, above, scale)),
         Row("λ min", number(low), interval_text(result, low, below, scale)),
         Row("Trace", number(trace.get("mean")), spread),
-        Row(
-            "Parameters",
-            count(num_params).split(" (")[-1].rstrip(")"),
-            f"{num_params:,}" if (num_params or 0) >= 1e6 else "",
-        ),
+        Row("Parameters", count(num_params).split(" (")[-1].rstrip(")"), meaning),
         Row("Lanczos", plural(result.get("steps"), "step"), plural(len(result.get("probes") or []), "probe")),
     ]
     hvp_s = _table(result.get("timing")).get("hvp_s")

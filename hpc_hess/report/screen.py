@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.report.rundir import RunFiles, read_run
-from hpc_hess.report.spectrum import extreme_residuals, extremes, interval_text, model_name, story, warnings
+from hpc_hess.report.spectrum import extreme_residuals, extremes, interval_text, model_name, size_text, story, warnings
 from hpc_hess.report.words import count, duration, number, plural, printable, rates, size, trace_text
 from hpc_hess.storage.examples import NAME as SKETCHES
 from hpc_hess.storage.examples import Examples
@@ -32,7 +32,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     below, above = extreme_residuals(result)
     scale = max(abs(low or 0.0), abs(high or 0.0))
     data, timing = result.get("data") or {}, result.get("timing") or {}
-    head = f"{model_name(result.get('model'))}: {count(result.get('num_params'))} parameters"
+    head = f"{model_name(result.get('model'))}: {size_text(result)}"
     if data.get("tokens"):
         head += f", {data['tokens']:,} tokens"
     head += f", {plural(result.get('steps'), 'step')}, {plural(len(result.get('probes') or []), 'probe')}"

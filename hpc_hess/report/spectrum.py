@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_hess.linalg.quadrature import Ritz, ritz
-from hpc_hess.report.words import number, residual_text
+from hpc_hess.report.words import count, number, residual_text
 
 Float = NDArray[np.float64]
 _POSITIVE_KINDS = ("gauss_newton", "fisher")
@@ -52,6 +52,19 @@ def model_name(model: Any) -> str:
     if isinstance(model, Mapping):
         model = model.get("name") or model.get("source")
     return str(model) if model else "a model"
+
+
+def sketch_text(result: Mapping[str, Any]) -> str:
+    """Return what a matrix was seen through: ``AFFD to 8,192 dimensions``, or nothing."""
+    sketch = (result.get("operator") or {}).get("sketch")
+    return f"{sketch['kind'].upper()} to {sketch['dimension']:,} dimensions" if sketch else ""
+
+
+def size_text(result: Mapping[str, Any]) -> str:
+    """Return the number of parameters, and of dimensions where they are sketched."""
+    if sketch := sketch_text(result):
+        return f"{count(result.get('num_params_model'))} parameters, through {sketch}"
+    return f"{count(result.get('num_params'))} parameters"
 
 
 def extremes(result: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.sketch.kinds import SketchSettings, chain
@@ -118,38 +116,41 @@ def intervals(space: VectorSpace) -> tuple[list[int], list[int]]:
     return starts.tolist(), lengths.tolist()
 
 
+def sketch_space(sketch: Sketch, inner: VectorSpace) -> VectorSpace:
+    """Return R^D over the ranks that share the vectors of ``inner``."""
+    layout = Layout({"sketch": (sketch.dimension,)}, inner.layout.num_shards)
+    return VectorSpace(inner.world, layout, inner.dtype)
+
+
+def part_of(whole: torch.Tensor, space: VectorSpace) -> Vector:
+    """Return D numbers, alike on all ranks, as a Vector of :func:`sketch_space`. Collective: no."""
+    return space.wrap(whole[_mine(space)].to(space.dtype))
+
+
+def whole_of(v: Vector) -> torch.Tensor:
+    """Return a Vector of :func:`sketch_space` as D numbers on every rank, float64. Collective: yes."""
+    whole = torch.zeros(v.space.size, dtype=torch.float64, device=v.data.device)
+    whole[_mine(v.space)] = v.data.double()
+    return v.space.sum(whole, "sketched vector")
+
+
+def _mine(space: VectorSpace) -> slice:
+    starts, lengths = intervals(space)
+    return slice(starts[0], starts[0] + lengths[0]) if starts else slice(0)
+
+
 class SketchedOperator:
     """Phi A Phi^T, symmetric on R^D, whose vectors are shared among the ranks: Krylov methods run on it as on A."""
 
     def __init__(self, operator: LinearOperator, sketch: Sketch) -> None:
-        self._operator, self._sketch, self._inner = operator, sketch, operator.space
-        world = self._inner.world
-        layout = Layout({"sketch": (sketch.dimension,)}, self._inner.layout.num_shards)
-        self.space = VectorSpace(world, layout, self._inner.dtype)
-        self._mine = slice(*_bounds(self.space))
+        self._operator, self._sketch = operator, sketch
+        self.space = sketch_space(sketch, operator.space)
 
     def matvec(self, v: Vector) -> Vector:
         """Return Phi A Phi^T v as a new Vector. Collective: yes."""
-        lifted = self._sketch.transpose(self._whole(v), self._inner)
-        return self._part(self._sketch.apply(self._operator.matvec(lifted)))
+        return self.matmat([v])[0]
 
-    def from_array(self, values: NDArray[np.float64]) -> Vector:
-        """Return a vector of R^D, alike on all ranks, as a Vector. Collective: no."""
-        return self._part(torch.from_numpy(values).to(self.space.device))
-
-    def to_array(self, v: Vector) -> NDArray[np.float64]:
-        """Return a Vector as D numbers on every rank. Collective: yes."""
-        return self._whole(v).cpu().numpy()
-
-    def _whole(self, v: Vector) -> torch.Tensor:
-        whole = torch.zeros(self._sketch.dimension, dtype=torch.float64, device=v.data.device)
-        whole[self._mine] = v.data.double()
-        return self.space.sum(whole, "sketched vector")
-
-    def _part(self, whole: torch.Tensor) -> Vector:
-        return self.space.wrap(whole[self._mine].to(self.space.dtype))
-
-
-def _bounds(space: VectorSpace) -> tuple[int, int]:
-    starts, lengths = intervals(space)
-    return (starts[0], starts[0] + lengths[0]) if starts else (0, 0)
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several vectors; A's may share work. Collective: yes."""
+        lifted = [self._sketch.transpose(whole_of(v), self._operator.space) for v in vectors]
+        return [part_of(self._sketch.apply(product), self.space) for product in products(self._operator, lifted)]

@@ -20,7 +20,7 @@ from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.sketch.kinds import KINDS, SketchSettings
-from hpc_hess.sketch.sketch import Sketch, SketchedOperator
+from hpc_hess.sketch.sketch import Sketch, SketchedOperator, part_of, whole_of
 from tests.numerics.exact_case import NO_SDPA
 from tests.numerics.test_exact_ranks import Case, _sharded
 from tests.sharded import from_global, send
@@ -49,12 +49,12 @@ def _identities(world: World) -> dict[str, Any]:
     space = VectorSpace(world, Layout(TABLE, world.shard_size, dims), torch.float64)
     operator = diagonal(space, from_global(space, torch.linspace(-3, 10, space.size, dtype=torch.float64)))
     sketched = SketchedOperator(operator, Sketch(space.size, SketchSettings(dimension=16, block=64)))
-    start = sketched.from_array(normals(3, 0, 0, 16, dtype=torch.float64).numpy())
+    start = part_of(normals(3, 0, 0, 16, dtype=torch.float64), sketched.space)
     process = Lanczos(sketched, Basis(sketched.space, 6), 5)
     process.start(start)
     while not process.finished:
         process.step()
-    found["lanczos"] = process.alpha, process.beta, sketched.to_array(start)
+    found["lanczos"] = process.alpha, process.beta, whole_of(start).numpy()
     found["lifted"] = send(lifted)
     return found
 

@@ -16,14 +16,20 @@ from hpc_hess import attribution, cli
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.intrinsic import Search, intrinsic_dimension
+from hpc_hess.linalg import probes
 from hpc_hess.model.data import one_example
 from hpc_hess.model.per_example import ExampleGradients
 from hpc_hess.parallel.world import World
+from hpc_hess.planner import Planner
 from hpc_hess.problem import load_problem
+from hpc_hess.products import exact_operator
+from hpc_hess.report.page import write_report
 from hpc_hess.report.progress import Progress
+from hpc_hess.run import run
 from hpc_hess.sketch.comparison import bits_for, correlation, eigenvalue_error
 from hpc_hess.sketch.influence import fisher_preconditioned
 from hpc_hess.sketch.intrinsic_dimension import DoublingRule
+from hpc_hess.sketch.sketch import SketchedOperator, part_of
 from hpc_hess.sketch_check import Comparison, sketch_check
 from hpc_hess.storage import examples as stored
 from hpc_hess.storage.examples import Examples
@@ -316,3 +322,56 @@ def test_a_search_on_two_ranks_is_that_on_one(world: World, pattern: Path, tmp_p
     assert run_ranks(_search, 2, settings(pattern, tmp_path / "2", "data.sequences=24")) == [0, 0]
     one, two = (json.loads((tmp_path / f"{k}/intrinsic_dimension.json").read_text())["search"] for k in (1, 2))
     assert np.allclose(one, two, atol=1e-8)
+
+
+# -- spectra in sketch space -------------------------------------------------------------------------------------------
+
+
+def _spectrum(world: World, config: Config) -> int:
+    return run(config, world)
+
+
+SKETCHED = ["operator.sketched=true", "lanczos.steps=8", "sketch.dimension=64", "analysis.eigenpairs=1", "run.report=false"]
+
+
+@pytest.fixture(scope="module")
+def spectrum(world: World, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("sketched") / "run"
+    assert run(settings(toy, out, *SKETCHED), world) == 0
+    write_report(out)
+    return dict(json.loads((out / "result.json").read_text()))
+
+
+def test_a_sketched_run_is_lanczos_on_the_dense_sketched_hessian(
+    world: World, toy: Path, tmp_path: Path, spectrum: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(toy, tmp_path / "run", *SKETCHED)
+    problem = load_problem(config, world, Progress(0))
+    operator = SketchedOperator(exact_operator(config, problem), problem.sketch)  # type: ignore[arg-type]
+    eye = torch.eye(64, dtype=torch.float64)
+    dense = torch.stack([operator.matvec(part_of(e, operator.space)).data for e in eye])
+    assert torch.allclose(dense, dense.T)
+    values = torch.linalg.eigvalsh(dense)
+    pair = max(spectrum["eigenpairs"]["pairs"], key=lambda p: p["value"])
+    assert pair["value"] == pytest.approx(float(values[-1]), rel=1e-3)
+    v = probes.signs(0, 0, 0, 64, dtype=torch.float64) / 8  # the start vector
+    assert spectrum["probes"][0]["alpha"][0] == pytest.approx(float(v @ dense @ v), rel=1e-9)
+    assert spectrum["num_params"] == 64
+    assert spectrum["num_params_model"] == problem.model.space.size
+    assert "AFFD to 64 dimensions" in spectrum["operator"]["computes"]
+    with pytest.raises(ConfigError, match="sub_block is a study of parameters"):
+        settings(toy, tmp_path, *SKETCHED, 'analysis.sub_block=["x"]')
+    with pytest.raises(ConfigError, match="cannot be planned"):
+        Planner(config, 1, "h100", 1 << 30)
+
+
+def test_a_sketched_run_on_two_ranks_and_with_another_sketch(
+    world: World, toy: Path, tmp_path: Path, spectrum: dict[str, Any]
+) -> None:
+    assert run_ranks(_spectrum, 2, settings(toy, tmp_path / "2", *SKETCHED)) == [0, 0]
+    two = json.loads((tmp_path / "2/result.json").read_text())
+    for key in ("alpha", "beta"):
+        assert np.allclose(two["probes"][0][key], spectrum["probes"][0][key], rtol=1e-8)
+    with pytest.raises(StoreError, match="seed"):
+        run(settings(toy, tmp_path / "2", *SKETCHED, "sketch.seed=1"), world)
+    assert run(settings(toy, tmp_path / "2", *SKETCHED, "lanczos.probes=2"), world) == 0  # goes on, on one rank
