@@ -157,7 +157,8 @@ class Planner:
             most = _MOST_NODES if fitting is None else fitting.nodes - 1
             if lacking >= most or estimate is None:
                 break
-            if estimate <= lacking:  # it errs, as where the host's memory is what lacks
+            if not lacking < estimate <= (estimate if fitting is None else fitting.nodes):
+                # it errs, as where the host's memory is what lacks
                 estimate = 2 * lacking if fitting is None else (lacking + fitting.nodes) // 2
             plan = self.plan(min(max(estimate, lacking + 1), most))
         return fitting
