@@ -43,10 +43,18 @@ def best(function: Callable[[], Any], times: int) -> float:
     function()
     seconds = []
     for _ in range(times):
+        settle()
         began = time.perf_counter()
         function()
+        settle()
         seconds.append(time.perf_counter() - began)
     return sorted(seconds)[len(seconds) // 2]
+
+
+def settle() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def sketch_once(sketch: Sketch, x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +72,11 @@ def peak_mb() -> float:
 
 def added_mb(function: Callable[[], Any]) -> float:
     """Return by how much a function raises the peak of this process' memory above what it holds now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_mb()
     function()
@@ -116,9 +129,9 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
 
     def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = torch.func.functional_call(
-            model, parameters, (), {"input_ids": batch.input_ids, "use_cache": False}
+            model, parameters, (), {"input_ids": batch.input_ids.to(space.device), "use_cache": False}
         ).logits  # fmt: skip
-        return cross_entropy(logits[0, :-1], batch.labels[0, 1:])
+        return cross_entropy(logits[0, :-1], batch.labels[0, 1:].to(space.device))
 
     def whole(create_graph: bool = False) -> tuple[torch.Tensor, ...]:
         leaves = {n: t.detach().requires_grad_() for n, t in theta0.items()}
@@ -132,13 +145,13 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
                                  ("afjl", "haar"), ("afjl", "fft"), ("qk", "haar")]:  # fmt: skip
         settings = SketchSettings(kind=kind, dimension=1 << args.forms_bits, preconditioner=preconditioner)  # type: ignore[arg-type]
         sketch = Sketch(space.size, settings)
-        v = torch.randn(sketch.dimension)
+        v = torch.randn(sketch.dimension, device=space.device)
 
         def explicit_gradient(sketch: Sketch = sketch) -> torch.Tensor:
             return sketch_once(sketch, ordered(*whole()))
 
         def explicit_product(sketch: Sketch = sketch, v: torch.Tensor = v) -> torch.Tensor:
-            flat = torch.empty(space.size)
+            flat = torch.empty(space.size, device=space.device)
             sketch.lift(v, flat, [0], [space.size])
             leaves, gradient = whole(create_graph=True)
             direction = {p.name: flat[p.global_offset : p.global_offset + p.numel].view(p.shape)
@@ -173,7 +186,7 @@ def main() -> None:
     parser.add_argument("--traker", type=Path, help="Python of an environment with traker")
     parser.add_argument("--only", choices=["explicit", "forms"])
     args = parser.parse_args()
-    world = World.alone()
+    world = World.alone("cuda" if torch.cuda.is_available() else "cpu")
     config = make_config({"data": {"sequences": 1, "sequence_length": args.length}})
     problem = load_problem(config, world, Progress(0))
     settings = {"tokens": f"1 x {args.length}", "N": problem.model.space.size, "threads": torch.get_num_threads()}
