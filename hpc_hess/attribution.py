@@ -9,9 +9,9 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -196,13 +196,13 @@ def query(config: Config, world: World, asked: Query) -> int:
     world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
     with make_progress(world.rank == 0, asked.sequences) as progress:
-        found: tuple[Any, ...] = ()
+        kept: _Kept | None = None  # rank 0 has it
         with attempt(world, out, "read the sketches"):
             if world.rank == 0:
-                found = _read(out)
+                kept = _read(out)
                 if asked.text:
                     write_aside(out / "query.txt", asked.text)
-        sketches, losses, ids, attributes = world.broadcast(found, "sketches of examples")
+        attributes = world.broadcast(kept.attributes if kept else {}, "settings of the sketches")
         problem = load_problem(config, world, progress)
         _compare(out, attributes, _identity(config, problem))
         with world.together("read the query"):
@@ -216,27 +216,36 @@ def query(config: Config, world: World, asked: Query) -> int:
                 for first in range(0, len(samples), world.size)]  # fmt: skip
         target = np.concatenate(rows).mean(0)
         plain = target
-        damping = asked.damping
+        damping = asked.damping or world.broadcast(influence.default_damping(kept.sketches) if kept else 0.0, "damping")
         if asked.precondition == "fisher":
-            damping = damping or influence.default_damping(sketches)
-            target = influence.fisher_preconditioned(target[None], sketches, damping)[0]
+            if kept is not None:
+                target = influence.fisher_preconditioned(target[None], kept.sketches, damping)[0]
         elif asked.precondition != "none":
-            damping = damping or influence.default_damping(sketches)
             target = _solved(config, problem, sketcher.sketch, target, damping, asked, progress)
-    if world.rank == 0:
-        _answer(config, problem, samples, asked, out, plain, target, damping, sketches, losses, ids)
+    if kept is not None:
+        used = None if asked.precondition == "none" else damping
+        _answer(config, problem, samples, asked, out, plain, target, used, kept)
     world.barrier("finish")
     return 0
 
 
-def _read(out: Path) -> tuple[Any, ...]:
+class _Kept(NamedTuple):
+    """What sketches.h5 holds of the examples that are done: (n, D), (n,), (n,)."""
+
+    sketches: np.ndarray
+    losses: np.ndarray
+    ids: np.ndarray
+    attributes: dict[str, Any]
+
+
+def _read(out: Path) -> _Kept:
     if not (out / NAME).exists():
         raise StoreError(f"there are no sketches in {out}: make them with hpc-hess attribute build")
     with Examples(out / NAME) as examples:
         done = examples.done
         if not done.any():
             raise StoreError(f"{out / NAME} holds no finished sketch: go on with hpc-hess attribute build")
-        return examples.sketches, examples.losses[done], np.flatnonzero(done), examples.attributes
+        return _Kept(examples.sketches, examples.losses[done], np.flatnonzero(done), examples.attributes)
 
 
 def _solved(
@@ -246,7 +255,7 @@ def _solved(
     kind = asked.precondition
     exact = kind == "gauss_newton" or config.operator.method == "exact"
     section = config.operator.model_copy(update={"kind": kind, "method": "exact" if exact else "finite_difference"})
-    config = config.model_copy(update={"operator": section})
+    config, problem = config.model_copy(update={"operator": section}), replace(problem, sketch=None)
     progress.phase(f"{asked.products} products at most with the {kind.replace('_', '-')} matrix in sketch space")
     loss, gradient = problem.gradient.at_theta0()
     operator = build_operator(
@@ -267,24 +276,24 @@ def _solved(
 
 def _answer(
     config: Config, problem: Problem, samples: Samples, asked: Query, out: Path, plain: np.ndarray, target: np.ndarray,
-    damping: float | None, sketches: np.ndarray, losses: np.ndarray, ids: np.ndarray,
+    damping: float | None, kept: _Kept,
 ) -> None:  # fmt: skip
     """Write and print the ranking. Rank 0."""
     from hpc_hess.report.attribution import answer_text, write_page  # matplotlib: not on the other ranks
 
-    values = influence.scores(target[None], sketches)[0]
-    cosines = influence.cosines(plain[None], sketches)[0]
+    values = influence.scores(target[None], kept.sketches)[0]
+    cosines = influence.cosines(plain[None], kept.sketches)[0]
     tokenizer = LazyTokenizer(config.model, problem.source)
     with Examples(out / NAME) as examples:
 
         def described(place: int) -> dict[str, Any]:
-            row = int(ids[place])
+            row = int(kept.ids[place])
             return {"id": row, "score": float(values[place]), "cosine": float(cosines[place]),
-                    "loss": float(losses[place]), "text": tokenizer.text(examples.tokens(row))}  # fmt: skip
+                    "loss": float(kept.losses[place]), "text": tokenizer.text(examples.tokens(row))}  # fmt: skip
 
         record = {
             "format": 1, "query": [tokenizer.text(row[row >= 0]) for row in _tokens(samples)],
-            "precondition": asked.precondition, "damping": damping, "examples": len(ids),
+            "precondition": asked.precondition, "damping": damping, "examples": len(kept.ids),
             "sketch": config.sketch.model_dump(), "model": problem.source.name,
             "top": [described(k) for k in influence.top(values, asked.top)],
             "bottom": [described(k) for k in influence.top(-values, asked.top)],
