@@ -63,7 +63,8 @@ class Kronecker:
             if trail == 1:
                 z = (z.reshape(lead, sizes[axis]) @ matrix.T).view(len(z), -1)
             else:
-                z = torch.matmul(matrix, z.reshape(lead, sizes[axis], trail)).view(len(z), -1)
+                each = matrix.expand(lead, -1, -1)  # matmul would fold these into one product, with a copy
+                z = torch.bmm(each, z.reshape(lead, sizes[axis], trail)).view(len(z), -1)
             sizes[axis] = matrix.shape[0]
         return z
 
