@@ -1,6 +1,6 @@
 """One tool of benchmarks/peers.py in a process of its own: seconds of gradients, products and Lanczos steps, memory, error.
 
-Reads a folder that peers.py wrote: ``tokens.npy`` (rows, length), ``v.npy`` and ``reference.npy`` (the exact product in
+Reads a folder that peers.py wrote: ``tokens.npy`` (rows, length), ``v_of_model.npy`` and ``reference_of_model.npy`` (the exact product in
 float64, rounded to float32), in the order of ``model.named_parameters()``. Prints one line of JSON.
 """
 
@@ -96,7 +96,7 @@ def main() -> None:
         "curvlinops": lambda: curvlinops(model, batches), "pyhessian": lambda: pyhessian(model, batches),
     }  # fmt: skip
     product, lanczos = builders[args.tool]()
-    v, reference = (torch.from_numpy(np.load(args.folder / name)) for name in ("v.npy", "reference.npy"))
+    v, reference = (torch.from_numpy(np.load(args.folder / name)) for name in ("v_of_model.npy", "reference_of_model.npy"))
     found: dict[str, Any] = {}
     seconds, costs = [], []
     for _ in range(args.repeats):

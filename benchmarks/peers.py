@@ -80,14 +80,17 @@ def load(config: dict[str, Any], dtype: str) -> Problem:
 def prepare(config: dict[str, Any], folder: Path) -> Path:
     """Write tokens, a vector and its exact product in float64, for every tool; return the weights' path."""
     problem = load(config, "float64")
-    names = [name for name, _ in problem.model.module.named_parameters()]
-    assert [p.name for p in problem.model.layout.parameters] == names, "the tools' order of parameters"
     v = start_vector(problem.model.space, 0, 1, "gaussian")
     np.save(folder / "tokens.npy", problem.samples.input_ids.numpy())
-    np.save(folder / "v.npy", v.data.float().numpy())
     exact = ExactHessian(problem.model, problem.gradient.objective)
     reference = exact.matvec(problem.model.space.wrap(v.data.float().double()))
-    np.save(folder / "reference.npy", reference.data.float().numpy())
+    places = {p.name: slice(p.file_offset, p.file_offset + p.numel) for p in problem.model.layout.parameters}
+    for name, vector in (("v", v), ("reference", reference)):
+        values = vector.data.float().numpy()
+        np.save(folder / f"{name}.npy", values)
+        # the peers' order is the model's, ours is by name
+        np.save(folder / f"{name}_of_model.npy",
+                np.concatenate([values[places[n]] for n, _ in problem.model.module.named_parameters()]))  # fmt: skip
     return Path(problem.source.path)
 
 
