@@ -1,7 +1,7 @@
 """One tool of benchmarks/peers.py in a process of its own: seconds of gradients, products and Lanczos steps, memory, error.
 
-Reads a folder that peers.py wrote: ``tokens.npy`` (rows, length), ``v_of_model.npy`` and ``reference_of_model.npy`` (the exact product in
-float64, rounded to float32), in the order of ``model.named_parameters()``. Prints one line of JSON.
+Reads a folder that peers.py wrote: ``tokens.npy`` (rows, length), ``v_of_model.npy`` and ``reference_of_model.npy`` (the
+exact product in float64, rounded to float32), in the order of ``model.named_parameters()``. Prints one line of JSON.
 """
 
 from __future__ import annotations
