@@ -313,6 +313,12 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
     assert not list((tmp_path / "parts").glob("*.npz"))
 
 
+def test_a_task_without_gain_is_refused(world: World, pattern: Path, tmp_path: Path) -> None:
+    search = replace(SEARCH, baseline_rate=10.0, baseline_steps=2)
+    with pytest.raises(ConfigError, match="gain nothing"):
+        intrinsic_dimension(settings(pattern, tmp_path / "run", "data.sequences=24"), world, search)
+
+
 def _search(world: World, config: Config) -> int:
     return intrinsic_dimension(config, world, replace(SEARCH, target=-1.0, every=3, verify=False, largest=2))
 
