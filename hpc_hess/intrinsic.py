@@ -184,8 +184,8 @@ class _Job:
             best = max([known.start, *(metric for _, metric in known.baseline)])
             if search.target is None and best <= known.start:
                 raise ConfigError(
-                    f"{search.baseline_steps} steps of ordinary training gain nothing over {number(known.start)} at theta_0: "
-                    "choose another --baseline-rate or more --baseline-steps, or give --target"
+                    f"{search.baseline_steps} steps of ordinary training gain nothing over {number(known.start)} at "
+                    "theta_0: choose another --baseline-rate or more --baseline-steps, or give --target"
                 )
             known.threshold = search.target if search.target is not None else threshold_of(known.start, best, search.share)
             self._progress.note(f"{search.metric} {number(known.start)} at theta_0, to reach {number(known.threshold)}")
