@@ -64,10 +64,10 @@ def flip_signs_(z: torch.Tensor, seed: int, blocks: Sequence[int] | range) -> to
     lanes = min(32, size)
     drawn = words(seed, Use.SIGNS, blocks, size // lanes, z.device).unsqueeze(1)
     shifts = torch.arange(lanes, device=z.device).view(1, lanes, 1)
-    if z.dtype == torch.float64:
-        bits: torch.Tensor = (drawn << (63 - shifts)) & torch.iinfo(torch.int64).min
-        z.view(torch.int64).view(count, lanes, -1).bitwise_xor_(bits)
-    else:
-        bits = (drawn.to(torch.int32) << (31 - shifts).to(torch.int32)) & torch.iinfo(torch.int32).min
-        z.view(torch.int32).view(count, lanes, -1).bitwise_xor_(bits)
+    kind = torch.int64 if z.dtype == torch.float64 else torch.int32
+    # multiplication shifts, modulo the width: products are vectorised where shifts are not
+    up = torch.ones((), dtype=kind, device=z.device) << (torch.iinfo(kind).bits - 1 - shifts).to(kind)
+    bits = drawn.to(kind) * up
+    bits &= torch.iinfo(kind).min
+    z.view(kind).view(count, lanes, -1).bitwise_xor_(bits)
     return z
