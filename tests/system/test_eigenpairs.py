@@ -101,7 +101,7 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(world: World, toy: Pat
     assert vectors(out) == vectors(whole)
 
 
-def _run(world: World, config: Config) -> int:
+def on_ranks(world: World, config: Config) -> int:
     return run(config, world)
 
 
@@ -109,7 +109,7 @@ def _run(world: World, config: Config) -> int:
 def test_on_two_and_three_ranks(toy: Path, tmp_path: Path, whole: Path, driver: str) -> None:
     for ranks in (2, 3):
         out = tmp_path / f"on_{ranks}"
-        assert run_ranks(_run, ranks, settings(toy, out, f"store.driver={driver}")) == [0] * ranks
+        assert run_ranks(on_ranks, ranks, settings(toy, out, f"store.driver={driver}")) == [0] * ranks
         scale = np.abs(values(whole)).max()
         assert np.abs(values(out) - values(whole)).max() < 1e-8 * scale
         with read_store(out / "eigenpairs") as mine, read_store(whole / "eigenpairs") as theirs:
@@ -122,7 +122,7 @@ def test_a_search_goes_on_on_other_ranks(world: World, toy: Path, tmp_path: Path
     out = tmp_path / "run"
     assert run(settings(toy, out, "analysis.eigenpairs=0"), world) == 0
     assert go(world, settings(toy, out), 40)[0] == 75
-    assert run_ranks(_run, 2, settings(toy, out)) == [0, 0]
+    assert run_ranks(on_ranks, 2, settings(toy, out)) == [0, 0]
     assert np.abs(values(out) - values(whole)).max() < 1e-8 * np.abs(values(whole)).max()
 
 
