@@ -192,7 +192,8 @@ def main() -> None:
     settings = {"tokens": f"1 x {args.length}", "N": problem.model.space.size, "threads": torch.get_num_threads()}
     if args.only != "forms":
         write("sketch_cost", "Cost of one gradient sketch of SmolLM2-135M", list(explicit(problem, args)), settings,
-              "Within: the orthogonal transform. Medians. Memory: what the process' peak rises by.")  # fmt: skip
+              "Within: the orthogonal transform. Medians. Memory: what the process' peak "
+              "rises by; 0 where it fits into what was freed before.")  # fmt: skip
     if args.only != "explicit":
         write("sketch_forms", "Explicit and implicit sketches of SmolLM2-135M", list(forms(problem, args)),
               {**settings, "log2 D": args.forms_bits}, "Seconds; ratios are implicit over explicit. Products by two passes "
