@@ -289,7 +289,8 @@ class _Job:
                     logits[predicted], targets[predicted], reduction="sum"
                 ).double()  # fmt: skip
         hits, loss = (self._world.sum_over_ranks(found, "metric") / objective.num_tokens).tolist()
-        return 100 * hits if self._search.metric == "accuracy" else -loss
+        metric = 100 * hits if self._search.metric == "accuracy" else -loss
+        return self._world.broadcast(metric, "metric")  # decisions follow from it
 
     def _save(self, trainer: _Subspace | None) -> None:
         """Keep what is known, and the state of a training in progress. Collective: yes."""

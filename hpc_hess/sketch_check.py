@@ -20,7 +20,6 @@ import torch
 
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError, StoreError
-from hpc_hess.linalg import probes
 from hpc_hess.model.data import objective_of
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
@@ -155,16 +154,6 @@ class _Table:
         self.slowest_s = max(self.slowest_s, time.perf_counter() - began)
         return {"exact": exact, "scores": scores, "layers": layers, "gradient_s": gradient_s, "seconds": seconds,
                 "norms": norms}  # fmt: skip
-
-    def adjoint_errors(self) -> dict[str, float]:
-        """Return |<Phi x, y> - <x, Phi^T y>| / |x| |y| for random x and y. Collective: yes."""
-        space, errors = self._problem.model.space, {}
-        x = probes.draw(space, seed=1, probe=0, distribution="gaussian")
-        for name, sketch in self._sketches.items():
-            y = probes.normals(2, 0, 0, sketch.dimension, dtype=torch.float64).to(space.device)
-            here = float(sketch.apply(x) @ y)
-            errors[name] = abs(here - x.dot(sketch.transpose(y, space))) / (x.norm() * float(y.norm()))
-        return errors
 
     def _gradient(self, index: int) -> Vector:
         """Return the gradient of one example's mean loss; rank 0 has the example, the others help to shard it."""

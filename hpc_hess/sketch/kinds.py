@@ -16,7 +16,7 @@ H' is the same for all blocks, so that it is applied once, to the sum.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hpc_hess.errors import ConfigError
@@ -49,7 +49,7 @@ class SketchSettings:
     dimension: int = 1 << 13
     preconditioner: Preconditioner = "hadamard"
     seed: int = 0
-    block: int = field(default=0)  # entries of a block, a power of two; 0: chosen
+    block: int = 0  # entries of a block, a power of two; 0: chosen
 
     def __post_init__(self) -> None:
         for name in ("dimension", "block"):
