@@ -195,25 +195,25 @@ def _command(args: argparse.Namespace) -> Callable[..., int]:
 
         return check
     if args.command == "dynamics":
-        from hpc_hess.dynamics import dynamics
+        from hpc_hess.commands.dynamics import dynamics
 
         return functools.partial(dynamics, models=args.models, sequences=args.sequences, out=args.out)
     if args.command == "attribute":
-        from hpc_hess.attribution import Query, build, query
+        from hpc_hess.commands.attribution import Query, build, query
 
         if args.part == "build":
             return build
         return functools.partial(query, asked=_filled(Query, args))
     if args.command == "sketch-check":
-        from hpc_hess.sketch_check import Comparison, sketch_check
+        from hpc_hess.commands.sketch_check import Comparison, sketch_check
 
         asked = Comparison(tuple(args.kinds), tuple(args.bits), args.queries)
         return functools.partial(sketch_check, asked=asked)
     if args.command == "intrinsic-dimension":
-        from hpc_hess.intrinsic import Search, intrinsic_dimension
+        from hpc_hess.commands.intrinsic import Search, intrinsic_dimension
 
         return functools.partial(intrinsic_dimension, search=_filled(Search, args))
-    from hpc_hess.finetune import Training, finetune, parse_steps
+    from hpc_hess.commands.finetune import Training, finetune, parse_steps
 
     values: dict[str, Any] = {k: getattr(args, k) for k in ("out", "steps", "learning_rate", "batch", "optimizer", "seed")}
     return functools.partial(finetune, training=Training(save_at=parse_steps(args.save_at), **values))

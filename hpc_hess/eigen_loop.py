@@ -17,7 +17,6 @@ import torch
 
 from hpc_hess.analysis.localisation import localise
 from hpc_hess.config import Config
-from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import Pairs, ThickRestart
 from hpc_hess.parallel.basis import Basis
@@ -31,6 +30,7 @@ from hpc_hess.report.words import number
 from hpc_hess.stopping import InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.events import EventLog
+from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.schema import FILE, read_header
 from hpc_hess.storage.store import Store, store_exists
@@ -235,7 +235,8 @@ def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path
     if store_exists(folder, world):
         with attempt(world, folder / FILE, "open the store of eigenpairs"):
             if world.rank == 0:
-                _compare(folder, read_header(folder / FILE).attributes, bound_to)
+                remedy = "remove that directory to search anew, or choose another run.out"
+                must_match(read_header(folder / FILE).attributes, bound_to, f"{folder} holds a search", remedy)
         return Store.open(folder, **place)
     kept = ThickRestart.most_kept(analysis.vectors, analysis.eigenpairs, analysis.which)
     return Store.create(
@@ -266,15 +267,6 @@ def read_eigenvectors(
             (pair["value"], space.wrap(torch.from_numpy(store.read_row(0, pair["row"])).to(space.device)))
             for pair in sorted(pairs, key=lambda p: p["value"])
         ]
-
-
-def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if old.get(key) != value:
-            raise StoreError(
-                f"{folder} holds another search ({key}: {old.get(key)}, not {value}): remove that directory to search anew, "
-                "or choose another run.out"
-            )
 
 
 def eigen_basis_device(config: Config, world: World, space: VectorSpace, exact_bytes: int) -> torch.device:

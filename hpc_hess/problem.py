@@ -91,7 +91,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     objective = CausalLMObjective(batches, samples.num_tokens, world.device)
     sketch = None
     if config.operator.sketched:
-        sketch = Sketch(model.layout.num_params_full, SketchSettings(**config.sketch.model_dump()))
+        sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
     return Problem(source, samples, model, objective, Gradient(model, objective, routing), plain, sketch)
 
 

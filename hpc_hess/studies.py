@@ -22,7 +22,6 @@ from hpc_hess.analysis.sub_block import sub_block_study
 from hpc_hess.config import AnalysisSection
 from hpc_hess.curvature.decomposition import Pullback, weights
 from hpc_hess.eigen_loop import read_eigenvectors
-from hpc_hess.errors import StoreError
 from hpc_hess.kept import EXTRA_BYTES, Kept
 from hpc_hess.loop import Loop
 from hpc_hess.model.gradient import Gradient
@@ -33,6 +32,7 @@ from hpc_hess.report.rundir import write_aside
 from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.disk import remove
+from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store, store_exists
 
@@ -133,12 +133,7 @@ def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], rows: int) -> Stor
 
 
 def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if old.get(key) != value:
-            raise StoreError(
-                f"{folder} holds this study with other settings ({key}: {old.get(key)}, not {value}): remove that directory "
-                "to begin anew, or choose another run.out"
-            )
+    must_match(old, wanted, f"{folder} holds this study", "remove that directory to begin anew, or choose another run.out")
 
 
 def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attributes: dict[str, Any]) -> Bench:

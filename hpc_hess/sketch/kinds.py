@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from hpc_hess.config import SketchSection
 from hpc_hess.errors import ConfigError
 from hpc_hess.sketch.factors import Collect, Dense, Factor, Gaussians, Mix, Permutations, Same, Signs, Sparse, Sum
 from hpc_hess.sketch.transforms import Kronecker, Preconditioner, Transform, haar, spreading
@@ -56,6 +57,11 @@ class SketchSettings:
             value = getattr(self, name)
             if value < (name == "dimension") or value & (value - 1):
                 raise ConfigError(f"sketch.{name} = {value} is not valid: it should be a power of two")
+
+    @classmethod
+    def of(cls, section: SketchSection, **changes: Any) -> SketchSettings:
+        """Return what [sketch] asks for, with ``changes``. Raises ConfigError."""
+        return cls(**(section.model_dump() | changes))
 
 
 def chain(settings: SketchSettings, size: int) -> Chain:

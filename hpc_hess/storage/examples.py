@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hpc_hess.errors import StoreError
 from hpc_hess.storage.disk import explain, reserve
+from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.schema import open_file
 
 NAME = "sketches.h5"
@@ -112,12 +113,7 @@ def prepare(folder: Path, tokens: NDArray[np.int64], dimension: int, attributes:
         _create(path, tokens, dimension, attributes)
         return Examples(path, write=True)
     with Examples(path) as old:
-        for key, value in attributes.items():
-            if old.attributes.get(key) != value:
-                raise StoreError(
-                    f"{path} holds sketches with other settings ({key}: {old.attributes.get(key)}, not {value}): choose "
-                    "another run.out, or go back to those"
-                )
+        must_match(old.attributes, attributes, f"{path} holds sketches", "choose another run.out, or go back to that")
         there = old._file["digest"][...]
         common = min(len(there), len(tokens))
         if not np.array_equal(there[:common], digests(tokens[:common])):

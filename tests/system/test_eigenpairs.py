@@ -130,7 +130,7 @@ def test_what_does_not_go_together(world: World, toy: Path, whole: Path, tmp_pat
     with pytest.raises(ConfigError, match=r"analysis\.basis_size = 8 is not valid: 6 pairs need at least 9 vectors"):
         settings(toy, tmp_path, "analysis.basis_size=8")
     before = (whole / "eigenpairs" / "krylov.h5").read_bytes()
-    with pytest.raises(StoreError, match="holds another search .* remove that directory"):
+    with pytest.raises(StoreError, match="holds a search with .* remove that directory"):
         run(settings(toy, whole, "analysis.which=largest"), world)
     assert (whole / "eigenpairs" / "krylov.h5").read_bytes() == before
     with pytest.raises(ConfigError, match=r"vectors x .* do not fit .* analysis\.basis_size = \d+ or more ranks"):

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess import attribution, cli
+from hpc_hess import cli
+from hpc_hess.commands import attribution
+from hpc_hess.commands.intrinsic import Search, intrinsic_dimension
+from hpc_hess.commands.sketch_check import Comparison, sketch_check
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError, StoreError
-from hpc_hess.intrinsic import Search, intrinsic_dimension
 from hpc_hess.linalg import probes
 from hpc_hess.model.data import one_example
 from hpc_hess.model.per_example import ExampleGradients
@@ -30,7 +32,6 @@ from hpc_hess.sketch.comparison import bits_for, correlation, eigenvalue_error
 from hpc_hess.sketch.influence import fisher_preconditioned
 from hpc_hess.sketch.intrinsic_dimension import DoublingRule
 from hpc_hess.sketch.sketch import SketchedOperator, part_of
-from hpc_hess.sketch_check import Comparison, sketch_check
 from hpc_hess.storage import examples as stored
 from hpc_hess.storage.examples import Examples
 from tests.spawn import run_ranks
@@ -99,7 +100,7 @@ def test_a_build_holds_sketches_of_the_gradients_goes_on_and_grows(
             assert abs(np.linalg.norm(sketch) / np.linalg.norm(whole[row]) - 1) < 0.35
         assert correlation(whole @ whole.T, found.sketches @ found.sketches.T) > 0.97
         assert found.losses.min() > 1
-    with pytest.raises(StoreError, match="other settings"):
+    with pytest.raises(StoreError, match="holds sketches with"):
         attribution.build(settings(toy, tmp_path / "run", "sketch.seed=1"), world)
     np.save(tmp_path / "other.npy", np.random.default_rng(5).integers(3, 96, size=300))
     with pytest.raises(StoreError, match="other examples"):
@@ -113,7 +114,7 @@ def test_sketches_of_something_else_are_left_alone(world: World, toy: Path, tmp_
     with Examples(tmp_path / "run/sketches.h5", write=True) as file:
         file.write([0], np.ones((1, 4)), [1.0])
     before = (tmp_path / "run/sketches.h5").read_bytes()
-    with pytest.raises(StoreError, match="other settings"):
+    with pytest.raises(StoreError, match="holds sketches with"):
         attribution.build(config, world)
     assert (tmp_path / "run/sketches.h5").read_bytes() == before
 
@@ -295,7 +296,7 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
     whole = settings(pattern, tmp_path / "whole", "data.sequences=24")
     assert intrinsic_dimension(whole, world, search) == 0
     parts = settings(pattern, tmp_path / "parts", "data.sequences=24")
-    from hpc_hess.intrinsic import Stopper
+    from hpc_hess.commands.working import Stopper
 
     calls = 0
 

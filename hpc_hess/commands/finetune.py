@@ -6,7 +6,6 @@ Hessian is taken. A checkpoint is a Hugging Face directory and a point that an i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -16,19 +15,18 @@ from typing import Any, Literal
 
 import torch
 
+from hpc_hess.commands.working import working
 from hpc_hess.config import Config
-from hpc_hess.errors import ConfigError, NumericsError, StoreError
+from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.model.data import objective_of
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import make_progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.words import number
 from hpc_hess.saving import cut_like_selected, read_tensors, save_model
-from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.identity import must_match
 
 LOG_NAME = "training.jsonl"
 STATE_NAME = "training.json"  # in each checkpoint: after how many steps, of which training
@@ -93,14 +91,9 @@ def finetune(config: Config, world: World, training: Training) -> int:
     HpcHessError : as one sentence for the user; every checkpoint stays.
 
     """
-    world.make_mesh(config.parallel.replicate)
     out = training.out
-    with (
-        make_progress(world.rank == 0, training.steps) as progress,
-        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
-        contextlib.ExitStack() as held,
-    ):
-        held.callback(RunLock.acquire(out, world).release)
+    with working(config, world, out, training.steps) as work:
+        progress = work.progress
         with world.together("read the model's configuration"):
             source = resolve_source(config.model)
         bound_to = _identity(config, training, source)
@@ -134,10 +127,8 @@ def finetune(config: Config, world: World, training: Training) -> int:
                 progress.note(f"saved {checkpoint(out, step)}")
             if step == missing[-1]:
                 break
-            if reason := stopper.agreed(loop.slowest_s):
-                progress.note(f"stopped early before step {step + 1}: {reason}; run the same command to go on")
-                world.barrier("stop")
-                return EXIT_STOPPED
+            if reason := work.stopper.agreed(loop.slowest_s):
+                return work.stopped(reason, f" before step {step + 1}")
             loss = loop.step(step)
             progress.resume_at(step + 1)
             progress.status(f"training: step {step + 1} of {training.steps} | loss {number(loss, 5)}")
@@ -272,9 +263,4 @@ def _identity(config: Config, training: Training, source: Source) -> dict[str, A
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise StoreError(
-                f"{out} holds a training with {key} = {found.get(key)!r}, not {value!r}: choose another --out, or go back "
-                "to that"
-            )
+    must_match(found, wanted, f"{out} holds a training", "choose another --out, or go back to that")

@@ -6,7 +6,6 @@ and from each sketch. Also from the gradients of single layers (Schioppa 2024, t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -18,21 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpc_hess.commands.working import working
 from hpc_hess.config import Config
-from hpc_hess.errors import ConfigError, StoreError
+from hpc_hess.errors import ConfigError
 from hpc_hess.model.data import objective_of
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import room_for_rows
 from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import make_progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.sketch.comparison import correlation
 from hpc_hess.sketch.kinds import KINDS, SketchSettings
 from hpc_hess.sketch.sketch import Sketch
-from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.identity import must_match
 
 RECORD_NAME = "sketch_check.json"
 
@@ -69,14 +67,9 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
     HpcHessError : as one sentence for the user.
 
     """
-    world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
-    with (
-        make_progress(world.rank == 0, config.data.sequences) as progress,
-        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
-        contextlib.ExitStack() as held,
-    ):
-        held.callback(RunLock.acquire(out, world).release)
+    with working(config, world, out, config.data.sequences) as work:
+        progress = work.progress
         problem = load_problem(config, world, progress)
         examples = len(problem.samples) - asked.queries
         if examples < 2:
@@ -92,10 +85,8 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
             progress.phase(f"{asked.queries} whole gradients")
             table.begin()
         for index in range(len(record["rows"]), examples):
-            if reason := stopper.agreed(table.slowest_s):
-                progress.note(f"stopped early: {reason}; run the same command to go on")
-                world.barrier("stop")
-                return EXIT_STOPPED
+            if reason := work.stopper.agreed(table.slowest_s):
+                return work.stopped(reason)
             record["rows"].append(table.row(asked.queries + index))
             with attempt(world, out, "keep a row"):
                 if world.rank == 0:
@@ -118,9 +109,9 @@ class _Table:
 
     def __init__(self, config: Config, problem: Problem, world: World, asked: Comparison) -> None:
         self._problem, self._world, self._asked = problem, world, asked
-        size, given = problem.model.layout.num_params_full, config.sketch.model_dump()
+        size = problem.model.layout.num_params_full
         self._sketches = {
-            name: Sketch(size, SketchSettings(**(given | {"kind": kind, "dimension": 1 << bits})))
+            name: Sketch(size, SketchSettings.of(config.sketch, kind=kind, dimension=1 << bits))
             for kind in asked.kinds for bits in asked.bits for name in [f"{kind} {bits}"]
         }  # fmt: skip
         self._layers = _layers(problem)
@@ -222,11 +213,8 @@ def _take_up(out: Path, world: World, identity: dict[str, Any]) -> dict[str, Any
         path = out / RECORD_NAME
         if world.rank == 0 and path.exists():
             found = json.loads(path.read_text())
-            for key, value in identity.items():
-                if found["identity"].get(key) != value:
-                    raise StoreError(
-                        f"{path} holds a comparison with {key} = {found['identity'].get(key)}, not {value}: choose another "
-                        "run.out, or go back to that"
-                    )
+            must_match(
+                found["identity"], identity, f"{path} holds a comparison", "choose another run.out, or go back to that"
+            )
             record["rows"] = found["rows"]
     return world.broadcast(record, "rows of the comparison")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from hpc_hess.commands.working import working
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.linalg.solve import conjugate_gradients, minres
@@ -30,19 +30,13 @@ from hpc_hess.report.rundir import write_aside
 from hpc_hess.sketch import influence
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch, SketchedOperator, part_of, whole_of
-from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.examples import NAME, Examples, prepare
-from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.identity import must_match
 
 RECORD_NAME = "attribution.json"
 Preconditioned = Literal["none", "fisher", "gauss_newton", "hessian"]
 _WRITE_EVERY_S = 5.0  # at most this much work is lost to a kill
-
-
-def settings_of(config: Config) -> SketchSettings:
-    """Return the sketch that [sketch] asks for. Raises ConfigError."""
-    return SketchSettings(**config.sketch.model_dump())
 
 
 class Sketcher:
@@ -50,7 +44,7 @@ class Sketcher:
 
     def __init__(self, config: Config, problem: Problem, first: Samples) -> None:
         model, self._world = problem.model, problem.model.world
-        self.sketch = Sketch(model.layout.num_params_full, settings_of(config))
+        self.sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
         row = one_example(first, self._world.rank if self._world.rank < len(first) else 0)
         self._gradients = ExampleGradients(model, row, problem.plain)
         self._device = model.space.device
@@ -77,21 +71,16 @@ def build(config: Config, world: World) -> int:
     HpcHessError : as one sentence for the user; what is written stays.
 
     """
-    world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
-    with (
-        make_progress(world.rank == 0, config.data.sequences) as progress,
-        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
-        contextlib.ExitStack() as held,
-    ):
-        settings_of(config)
-        held.callback(RunLock.acquire(out, world).release)
+    SketchSettings.of(config.sketch)  # an error now, not after the weights are read
+    with working(config, world, out, config.data.sequences) as work:
+        progress = work.progress
         problem = load_problem(config, world, progress)
         samples, examples, done = problem.samples, None, np.zeros(0, bool)
         with attempt(world, out, "open the sketches"):
             if world.rank == 0:
                 examples = prepare(out, _tokens(samples), config.sketch.dimension, _identity(config, problem))
-                held.callback(examples.close)
+                work.held.callback(examples.close)
                 done = examples.done
                 if not (out / "config.toml").exists():  # a run's own stays
                     write_aside(out / "config.toml", config.to_toml())
@@ -107,11 +96,9 @@ def build(config: Config, world: World) -> int:
         writer = _Writer(examples, out, world)
         sketcher, slowest_s = Sketcher(config, problem, samples), 0.0
         for first in range(0, len(left), world.size):
-            if reason := stopper.agreed(slowest_s):
+            if reason := work.stopper.agreed(slowest_s):
                 writer.flush()
-                progress.note(f"stopped early: {reason}; run the same command to go on")
-                world.barrier("stop")
-                return EXIT_STOPPED
+                return work.stopped(reason)
             began = time.perf_counter()
             ids = left[first : first + world.size]
             sketches, losses = sketcher.round(samples, ids)
@@ -204,7 +191,8 @@ def query(config: Config, world: World, asked: Query) -> int:
                     write_aside(out / "query.txt", asked.text)
         attributes = world.broadcast(kept.attributes if kept else {}, "settings of the sketches")
         problem = load_problem(config, world, progress)
-        _compare(out, attributes, _identity(config, problem))
+        remedy = "query with the configuration they were built with, or choose another run.out"
+        must_match(attributes, _identity(config, problem), f"{out / NAME} holds sketches", remedy)
         with world.together("read the query"):
             section = config.data.model_copy(
                 update={"source": asked.data or f"text:{out / 'query.txt'}", "sequences": asked.sequences, "rows": "pack"}
@@ -314,12 +302,3 @@ def _identity(config: Config, problem: Problem) -> dict[str, Any]:
         "model_fingerprint": problem.source.fingerprint, "parameters": config.parameters.model_dump(),
         "sketch": config.sketch.model_dump(), "compute_dtype": config.model.compute_dtype,
     }  # fmt: skip
-
-
-def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise StoreError(
-                f"{out / NAME} holds sketches with other settings ({key}: {found.get(key)}, not {value}): query with the "
-                "configuration they were built with, or choose another run.out"
-            )

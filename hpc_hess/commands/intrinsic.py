@@ -6,34 +6,34 @@ and of Phi^T w. What is held out to measure is the end of the data set. The stat
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from hpc_hess.commands.finetune import batch_rows
+from hpc_hess.commands.subspace import Subspace
+from hpc_hess.commands.working import Work, working
 from hpc_hess.config import Config
-from hpc_hess.errors import ConfigError, NumericsError, StoreError
-from hpc_hess.finetune import batch_rows
+from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.model.data import objective_of
 from hpc_hess.model.loss import CausalLMObjective
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.words import number
 from hpc_hess.sketch.intrinsic_dimension import DoublingRule, threshold_of
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch
-from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
+from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.identity import must_match
 
 RECORD_NAME = "intrinsic_dimension.json"
 STATE_NAME = "intrinsic_dimension.npz"
@@ -109,29 +109,21 @@ def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
     HpcHessError : as one sentence for the user.
 
     """
-    world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
-    with (
-        make_progress(world.rank == 0, 1) as progress,
-        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
-        contextlib.ExitStack() as held,
-    ):
-        held.callback(RunLock.acquire(out, world).release)
+    with working(config, world, out, 1) as work:
         if config.operator.routing != "free":
             config = config.model_copy(update={"operator": config.operator.model_copy(update={"routing": "free"})})
-        problem = load_problem(config, world, progress)
+        problem = load_problem(config, world, work.progress)
         if len(problem.samples) <= search.held_out:
             raise ConfigError(
                 f"--held-out {search.held_out} leaves nothing of {len(problem.samples)} sequences to train on: raise "
                 "data.sequences"
             )
-        job = _Job(config, problem, search, world, progress, stopper, out)
+        job = _Job(config, problem, search, work, out)
         try:
             job.run()
         except InterruptedProductError as interrupted:
-            progress.note(f"stopped early: {interrupted}; run the same command to go on")
-            world.barrier("stop")
-            return EXIT_STOPPED
+            return work.stopped(str(interrupted))
     if world.rank == 0:
         from hpc_hess.report.intrinsic import result_text, write_page  # matplotlib: not on the other ranks
 
@@ -144,17 +136,15 @@ def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
 class _Job:
     """The phases: measure at theta_0, ordinary training, the search, the check."""
 
-    def __init__(
-        self, config: Config, problem: Problem, search: Search, world: World, progress: Progress, stopper: Stopper, out: Path
-    ) -> None:  # fmt: skip
-        self._problem, self._search, self._world, self._progress = problem, search, world, progress
-        self._stopper, self._out = stopper, out
+    def __init__(self, config: Config, problem: Problem, search: Search, work: Work, out: Path) -> None:
+        self._problem, self._search, self._out = problem, search, out
+        self._world, self._progress, self._stopper = work.world, work.progress, work.stopper
         count = len(problem.samples) - search.held_out
         self._train, self._test = range(count), range(count, len(problem.samples))
-        settings = replace(SketchSettings(**config.sketch.model_dump()), dimension=search.largest)
+        settings = SketchSettings.of(config.sketch, dimension=search.largest)
         self._sketch = Sketch(problem.model.layout.num_params_full, settings)
         self._theta0 = problem.model.read_parameters()
-        self._row = min(config.data.micro_batch, max(1, search.batch // world.size))
+        self._row = min(config.data.micro_batch, max(1, search.batch // work.world.size))
         self._slowest_s = 0.0
         self._asked = asdict(search) | {
             "sketch": config.sketch.model_dump() | {"dimension": search.largest},
@@ -222,7 +212,7 @@ class _Job:
         rule = DoublingRule(known.threshold, search.delta, search.smallest, search.largest, known.start)
         for _, _, metric in known.search:  # what an interrupted search decided already
             rule.decide(metric)
-        trainer = _Subspace(self._problem, self._sketch, self._theta0, search.learning_rate, self._kept)
+        trainer = Subspace(self._problem, self._sketch, self._theta0, search.learning_rate, self._kept)
         while True:
             metric = self._advance(trainer, rule.dimension)
             known.search.append((trainer.steps, rule.dimension, metric))
@@ -239,14 +229,14 @@ class _Job:
         """Train anew in half the dimensions, as long as the search took."""
         known = self.known
         assert known.threshold is not None
-        trainer = _Subspace(self._problem, self._sketch, self._theta0, self._search.learning_rate, self._kept)
+        trainer = Subspace(self._problem, self._sketch, self._theta0, self._search.learning_rate, self._kept)
         while trainer.steps < known.search[-1][0] and not (known.half and known.half[-1][1] >= known.threshold):
             known.half.append((trainer.steps + self._search.every, self._advance(trainer, dimension)))
             self._save(trainer)
         known.half_reached = max(metric for _, metric in known.half) >= known.threshold
         self._save(None)
 
-    def _advance(self, trainer: _Subspace, dimension: int) -> float:
+    def _advance(self, trainer: Subspace, dimension: int) -> float:
         """Take c steps in the first ``dimension`` directions; return the metric after them."""
         for _ in range(self._search.every):
             self._go_on()
@@ -292,7 +282,7 @@ class _Job:
         metric = 100 * hits if self._search.metric == "accuracy" else -loss
         return self._world.broadcast(metric, "metric")  # decisions follow from it
 
-    def _save(self, trainer: _Subspace | None) -> None:
+    def _save(self, trainer: Subspace | None) -> None:
         """Keep what is known, and the state of a training in progress. Collective: yes."""
         with attempt(self._world, self._out, "keep the search"):
             if self._world.rank == 0:
@@ -316,52 +306,11 @@ class _Job:
             path = self._out / RECORD_NAME
             if self._world.rank == 0 and path.exists():
                 record = json.loads(path.read_text())
-                for key, value in json.loads(json.dumps(self._asked)).items():
-                    if record["asked"].get(key) != value:
-                        raise StoreError(
-                            f"{path} holds a search with {key} = {record['asked'].get(key)}, not {value}: choose another "
-                            "run.out, or go back to that"
-                        )
+                must_match(
+                    record["asked"], self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
+                )
                 known = Progressed(**{key: record[key] for key in asdict(known)})
                 if record["state"]:
                     with np.load(self._out / record["state"]) as arrays:
                         kept = dict(arrays)
         return self._world.broadcast((known, kept), "state of the search")
-
-
-class _Subspace:
-    """Adam on w [D]: the same on every rank. Takes up ``kept`` where that is given."""
-
-    def __init__(
-        self, problem: Problem, sketch: Sketch, theta0: torch.Tensor, rate: float, kept: dict[str, np.ndarray] | None
-    ) -> None:  # fmt: skip
-        self._model, self._sketch, self._theta0 = problem.model, sketch, theta0
-        self._buffer = problem.model.space.zeros()
-        self._w = torch.zeros(sketch.dimension, dtype=torch.float64, device=theta0.device)
-        self._optimizer = torch.optim.Adam([self._w], lr=rate)
-        self.steps = 0
-        if kept is not None:
-            self.steps = int(kept["steps"])
-            self._w.copy_(torch.from_numpy(kept["w"]))
-            self._optimizer.state[self._w] = {
-                "step": torch.tensor(float(self.steps)),
-                **{key: torch.from_numpy(kept[key]).to(theta0.device) for key in ("exp_avg", "exp_avg_sq")},
-            }
-        self._move()
-
-    def step(self, dimension: int, gradient: Callable[[Any], float]) -> None:
-        """Move the first ``dimension`` entries of w by the gradient at theta_0 + Phi^T w. Collective: yes."""
-        gradient(self._buffer)
-        self._w.grad = self._sketch.apply(self._buffer)
-        self._w.grad[dimension:] = 0.0
-        self._optimizer.step()
-        self.steps += 1
-        self._move()
-
-    def _move(self) -> None:
-        self._model.move_parameters(self._theta0, self._sketch.transpose(self._w, self._model.space).data, 1.0)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return what :class:`_Subspace` takes up."""
-        moments = {key: self._optimizer.state[self._w][key].cpu().numpy() for key in ("exp_avg", "exp_avg_sq")}
-        return {"steps": np.int64(self.steps), "w": self._w.cpu().numpy(), **moments}  # type: ignore[dict-item]

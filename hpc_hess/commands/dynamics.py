@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc_hess.commands.finetune import STATE_NAME
 from hpc_hess.config import Config, parse_time_limit
 from hpc_hess.errors import ConfigError
-from hpc_hess.finetune import STATE_NAME
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.memory import release_memory
 from hpc_hess.parallel.world import World
