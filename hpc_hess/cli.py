@@ -230,14 +230,11 @@ def _plan(args: argparse.Namespace) -> int:
     from hpc_hess.config import load_config
     from hpc_hess.planner import Planner
     from hpc_hess.report.plan import plan_text, suggestions_text, sweep_text
-    from hpc_hess.scaling.plan import describe
+    from hpc_hess.scaling.plan import describe, powers_up_to
 
     config = load_config(args.config, args.overrides)
     planner = Planner(config, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30))
-    nodes = args.nodes
-    if args.sweep:
-        largest = max(nodes) if max(nodes) > 1 else 64
-        nodes = [1 << k for k in range(largest.bit_length()) if 1 << k < largest] + [largest]
+    nodes = powers_up_to(max(args.nodes)) if args.sweep else args.nodes
     found = [planner.plan(count) for count in (nodes[:1] if args.smallest else nodes)]
     if args.smallest:
         found = [planner.smallest(found[0]) or found[0]]

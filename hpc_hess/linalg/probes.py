@@ -49,6 +49,14 @@ def philox(counter: tuple[torch.Tensor | int, ...], key: tuple[int, int]) -> lis
     return words
 
 
+def box_muller(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return standard normals from pairs of 32-bit words: int64 [n, 2 k] to ``dtype`` [n, 2 k]."""
+    # (word + 1/2) / 2^32 in float64 never is 0 or 1 before rounding; the float32 rounding of 1 gives log 1 = 0
+    uniform = ((words.double() + 0.5) * 2.0**-32).to(dtype)
+    radius, angle = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2])), (2.0 * math.pi) * uniform[:, 1::2]
+    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2).flatten(1)
+
+
 def _blocks(seed: int, stream: int, purpose: Purpose, first: int, count: int, device: torch.device) -> torch.Tensor:
     """Return the words of ``count`` blocks from block ``first``: int64 (count, 4)."""
     index = torch.arange(first, first + count, dtype=torch.int64, device=device)
@@ -89,12 +97,7 @@ def normals(
         first, skip = divmod(start + done, 4)
         count = min(_CHUNK, (skip + length - done + 3) // 4)
         words = _blocks(seed, stream, purpose, first, count, device)
-        # (word + 1/2) / 2^32 in float64 never is 0 or 1 before rounding; the float32 rounding of 1 gives log 1 = 0
-        uniform = ((words.double() + 0.5) * 2.0**-32).to(work)
-        radius = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2]))
-        angle = (2.0 * math.pi) * uniform[:, 1::2]
-        block = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2).flatten()
-        values = block[skip : skip + length - done]
+        values = box_muller(words, work).flatten()[skip : skip + length - done]
         out[done : done + values.numel()] = values
         done += values.numel()
     return out

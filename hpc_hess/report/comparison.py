@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hpc_hess.report.rundir import write_aside
+from hpc_hess.report.template import render_template
 
 
 class Drawn(NamedTuple):
@@ -50,13 +50,9 @@ def write_comparison(
     ``rows``: a link, or "", and the cells; ``legend``: what the columns mean; ``quotation``: a text that the page is about;
     ``text_columns``: so many columns at the end hold running text.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpc_hess.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+    text = render_template(
+        "comparison.html", title=title, story=story, notes=notes, plots=plots, columns=columns, rows=rows, legend=legend,
+        quotation=quotation, text_columns=text_columns,
     )  # fmt: skip
-    text = environment.get_template("comparison.html").render(
-        title=title, story=story, notes=notes, plots=plots, columns=columns, rows=rows, legend=legend, quotation=quotation,
-        text_columns=text_columns,
-    )
     write_aside(path, text)
     return path

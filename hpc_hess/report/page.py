@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from hpc_hess.linalg.measure import Interval
 from hpc_hess.report import cumulative, studies
 from hpc_hess.report.figures import Plot, write_figures
@@ -26,6 +24,7 @@ from hpc_hess.report.spectrum import (
     story,
     warnings,
 )
+from hpc_hess.report.template import render_template
 from hpc_hess.report.words import (
     ERROR_TERMS,
     NONE,
@@ -65,15 +64,9 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: RunFiles, plots: Sequence[Plot]) -> str:
     """Return the page as text; everything taken from the run is escaped by the template."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpc_hess.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     result = run.result
-    return environment.get_template("page.html").render(
+    return render_template(
+        "page.html",
         title=f"{_kind(result)} spectrum of {model_name(result.get('model'))}",
         story=minus_signs(story(result)),
         cautions=[minus_signs(text) for text in warnings(result)],

@@ -154,6 +154,12 @@ def nodes_needed(plan: Plan) -> int | None:
     return math.ceil(shared * trace.ranks / room / trace.local_ranks) if room > 0 else None
 
 
+def powers_up_to(largest: int) -> list[int]:
+    """Return the numbers of nodes of a sweep: 1, 2, 4, ... and ``largest`` itself; to 64 where that is 1."""
+    largest = largest if largest > 1 else 64
+    return [1 << k for k in range(largest.bit_length()) if 1 << k < largest] + [largest]
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON-able numbers: bytes, seconds."""
     trace = plan.trace

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
 
-from hpc_hess.linalg.probes import Purpose, philox
+from hpc_hess.linalg.probes import Purpose, box_muller, philox
 
 _MASK = 0xFFFFFFFF
 
@@ -41,11 +40,8 @@ def words(seed: int, use: Use, blocks: Sequence[int] | range, count: int, device
 def normals(
     seed: int, use: Use, blocks: Sequence[int] | range, count: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return standard normals [len(blocks), count], by Box and Muller."""
-    uniform = (words(seed, use, blocks, count + count % 2, device).double() + 0.5) * 2.0**-32
-    radius, angle = torch.sqrt(-2.0 * torch.log(uniform[:, 0::2])), (2.0 * math.pi) * uniform[:, 1::2]
-    both = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=2)
-    return both.flatten(1)[:, :count].to(dtype)
+    """Return standard normals [len(blocks), count]."""
+    return box_muller(words(seed, use, blocks, count + count % 2, device), dtype)[:, :count]
 
 
 def permutation(
