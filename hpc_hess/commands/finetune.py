@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from hpc_hess.commands.trainers import MOMENTS, optimizer_state
 from hpc_hess.commands.working import working
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError, NumericsError
@@ -31,7 +32,6 @@ from hpc_hess.storage.identity import must_match
 LOG_NAME = "training.jsonl"
 STATE_NAME = "training.json"  # in each checkpoint: after how many steps, of which training
 _MOMENTS_NAME = "optimizer.state"  # AdamW's moments, in the format of safetensors
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Loop:
         if self._optimizer.state and self._training.optimizer == "adamw":
             states = [self._optimizer.state[parameter] for parameter in self._parameters]
             tensors[_MOMENTS_NAME] = [
-                cut for name in _MOMENTS
+                cut for name in MOMENTS
                 for cut in cut_like_selected(self._problem.model, name, [state[name] for state in states])
             ]  # fmt: skip
         state = json.dumps({"step": step, "training": self._bound_to}, indent=1) + "\n"
@@ -201,10 +201,9 @@ class _Loop:
             return
         model, file = self._problem.model, checkpoint(self._training.out, step) / _MOMENTS_NAME
         for parameter in self._parameters:
-            moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
-            self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            self._optimizer.state[parameter] = optimizer_state(step, parameter)
         with attempt(self._world, file, "read the optimizer's state"):
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 read_tensors(file, cut_like_selected(
                     model, name, [self._optimizer.state[parameter][name] for parameter in self._parameters]
                 ))  # fmt: skip

@@ -6,19 +6,19 @@ and of Phi^T w. What is held out to measure is the end of the data set. The stat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from hpc_hess.commands.finetune import batch_rows
-from hpc_hess.commands.subspace import Subspace
+from hpc_hess.commands.trainers import Subspace, Whole
 from hpc_hess.commands.working import Work, working
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError, NumericsError
@@ -36,7 +36,6 @@ from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.identity import must_match
 
 RECORD_NAME = "intrinsic_dimension.json"
-STATE_NAME = "intrinsic_dimension.npz"
 
 
 @dataclass(frozen=True)
@@ -190,20 +189,18 @@ class _Job:
     # -- phases --------------------------------------------------------------------------------------------------------
 
     def _baseline(self) -> None:
-        """Train all parameters with Adam; forget them afterwards. Begins anew if it is interrupted."""
-        model, search = self._problem.model, self._search
-        gradient, parameters = model.space.zeros(), model.local_parameters
-        for parameter, part in zip(parameters, model.pieces_of(gradient.data), strict=True):
-            parameter.grad = part
-        optimizer = torch.optim.Adam(parameters, lr=search.baseline_rate)
-        self.known.baseline = []
-        for step in range(search.baseline_steps):
+        """Train all parameters; forget them afterwards."""
+        known, search = self.known, self._search
+        trainer = Whole(self._problem, search.baseline_rate)
+        self._take_up_training(trainer, known.baseline[-1][0] if known.baseline else 0)
+        while trainer.steps < search.baseline_steps:
             self._go_on()
-            self._gradient(step, gradient)
-            optimizer.step()
-            if (step + 1) % search.every == 0 or step + 1 == search.baseline_steps:
-                self.known.baseline.append((step + 1, self._measure()))
-        model.write_parameters(self._theta0)
+            with self._timed():
+                trainer.step(lambda out: self._gradient(trainer.steps, out))
+            if trainer.steps % search.every == 0 or trainer.steps == search.baseline_steps:
+                known.baseline.append((trainer.steps, self._measure()))
+                self._save(trainer)
+        self._problem.model.write_parameters(self._theta0)
 
     def _look(self) -> None:
         known, search = self.known, self._search
@@ -212,7 +209,8 @@ class _Job:
         rule = DoublingRule(known.threshold, search.delta, search.smallest, search.largest, known.start)
         for _, _, metric in known.search:  # what an interrupted search decided already
             rule.decide(metric)
-        trainer = Subspace(self._problem, self._sketch, self._theta0, search.learning_rate, self._kept)
+        trainer = Subspace(self._problem, self._sketch, self._theta0, search.learning_rate)
+        self._take_up_training(trainer, known.search[-1][0] if known.search else 0)
         while True:
             metric = self._advance(trainer, rule.dimension)
             known.search.append((trainer.steps, rule.dimension, metric))
@@ -229,7 +227,8 @@ class _Job:
         """Train anew in half the dimensions, as long as the search took."""
         known = self.known
         assert known.threshold is not None
-        trainer = Subspace(self._problem, self._sketch, self._theta0, self._search.learning_rate, self._kept)
+        trainer = Subspace(self._problem, self._sketch, self._theta0, self._search.learning_rate)
+        self._take_up_training(trainer, known.half[-1][0] if known.half else 0)
         while trainer.steps < known.search[-1][0] and not (known.half and known.half[-1][1] >= known.threshold):
             known.half.append((trainer.steps + self._search.every, self._advance(trainer, dimension)))
             self._save(trainer)
@@ -240,12 +239,17 @@ class _Job:
         """Take c steps in the first ``dimension`` directions; return the metric after them."""
         for _ in range(self._search.every):
             self._go_on()
-            began = time.perf_counter()
-            trainer.step(dimension, lambda out: self._gradient(trainer.steps, out))
-            self._slowest_s = max(self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time"))
+            with self._timed():
+                trainer.step(dimension, lambda out: self._gradient(trainer.steps, out))
         return self._measure()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._slowest_s = max(self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time"))
 
     def _go_on(self) -> None:
         if reason := self._stopper.agreed(self._slowest_s):
@@ -282,26 +286,31 @@ class _Job:
         metric = 100 * hits if self._search.metric == "accuracy" else -loss
         return self._world.broadcast(metric, "metric")  # decisions follow from it
 
-    def _save(self, trainer: Subspace | None) -> None:
+    def _save(self, trainer: Whole | Subspace | None) -> None:
         """Keep what is known, and the state of a training in progress. Collective: yes."""
+        state = "" if trainer is None else f"{trainer.steps:08d}-{trainer.file}"
         with attempt(self._world, self._out, "keep the search"):
             if self._world.rank == 0:
                 self._out.mkdir(parents=True, exist_ok=True)
-                if trainer is not None:  # the record names the steps: written last, it never runs ahead of the state
-                    partial = self._out / (STATE_NAME + ".new.npz")
-                    np.savez(partial, **trainer.state())  # type: ignore[arg-type]  # names of arrays, not options
-                    partial.replace(self._out / f"{trainer.steps:08d}-{STATE_NAME}")
-                write_aside(self._out / RECORD_NAME, json.dumps(self.record() | {
-                    "state": "" if trainer is None else f"{trainer.steps:08d}-{STATE_NAME}"
-                }, indent=1) + "\n")  # fmt: skip
-                for old in self._out.glob(f"*-{STATE_NAME}"):
-                    if trainer is None or old.name != f"{trainer.steps:08d}-{STATE_NAME}":
+        if trainer is not None:  # under a name of its own, which the record gives once it is whole
+            trainer.write(self._out / state)
+        with attempt(self._world, self._out, "keep the search"):
+            if self._world.rank == 0:
+                write_aside(self._out / RECORD_NAME, json.dumps(self.record() | {"state": state}, indent=1) + "\n")
+                for old in [*self._out.glob(f"*-{Whole.file}"), *self._out.glob(f"*-{Subspace.file}")]:
+                    if old.name != state:
                         old.unlink()
-        self._kept = None
+        self._kept = ""
 
-    def _take_up(self) -> tuple[Progressed, dict[str, np.ndarray] | None]:
-        """Return what an earlier run of the same search left. Collective: yes. Raises StoreError."""
-        known, kept = Progressed(), None
+    def _take_up(self) -> tuple[Progressed, str]:
+        """Return what an earlier run of the same search left: what is known, the file of a training. Collective: yes.
+
+        Raises
+        ------
+        StoreError : it was another search.
+
+        """
+        known, kept = Progressed(), ""
         with attempt(self._world, self._out, "take up the search"):
             path = self._out / RECORD_NAME
             if self._world.rank == 0 and path.exists():
@@ -309,8 +318,11 @@ class _Job:
                 must_match(
                     record["asked"], self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
                 )
-                known = Progressed(**{key: record[key] for key in asdict(known)})
-                if record["state"]:
-                    with np.load(self._out / record["state"]) as arrays:
-                        kept = dict(arrays)
+                known, kept = Progressed(**{key: record[key] for key in asdict(known)}), record["state"]
         return self._world.broadcast((known, kept), "state of the search")
+
+    def _take_up_training(self, trainer: Whole | Subspace, steps: int) -> None:
+        """Go on with the training that was interrupted, if one was. Collective: yes."""
+        if self._kept:
+            trainer.take_up(self._out / self._kept, steps)
+            self._progress.note(f"going on after step {steps}")

@@ -289,10 +289,12 @@ def test_an_intrinsic_dimension_is_found_and_checked(
         intrinsic_dimension(config, world, replace(SEARCH, delta=0.5))
 
 
+@pytest.mark.parametrize("target", [None, -1.0])
 def test_an_interrupted_search_goes_on_to_the_same_end(
-    world: World, pattern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, pattern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: float | None
 ) -> None:
-    search = replace(SEARCH, target=-1.0, every=5, verify=False, largest=8)  # out of reach: every dimension is tried
+    """In ordinary training, or (where a target is given) in a subspace. Out of reach: every dimension is tried."""
+    search = replace(SEARCH, target=target, share=1.0, every=5, verify=False, largest=2 if target is None else 8)
     whole = settings(pattern, tmp_path / "whole", "data.sequences=24")
     assert intrinsic_dimension(whole, world, search) == 0
     parts = settings(pattern, tmp_path / "parts", "data.sequences=24")
@@ -310,8 +312,10 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
     assert intrinsic_dimension(parts, world, search) == 0
     one, other = (json.loads((tmp_path / f"{name}/intrinsic_dimension.json").read_text()) for name in ("whole", "parts"))
     assert one["failed"]
+    assert one["baseline"] == other["baseline"]
+    assert len(one["baseline"]) == (6 if target is None else 0)
     assert one["search"] == other["search"]
-    assert not list((tmp_path / "parts").glob("*.npz"))
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*[0-9]-*")) == []
 
 
 def test_a_task_without_gain_is_refused(world: World, pattern: Path, tmp_path: Path) -> None:
