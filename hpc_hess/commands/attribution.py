@@ -284,7 +284,7 @@ def _answer(
             "precondition": asked.precondition, "damping": damping, "examples": len(kept.ids),
             "sketch": config.sketch.model_dump(), "model": problem.source.name,
             "top": [described(k) for k in influence.top(values, asked.top)],
-            "bottom": [described(k) for k in influence.top(-values, asked.top)],
+            "bottom": [described(k) for k in influence.top(-values, min(asked.top, max(0, len(values) - asked.top)))],
         }  # fmt: skip
     write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     print(answer_text(record))

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from hpc_hess.report.comparison import drawn, new_figure, write_comparison
@@ -58,6 +59,7 @@ def write_page(out: Path, record: Mapping[str, Any], scores: NDArray[np.float64]
             values = [row["score"] for row in record[key]]
             left.plot(values, np.zeros(len(values)), "|", ms=14, mew=1.6, color=colour, clip_on=False)
         left.set(xlabel="score", ylabel="examples", yscale="symlog")
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         right.plot(cosines, scores, ".", ms=3, color="#8a8f96", rasterized=True)
         right.set(xlabel="cosine with the query's gradient", ylabel="score")
         plots = [drawn(

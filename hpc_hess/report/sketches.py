@@ -46,7 +46,7 @@ def write_page(out: Path, found: Mapping[str, Any]) -> Path:
         left.set(yscale="log", xlabel="log2 of the dimension", ylabel="1 \u2212 r")
         for r in (0.95, 0.98, 0.99):
             left.axhline(1 - r, color=INK, lw=0.6, ls=":")
-            left.annotate(f"r = {r}", (1, 1 - r), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            left.annotate(f"r = {r}", (0.01, 1 - r), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
         left.legend()
         right.axhline(found["gradient_s"], color=INK, lw=0.8, ls=":")
         right.annotate("one gradient", (1, found["gradient_s"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
