@@ -68,7 +68,7 @@ def write_page(out: Path, record: Mapping[str, Any]) -> Path:
         axes.annotate("target", (1, record["threshold"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axes.set(xlabel="training step", ylabel=f"held out: {_metric(record)}")
         axes.legend(title="dimensions", loc="center left", bbox_to_anchor=(1, 0.5))
-        dashed = " Dashed: training anew in half the dimensions that were found, for as many steps." if record["half"] else ""
+        dashed = " Dashed: training anew in half the dimensions, for as many steps." if record["half"] else ""
         plots = [drawn(
             figure, out, "intrinsic_dimension", "The search, and the check at half the dimension",
             "Points: one training run in a subspace whose dimension doubles where the metric stalls." + dashed,
