@@ -38,7 +38,7 @@ ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1
 def settings(toy: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
+        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 2},
         "operator": {"method": "exact"}, "lanczos": {"steps": 6}, "run": {"grace_s": 0.0, "report": False},
     }  # fmt: skip
     return make_config(values, list(overrides))

@@ -29,7 +29,7 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
         "parameters": {"include": ONLY}, "operator": {"method": "exact"},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
+        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 2},
         "lanczos": {"steps": 40}, "analysis": {"eigenpairs": 3, "tolerance": 1e-7},
         "run": {"out": str(out), "grace_s": 0.0, "report": False},
     }  # fmt: skip
@@ -91,7 +91,7 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(world: World, toy: Pat
     out, code, runs = tmp_path / "run", 75, 0
     assert run(settings(toy, out, "analysis.eigenpairs=0"), world) == 0  # the quadrature alone
     while code == 75:
-        code, _ = go(world, settings(toy, out), (9, 14, 23)[runs % 3])
+        code, _ = go(world, settings(toy, out), (5, 7, 12)[runs % 3])
         runs += 1
         assert runs < 100
     assert code == 0
@@ -121,7 +121,7 @@ def test_on_two_and_three_ranks(toy: Path, tmp_path: Path, whole: Path, driver: 
 def test_a_search_goes_on_on_other_ranks(world: World, toy: Path, tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "run"
     assert run(settings(toy, out, "analysis.eigenpairs=0"), world) == 0
-    assert go(world, settings(toy, out), 40)[0] == 75
+    assert go(world, settings(toy, out), 20)[0] == 75
     assert run_ranks(on_ranks, 2, settings(toy, out)) == [0, 0]
     assert np.abs(values(out) - values(whole)).max() < 1e-8 * np.abs(values(whole)).max()
 

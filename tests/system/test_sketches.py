@@ -41,7 +41,7 @@ from tests.toys import toy_directory
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 7},
+        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 7, "micro_batch": 4},
         "operator": {"method": "exact", "check": False}, "sketch": {"dimension": 256}, "run": {"out": str(out)},
     }  # fmt: skip
     return make_config(values, list(overrides))
