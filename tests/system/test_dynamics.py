@@ -165,27 +165,36 @@ def test_on_two_ranks_and_on_one_again(world: World, toy: Path, tmp_path: Path, 
     assert losses(training.out) == pytest.approx(losses(whole.out), abs=1e-11)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
-def test_interrupted_anywhere_it_ends_at_the_same_weights(toy: Path, tmp_path: Path, number: int) -> None:
-    config = tmp_path / "config.toml"
+def start_training(toy: Path, out: Path) -> subprocess.Popen[bytes]:
+    """200 steps of AdamW in a process of its own."""
+    config = out.with_suffix(".toml")
     config.write_text(settings(toy).to_toml())
+    command = [sys.executable, "-m", "hpc_hess", "finetune", str(config), "--steps", "200", "--batch", "3", "--out", out,
+               "--learning-rate", "1e-3", "--optimizer", "adamw", "--save-at", "40"]  # fmt: skip
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    assert start_training(toy, out).wait() == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_interrupted_anywhere_it_ends_at_the_same_weights(
+    toy: Path, tmp_path: Path, number: int, uninterrupted: Path
+) -> None:
     out = tmp_path / "out"
-
-    def start(to: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "hpc_hess", "finetune", str(config), "--steps", "400", "--batch", "3", "--out", to,
-                   "--learning-rate", "1e-3", "--optimizer", "adamw", "--save-at", "40"]  # fmt: skip
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    first = start(out)
+    first = start_training(toy, out)
     wait_until(checkpoint(out, 40).exists, "the first checkpoint")
     os.kill(first.pid, number)
     assert first.wait() == {signal.SIGKILL: -signal.SIGKILL, signal.SIGUSR1: 75}[signal.Signals(number)]
-    assert not checkpoint(out, 400).exists()
-    assert start(out).wait() == 0
-    assert start(tmp_path / "whole").wait() == 0
-    assert losses(out).tolist() == losses(tmp_path / "whole").tolist()
-    for step, file in ((40, "model.safetensors"), (400, "model.safetensors"), (400, "optimizer.state")):
-        assert (checkpoint(out, step) / file).read_bytes() == (checkpoint(tmp_path / "whole", step) / file).read_bytes()
+    assert not checkpoint(out, 200).exists()
+    assert start_training(toy, out).wait() == 0
+    assert losses(out).tolist() == losses(uninterrupted).tolist()
+    for step, file in ((40, "model.safetensors"), (200, "model.safetensors"), (200, "optimizer.state")):
+        assert (checkpoint(out, step) / file).read_bytes() == (checkpoint(uninterrupted, step) / file).read_bytes()
 
 
 def test_a_point_asked_for_later_is_filled_in(world: World, toy: Path, tmp_path: Path, trained: Path) -> None:
