@@ -56,16 +56,17 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
             errors = [row[f"{key}_stderr"] if isfinite(row[f"{key}_stderr"]) else 0.0 for row in rows]
             axes.bar(x, [row[key] for row in rows], 0.8 / len(kinds), yerr=errors, color=CYCLE[k], label=f"by {kind}",
                      error_kw={"linewidth": 0.9})  # fmt: skip
-        axes.set_xticks(range(len(directions)), [d.replace(" ", "\n") for d in directions])
+        axes.set_xticks(range(len(directions)), [d.replace(" ", "\n") for d in directions], fontsize=7.5)
         axes.grid(False, axis="x")
         axes.axhline(1.0 if key == "relative_error" else 0.0, color=MUTED, linewidth=0.8)
         axes.set_ylabel(label)
     low = min(0.0, *(row["cosine"] - 0.05 for row in found["products"]))
     panels[1].set_ylim(low, 1.05)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(kinds))
+    missing = not all(isfinite(row["cosine"]) for row in found["products"])
     return (
         "Relative error and cosine of the block-diagonal product for each direction; bars: one standard error. An error "
-        "of 1 is what zero would give."
+        "of 1 is what zero would give." + (" Without a bar: more products are needed to tell." if missing else "")
     )
 
 

@@ -75,7 +75,8 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
         range(len(pairs)), [pair["participation"] for pair in pairs], height=0.7,
         color=[NEGATIVE if pair["value"] < 0 else POSITIVE for pair in pairs],
     )  # fmt: skip
-    bars.set_xscale("log")
+    ends = np.log10([pair["participation"] for pair in pairs])
+    bars.set(xscale="log", xlim=(10 ** np.floor(ends.min() - 0.1), 10 ** np.ceil(ends.max())))  # labels at both ends
     bars.xaxis.set_minor_formatter(NullFormatter())
     bars.set_xlabel("entries")
     bars.tick_params(axis="y", length=0, labelleft=False)
