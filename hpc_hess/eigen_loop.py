@@ -201,6 +201,7 @@ class EigenLoop:
         found = self._summary(pairs) | {"pairs": described}
         extra = json.dumps({"found": found}).encode()
         self._store.commit(0, [Member(_NOTHING, _NOTHING, rows=rows, ended=True)], extra)
+        self._store.give_back()
 
     def _summary(self, pairs: Pairs) -> dict[str, Any]:
         search = self._search
@@ -242,6 +243,7 @@ def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path
     return Store.create(
         folder, **place, probes=1, steps=1, rows=analysis.vectors + kept + 2, dtype=space.dtype, attributes=bound_to,
         keep_basis=True, extra_bytes=(1 << 16) + 40 * analysis.vectors**2 + (analysis.wanted << 14),
+        save_space="lower analysis.eigenpairs or analysis.basis_size, or put run.out on a larger disk",
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> t
     if found is not None:
         return "", found
     loop.progress.phase(name.replace("_", " "))
-    with _open(loop, folder, bound_to, entry.rows(loop.config.analysis)) as store:
+    with _open(loop, folder, bound_to, entry) as store:
         try:
             loop.ready()
             keep = Kept(name, loop, store)
@@ -116,7 +116,7 @@ def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> t
     return "", found
 
 
-def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], rows: int) -> Store:
+def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], entry: Entry) -> Store:
     place: dict[str, Any] = {
         "layout": loop.space.layout, "shard": loop.space.shard, "world": loop.world, "driver": loop.config.store.driver,
     }  # fmt: skip
@@ -127,8 +127,9 @@ def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], rows: int) -> Stor
             _compare(folder, store.attributes, bound_to)
         return store
     return Store.create(
-        pieces, **place, probes=1, steps=1, rows=rows + 1, dtype=loop.space.dtype, attributes=bound_to, keep_basis=True,
-        extra_bytes=EXTRA_BYTES,
+        pieces, **place, probes=1, steps=1, rows=entry.rows(loop.config.analysis) + 1, dtype=loop.space.dtype,
+        attributes=bound_to, keep_basis=True, extra_bytes=EXTRA_BYTES,
+        save_space=f"lower analysis.{entry.memory}, or put run.out on a larger disk",
     )  # fmt: skip
 
 

@@ -21,7 +21,15 @@ from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.blocks import bounded, overlaps, read_blocks, regular_blocks
 from hpc_hess.storage.checksum import combine, partial_checksum
 from hpc_hess.storage.commit import Ledger
-from hpc_hess.storage.disk import damaged_row, remove, rename_durably, require_space, reserve, sync_directory
+from hpc_hess.storage.disk import (
+    SAVE_SPACE,
+    damaged_row,
+    remove,
+    rename_durably,
+    require_space,
+    reserve,
+    sync_directory,
+)
 from hpc_hess.storage.drivers import open_driver
 from hpc_hess.storage.schema import (
     FILE,
@@ -102,6 +110,7 @@ class RowSource:
 def build(
     run_dir: Path, schema: Schema, *, layout: Layout, shard: Shard, world: World, comm: Any, attributes: dict[str, Any],
     ledger: Ledger, source: Header | None = None, rows: list[tuple[int, int]] | None = None,
+    save_space: str = SAVE_SPACE,
 ) -> None:  # fmt: skip
     """Create the store that ``schema`` describes, filled from ``ledger`` and ``rows`` of ``source``. Collective: yes.
 
@@ -116,7 +125,7 @@ def build(
     try:
         with attempt(world, run_dir, name):
             if head:
-                require_space(run_dir, schema.basis_bytes + _small_bytes(schema))
+                require_space(run_dir, schema.basis_bytes + _small_bytes(schema), save_space)
                 if schema.driver == "files":
                     (run_dir / RANKS / schema.generation).mkdir(parents=True)
                 create_master(temporary, schema, layout.parameters, attributes, ledger, layout)

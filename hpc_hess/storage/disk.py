@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_hess.errors import StoreError
@@ -14,6 +15,7 @@ SAVE_SPACE = (
     "lower lanczos.steps or lanczos.lock_step, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or "
     "put run.out on a larger disk"
 )
+_PUNCH_HOLE = 1 | 2  # and keep the size: linux/falloc.h
 
 
 def size_text(count: int) -> str:
@@ -32,13 +34,13 @@ def free_bytes(path: Path) -> int:
     return info.f_bavail * info.f_frsize
 
 
-def require_space(directory: Path, needed: int) -> None:
+def require_space(directory: Path, needed: int, remedy: str = SAVE_SPACE) -> None:
     """Raise StoreError unless ``needed`` bytes are free on the file system of ``directory``."""
     free = free_bytes(directory)
     if needed > free:
         raise StoreError(
             f"the Krylov basis needs {size_text(needed)} ({needed} bytes) but {directory} has {size_text(free)} free "
-            f"({free} bytes): {SAVE_SPACE}"
+            f"({free} bytes): {remedy}"
         )
 
 
@@ -59,6 +61,26 @@ def reserve(path: Path) -> None:
                 return
             if code != errno.EINTR:
                 raise OSError(code, os.strerror(code), str(path))
+        os.fsync(file.fileno())
+
+
+def give_back(path: Path, parts: Iterable[tuple[int, int]]) -> None:
+    """Free the blocks of (first byte, length) parts of a file, which then read as zeros; its size stays.
+
+    Where the file system cannot, nothing happens.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "fallocate"):
+        return
+    holes: list[list[int]] = []  # neighbours together: only whole blocks are freed
+    for start, length in sorted(parts):
+        if holes and sum(holes[-1]) == start:
+            holes[-1][1] += length
+        else:
+            holes.append([start, length])
+    with open(path, "r+b") as file:
+        for start, length in holes:
+            library.fallocate(file.fileno(), _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length))
         os.fsync(file.fileno())
 
 

@@ -9,6 +9,7 @@ Rows may be written, pushed and read from another thread: h5py lets one call at 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.blocks import Block, bounded, clipped, read_blocks, write_blocks
+from hpc_hess.storage.disk import give_back
 from hpc_hess.storage.schema import Schema, blocks_of_file, open_file, open_rank_file
 
 _LARGE = 16 << 20  # bytes of a rank's row from which its pages are dropped once they are on disk
@@ -59,6 +61,9 @@ class Driver(Protocol):
     def read_row(self, basis: int, row: int, out: NDArray, start: int = 0) -> None:
         """Read this rank's part of a row, its entries start..start+len(out)-1. Collective: no."""
 
+    def give_back(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Free the disk space of whole rows (basis, row), which then read as zeros. Collective: no."""
+
     def sync_rows(self) -> None:
         """Make rows durable. Collective over the ranks of replica 0 with MPI."""
 
@@ -72,9 +77,10 @@ class Driver(Protocol):
 class _Rows:
     """Rows of open basis data sets (none on a rank that owns nothing), moved in bounded calls."""
 
-    def __init__(self, path: Path, bases: list[Any], blocks: list[Block], itemsize: int) -> None:
+    def __init__(self, path: Path, bases: list[Any], blocks: list[Block], itemsize: int, *, owner: bool) -> None:
         self._bases, self._blocks = bases, bounded(blocks, itemsize)
         self._written: list[tuple[int, int]] = []
+        self._path, self._owner = path, owner
         self._large = sum(b.size for b in blocks) * itemsize >= _LARGE
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -92,6 +98,13 @@ class _Rows:
         """Read this rank's part of a row, its entries start..start+len(out)-1. Collective: no."""
         if self._bases:
             read_blocks(self._bases[basis], row, clipped(self._blocks, start, start + len(out)), out)
+
+    def give_back(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Free the disk space of whole rows (basis, row), which then read as zeros. Collective: no."""
+        if not self._owner or not self._bases:
+            return
+        length = self._bases[0].shape[1] * self._bases[0].dtype.itemsize
+        give_back(self._path, ((self._bases[basis].id.get_offset() + row * length, length) for basis, row in rows))
 
     def _forget(self) -> None:
         """Drop the pages of large rows that are on disk from memory, which the model needs more than the basis does.
@@ -123,7 +136,7 @@ class OneFile(_Rows):
         self._small = SmallData(self._file, schema)  # with MPI every rank opens the same data sets, in the same order
         self.small = self._small if shard.index == 0 else None
         blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
-        super().__init__(path, bases, blocks, schema.numpy_dtype.itemsize)
+        super().__init__(path, bases, blocks, schema.numpy_dtype.itemsize, owner=shard.index == 0)
 
     def sync_rows(self) -> None:
         """Flush and sync. Collective over the communicator."""
@@ -151,7 +164,8 @@ class RankFiles(_Rows):
         self._file: Any = open_rank_file(path.parent, schema, shard.index, shard.size, "r+")
         bases = [self._file[f"basis/{k}"] for k in range(schema.bases if shard.size else 0)]
         blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
-        super().__init__(schema.rank_file(path.parent, shard.index), bases, blocks, schema.numpy_dtype.itemsize)
+        file = schema.rank_file(path.parent, shard.index)
+        super().__init__(file, bases, blocks, schema.numpy_dtype.itemsize, owner=True)
         if shard.index == 0:
             try:
                 self._master = open_file(path, "r+")

@@ -27,7 +27,7 @@ from hpc_hess.storage.background import Background
 from hpc_hess.storage.build import build, sum_checksums, sweep
 from hpc_hess.storage.checksum import partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger
-from hpc_hess.storage.disk import damaged_row
+from hpc_hess.storage.disk import SAVE_SPACE, damaged_row
 from hpc_hess.storage.drivers import Driver, choose_driver, open_driver
 from hpc_hess.storage.journal import Journal, Member, Plan, write_plan
 from hpc_hess.storage.lock import RunLock
@@ -69,6 +69,7 @@ class Store:
         cls, run_dir: Path, *, layout: Layout, shard: Shard, world: World, probes: int, steps: int, rows: int,
         attributes: dict[str, Any], driver: str = "auto", keep_basis: bool = False, dtype: Any = "float32",
         width: int = 1, extra_bytes: int = 1 << 16, replace_existing: bool = False, lock: RunLock | None = None,
+        save_space: str = SAVE_SPACE,
     ) -> Store:  # fmt: skip
         """Create the store of a new run, with all its space allocated. Collective: yes.
 
@@ -81,6 +82,7 @@ class Store:
         attributes : JSON-able values kept with the run: configuration, fingerprints.
         extra_bytes : capacity of the resume state that a commit carries besides.
         lock : the run directory's lock if the caller holds it already; closed with the store.
+        save_space : the remedy where the disk has no room.
 
         Raises
         ------
@@ -106,7 +108,7 @@ class Store:
             ledger = Ledger.empty(schema.slots, steps)
             build(
                 run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=attributes,
-                ledger=ledger,
+                ledger=ledger, save_space=save_space,
             )  # fmt: skip
             header = Header(schema, attributes, {}, ledger)
             return cls(run_dir, header, shard=shard, world=world, lock=lock, comm=comm)
@@ -301,6 +303,18 @@ class Store:
             if self._driver is not None:
                 write_plan(self._driver, plan)
         self._journal.accept(plan)
+
+    def give_back(self) -> None:
+        """Free the disk space of the rows that the last commit does not need, where the file system can. Collective: yes."""
+        self.finish_rows()
+        group = self.state.group
+        needed = {(self.schema.basis_index(k), row) for k in group for row in self.state.rows_of(k)}
+        bases = {self.schema.basis_index(k) for k in group}
+        with attempt(self._world, self._path, "give back disk space"):
+            if self._driver is not None:
+                self._driver.give_back(
+                    (basis, row) for basis in bases for row in range(self.schema.rows) if (basis, row) not in needed
+                )
 
     # -- closing -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.report.page import write_report
 from hpc_hess.run import run
+from hpc_hess.storage.disk import give_back
 from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks
 from tests.system.test_within_product import go
@@ -78,6 +79,20 @@ def test_the_pairs_are_those_of_the_hessian(toy: Path, whole: Path) -> None:
     ritz_values = json.loads((whole / "result.json").read_text())["probes"][0]["ritz_values"]
     assert values(whole)[[0, -1]] == pytest.approx(np.array(ritz_values)[[0, -1]], abs=1e-6 * scale)
     assert found(whole)["orthogonality"] < 1e-12
+
+
+def test_only_the_pairs_take_disk_space(whole: Path) -> None:
+    with read_store(whole / "eigenpairs") as view:
+        rows, row_bytes = view.schema.rows, view.schema.num_params * 8
+    (file,) = (whole / "eigenpairs").glob("krylov.ranks/*/rank-*.h5")
+    assert file.stat().st_size > rows * row_bytes
+    probe = file.with_name("hole")
+    probe.write_bytes(bytes(1 << 20))
+    give_back(probe, [(0, 1 << 20)])
+    if probe.stat().st_blocks:
+        pytest.skip("this file system cannot give back a part of a file")
+    block = file.stat().st_blksize  # a row's ends may share a block with rows that stay
+    assert file.stat().st_blocks * 512 < (6 + 1) * (row_bytes + 2 * block) + (1 << 16)
 
 
 def test_the_report_shows_them(whole: Path) -> None:
