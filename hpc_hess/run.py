@@ -33,7 +33,7 @@ from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
-from hpc_hess.studies import asked_for, run_study
+from hpc_hess.studies import asked_for, check_studies, run_study
 
 
 class _Existing(NamedTuple):
@@ -67,6 +67,7 @@ def run(config: Config, world: World) -> int:
         limits = [] if existing else _limits(config, world)
         baseline_bytes = used_bytes(world.device)
         problem = load_problem(config, world, progress)
+        check_studies(config.analysis, problem)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
         exact: ExactOperator | None = None

@@ -17,8 +17,9 @@ from hpc_hess.analysis.block_diagonal import block_diagonal
 from hpc_hess.analysis.class_structure import class_structure
 from hpc_hess.analysis.deflation import deflated_density
 from hpc_hess.analysis.estimates import diagonal_study, inverse_study, trace_study
+from hpc_hess.analysis.partition import check_heads
 from hpc_hess.analysis.study import Bench, Study
-from hpc_hess.analysis.sub_block import sub_block_study
+from hpc_hess.analysis.sub_block import select, sub_block_study
 from hpc_hess.config import AnalysisSection
 from hpc_hess.curvature.decomposition import Pullback, weights
 from hpc_hess.eigen_loop import read_eigenvectors
@@ -28,6 +29,7 @@ from hpc_hess.model.gradient import Gradient
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.placement import exact_product_bytes, room_for_rows
+from hpc_hess.problem import Problem
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
@@ -77,6 +79,14 @@ _STUDIES: dict[str, Entry] = {
 def asked_for(analysis: AnalysisSection) -> list[str]:
     """Return the names of the studies that a configuration asks for. Collective: no."""
     return [name for name, entry in _STUDIES.items() if getattr(analysis, entry.keys[0])]
+
+
+def check_studies(analysis: AnalysisSection, problem: Problem) -> None:
+    """Refuse what does not fit the model before anything is computed. Collective: no. Raises ConfigError."""
+    if analysis.sub_block:
+        select(problem.model.layout, analysis.sub_block)
+    if "head" in analysis.block_diagonal:
+        check_heads(problem.model.layout, _head_dim(problem))
 
 
 def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -165,7 +175,7 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
         basis=basis,
         gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
         eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
-        save_vectors=save_vectors, head_dim=_head_dim(loop), target_counts=lambda: _target_counts(loop),
+        save_vectors=save_vectors, head_dim=_head_dim(loop.problem), target_counts=lambda: _target_counts(loop),
         group_weights=lambda groups: weights(
             loop.problem.objective, loop.problem.model.module, groups, partial(world.sum_over_ranks, name="class weights")
         ),
@@ -180,9 +190,9 @@ def _target_counts(loop: Loop) -> np.ndarray:
     return np.bincount(targets[targets >= 0].numpy().ravel(), minlength=size)
 
 
-def _head_dim(loop: Loop) -> int:
+def _head_dim(problem: Problem) -> int:
     """Return the width of an attention head, 0 where the model does not tell."""
-    config: Any = getattr(loop.problem.model.module, "config", None)
+    config: Any = getattr(problem.model.module, "config", None)
     if width := getattr(config, "head_dim", None):
         return int(width)
     hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)

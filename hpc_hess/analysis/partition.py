@@ -10,7 +10,7 @@ import torch
 
 from hpc_hess.analysis.localisation import group_of
 from hpc_hess.errors import ConfigError
-from hpc_hess.parallel.layout import Parameter, Piece
+from hpc_hess.parallel.layout import Layout, Parameter, Piece
 from hpc_hess.parallel.partition import Partition
 from hpc_hess.parallel.vector import VectorSpace
 
@@ -40,7 +40,8 @@ def partition(space: VectorSpace, kind: Kind, head_dim: int = 0) -> Partition:
     sizes: list[int] = []
     names: list[str] = []
     number_of: dict[str, int] = {}
-    split = False
+    if kind == "head":
+        check_heads(space.layout, head_dim)
     for piece in space.shard.pieces:
         parameter = piece.parameter
         if kind == "layer":
@@ -55,7 +56,6 @@ def partition(space: VectorSpace, kind: Kind, head_dim: int = 0) -> Partition:
         dim, width = _split_by(parameter, kind, head_dim)
         first, blocks = len(sizes), 1
         if width:
-            split = True
             blocks = -(-parameter.shape[dim] // width)
             inner = parameter.numel // parameter.shape[dim]
             sizes += [inner * min(width, parameter.shape[dim] - k * width) for k in range(blocks)]
@@ -64,12 +64,16 @@ def partition(space: VectorSpace, kind: Kind, head_dim: int = 0) -> Partition:
             sizes.append(parameter.numel)
             ids.append(_whole(piece, first))
         names += [parameter.name] if blocks == 1 else [f"{parameter.name} {kind} {k}" for k in range(blocks)]
-    if kind == "head" and not split:
+    return Partition(space, ids, sizes, names)
+
+
+def check_heads(layout: Layout, head_dim: int) -> None:
+    """Raise ConfigError unless the projection of some attention head is known. Collective: no."""
+    if not any(_split_by(parameter, "head", head_dim)[1] for parameter in layout.parameters):
         raise ConfigError(
             'analysis.block_diagonal = ["head"] knows no projection of attention heads among the parameters: leave "head" '
             "out, or widen parameters.include"
         )
-    return Partition(space, ids, sizes, names)
 
 
 def _split_by(parameter: Parameter, kind: Kind, head_dim: int) -> tuple[int, int]:

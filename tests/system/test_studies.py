@@ -285,5 +285,8 @@ def test_what_does_not_go_together(world: World, toy: Path, whole: Path, tmp_pat
         run(settings(toy, whole, "analysis.samples=30"), world)
     with pytest.raises(ConfigError, match=r"set analysis\.eigenpairs"):
         run(settings(toy, tmp_path / "a", deflated_steps=3), world)
+    with pytest.raises(ConfigError, match=r"no parameter among those included is called 'nothing'"):
+        run(settings(toy, tmp_path / "c", sub_block=["nothing[0]"]), world)
+    assert not (tmp_path / "c" / "krylov.h5").exists()  # said before anything is computed
     with pytest.raises(ConfigError, match="knows no projection of attention heads"):
         run(settings(toy, tmp_path / "b", 'parameters.include=["model.norm.weight"]', block_diagonal=["head"]), world)
