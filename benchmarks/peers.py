@@ -158,6 +158,10 @@ def measured(command: list[str], **variables: str) -> dict[str, Any]:
 
 def race(args: argparse.Namespace) -> None:
     rows = []
+    settings = {
+        "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "Lanczos steps": args.steps,
+        "threads": torch.get_num_threads(), "repeats": args.repeats,
+    }  # fmt: skip
     for name in args.models:
         with subject(name, args.sequences, args.length) as config, tempfile.TemporaryDirectory() as place:
             folder = Path(place)
@@ -177,12 +181,8 @@ def race(args: argparse.Namespace) -> None:
                     ], PYTHONPATH="")  # fmt: skip
                 rows.append(line(name, title, found))
                 print(rows[-1], flush=True)
-    settings = {
-        "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "Lanczos steps": args.steps,
-        "threads": torch.get_num_threads(), "repeats": args.repeats,
-    }  # fmt: skip
-    write("peers", "Products and Lanczos steps beside other tools", rows, settings, NOTE,
-          command="peers --python PEERS/bin/python")  # fmt: skip
+                write("peers", "Products and Lanczos steps beside other tools", rows, settings, NOTE,
+                      command="peers --python PEERS/bin/python")  # after each tool: an end by force keeps the others
 
 
 def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
