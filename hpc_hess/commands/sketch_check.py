@@ -167,13 +167,13 @@ class _Table:
 
 
 def _layers(problem: Problem) -> dict[str, list[int]]:
-    """Return pieces by layer: names up to the block's number, the others by their module."""
+    """Return pieces by layer, 2 before 10: names up to the block's number, the others by their module."""
     layers: dict[str, list[int]] = {}
     for k, piece in enumerate(problem.model.shard.pieces):
         name = piece.parameter.name
         numbered = re.match(r"(.*?\.\d+)\.", name)
         layers.setdefault(numbered.group(1) if numbered else name.rpartition(".")[0], []).append(k)
-    return layers
+    return dict(sorted(layers.items(), key=lambda item: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", item[0])]))
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
