@@ -165,7 +165,7 @@ def test_a_job_that_is_requeued_twice_ends_with_the_same_bits(cluster: Cluster, 
 
 def test_allocations_shorter_than_a_product_get_on(cluster: Cluster, tmp_path: Path) -> None:
     """Products are given up in their middle, requeued, and taken up from their parts."""
-    settings = [word for s in ("data.sequences=64", "data.sequence_length=16", "data.micro_batch=1", "lanczos.probes=1",
+    settings = [word for s in ("data.sequences=128", "data.sequence_length=16", "data.micro_batch=1", "lanczos.probes=1",
                                "lanczos.steps=3", "operator.check=false", "operator.step=0.01")
                 for word in ("--set", s)]  # fmt: skip
     straight, out = tmp_path / "straight" / "run", tmp_path / "parts" / "run"
