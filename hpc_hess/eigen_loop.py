@@ -201,7 +201,6 @@ class EigenLoop:
         found = self._summary(pairs) | {"pairs": described}
         extra = json.dumps({"found": found}).encode()
         self._store.commit(0, [Member(_NOTHING, _NOTHING, rows=rows, ended=True)], extra)
-        self._store.give_back()
 
     def _summary(self, pairs: Pairs) -> dict[str, Any]:
         search = self._search

@@ -183,6 +183,7 @@ def _search(
             )  # fmt: skip
             if reason := search.run():
                 return reason, {}
+        store.give_back()  # also after a kill at the search's end, and where other ranks have built the store anew
         return "", pairs_found(store)
 
 

@@ -5,6 +5,7 @@ Each keeps its state in a file and takes it up again, on any number of ranks. Sc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ class Subspace:
         state = self._optimizer.state[self._w]
         with attempt(self._model.world, path, "keep the training"):
             if self._model.world.rank == 0:
-                np.savez(path, w=self._w.cpu().numpy(), **{name: state[name].cpu().numpy() for name in MOMENTS})
+                with path.open("wb") as file:
+                    np.savez(file, w=self._w.cpu().numpy(), **{name: state[name].cpu().numpy() for name in MOMENTS})
+                    file.flush()
+                    os.fsync(file.fileno())  # before a record names it
 
     def take_up(self, path: Path, steps: int) -> None:
         """Go on after ``steps`` updates from what :meth:`write` kept. Collective: yes. Raises StoreError."""
