@@ -54,6 +54,7 @@ PEERS = {
 }  # fmt: skip
 GPT2 = "GPT-2, 124 M, random"
 SMOLLM2 = "SmolLM2-135M"
+RESULTS_OF = {SMOLLM2: "peers", GPT2: "peers_gpt2"}  # a table a model: each is one run
 
 
 @contextlib.contextmanager
@@ -157,12 +158,12 @@ def measured(command: list[str], **variables: str) -> dict[str, Any]:
 
 
 def race(args: argparse.Namespace) -> None:
-    rows = []
     settings = {
         "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "Lanczos steps": args.steps,
         "threads": torch.get_num_threads(), "repeats": args.repeats,
     }  # fmt: skip
     for name in args.models:
+        rows: list[dict[str, Any]] = []
         with subject(name, args.sequences, args.length) as config, tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             config.setdefault("data", {})["micro_batch"] = args.micro_batch
@@ -181,8 +182,8 @@ def race(args: argparse.Namespace) -> None:
                     ], PYTHONPATH="")  # fmt: skip
                 rows.append(line(name, title, found))
                 print(rows[-1], flush=True)
-                write("peers", "Products and Lanczos steps beside other tools", rows, settings, NOTE,
-                      command="peers --python PEERS/bin/python")  # after each tool: an end by force keeps the others
+                write(RESULTS_OF[name], "Products and Lanczos steps beside other tools", rows, settings, NOTE,
+                      command=f"peers --python PEERS/bin/python --models '{name}'")  # after each tool: an end by force keeps the others
 
 
 def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
