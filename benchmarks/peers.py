@@ -182,8 +182,9 @@ def race(args: argparse.Namespace) -> None:
                     ], PYTHONPATH="")  # fmt: skip
                 rows.append(line(name, title, found))
                 print(rows[-1], flush=True)
+                # after each tool: an end by force keeps the others
                 write(RESULTS_OF[name], "Products and Lanczos steps beside other tools", rows, settings, NOTE,
-                      command=f"peers --python PEERS/bin/python --models '{name}'")  # after each tool: an end by force keeps the others
+                      command=f"peers --python PEERS/bin/python --models '{name}'")  # fmt: skip
 
 
 def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
