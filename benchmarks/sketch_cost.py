@@ -1,7 +1,8 @@
-"""Time and memory of one gradient sketch of SmolLM2-135M, by kind and dimension, beside the gradient's own time.
+"""Time of one gradient sketch of SmolLM2-135M, by kind and dimension, beside the gradient's own time.
 
 Explicit: the gradient is sketched. Implicit: theta_0 + Phi^T w is differentiated. Dense maps are timed on a part of the
-vector and scaled, since they cost N D. Schioppa 2024, tables 3, 4, 8, 9, 11. ``--traker PYTHON``: an environment with it.
+vector and scaled, since they cost N D. Schioppa 2024, tables 3, 4, 8, 9, 11. Memory: benchmarks.sketch_memory.
+``--traker PYTHON``: an environment with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common import write
+from benchmarks.sketch_memory import sketch_once
 from hpc_hess.config import make_config
 from hpc_hess.parallel.world import World
 from hpc_hess.problem import Problem, load_problem
@@ -57,32 +59,6 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def sketch_once(sketch: Sketch, x: torch.Tensor) -> torch.Tensor:
-    collection = sketch.begin(x.device)
-    sketch.add(collection, x, [0], [len(x)])
-    return sketch.end(collection)
-
-
-def peak_mb() -> float:
-    """Return how far the process' memory has peaked since the mark in /proc was set back."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1e3
-
-
-def added_mb(function: Callable[[], Any]) -> float:
-    """Return by how much a function raises the peak of this process' memory above what it holds now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - held) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_mb()
-    function()
-    return peak_mb() - before
-
-
 def explicit(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     size = problem.model.space.size
     gradient_s = best(problem.gradient, args.times)
@@ -99,7 +75,7 @@ def explicit(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, A
             seconds = best(lambda s=sketch: sketch_once(s, x), 1 if slow else args.times)  # type: ignore[misc]
             row = {
                 "sketch": kind, "within": "" if kind == "qk" else preconditioner, "log2 D": bits, "seconds": seconds,
-                "of a gradient": seconds / gradient_s, "MB beside input": added_mb(lambda s=sketch: sketch_once(s, x)),  # type: ignore[misc]
+                "of a gradient": seconds / gradient_s,
             }  # fmt: skip
             print(row, flush=True)
             yield row
@@ -192,8 +168,7 @@ def main() -> None:
     settings = {"tokens": f"1 x {args.length}", "N": problem.model.space.size, "threads": torch.get_num_threads()}
     if args.only != "forms":
         write("sketch_cost", "Cost of one gradient sketch of SmolLM2-135M", list(explicit(problem, args)), settings,
-              "Within: the orthogonal transform. Medians. Memory: what the process' peak "
-              "rises by; 0 where it fits into what was freed before.")  # fmt: skip
+              "Within: the orthogonal transform. Medians. Memory: sketch_memory.")  # fmt: skip
     if args.only != "explicit":
         write("sketch_forms", "Explicit and implicit sketches of SmolLM2-135M", list(forms(problem, args)),
               {**settings, "log2 D": args.forms_bits}, "Seconds; ratios are implicit over explicit. Products by two passes "
