@@ -12,6 +12,7 @@ from hpc_hess.model.accumulation import Unwatched, Watch
 from hpc_hess.model.loss import Objective
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import ShardedModel
+from hpc_hess.parallel.memory import reusing_freed_pages
 from hpc_hess.parallel.vector import Vector
 
 
@@ -59,17 +60,18 @@ class Gradient:
         ids: list[int] = []
         self.routing.begin()
         try:
-            for index in range(first, count):
-                self.routing.micro_batch = index
-                with model.world.guard(f"gradient, micro-batch {index + 1} of {count}"):
-                    with model.world.timers.phase("forward"):
-                        contribution = self.objective.contribution(model.module, index)
-                    with model.world.timers.phase("backward"):
-                        contribution.total.backward()
-                parts.append(contribution.per_sample.double())
-                ids.extend(contribution.sample_ids)
-                if whole:
-                    self.watch.added(index, [out.data])
+            with reusing_freed_pages():
+                for index in range(first, count):
+                    self.routing.micro_batch = index
+                    with model.world.guard(f"gradient, micro-batch {index + 1} of {count}"):
+                        with model.world.timers.phase("forward"):
+                            contribution = self.objective.contribution(model.module, index)
+                        with model.world.timers.phase("backward"):
+                            contribution.total.backward()
+                    parts.append(contribution.per_sample.double())
+                    ids.extend(contribution.sample_ids)
+                    if whole:
+                        self.watch.added(index, [out.data])
         finally:
             self.routing.end()
             model.detach_gradients()
