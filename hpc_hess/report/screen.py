@@ -43,7 +43,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     lines.append(_line("trace", trace_text(result.get("trace"))))
     lines.append(_line("spectrum", story(result)))
     for name, view, found in studies.parts(result):
-        label = {"block_diagonal": "blocks"}.get(name, name)
+        label = {"block_diagonal": "blocks", "class_structure": "classes", "sub_block": "entries"}.get(name, name)
         lines += [_line(label if not k else "", text) for k, text in enumerate(view.lines(found))]
     lines += [_line("caution", text) for text in warnings(result)]
     parts = (("hvp_s", "product"), ("lanczos_s", "Lanczos"), ("checkpoint_s", "checkpoint"))
