@@ -59,22 +59,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[SMOLLM2, *SHAPES], default=[SMOLLM2, *SHAPES])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--step", default="auto", help="of differences; a number saves calibrations, in memory too")
     args = parser.parse_args()
+    step = args.step if args.step == "auto" else float(args.step)
+    name_of_table = "planner" if step == "auto" else "planner_fixed_step"
     rows: list[dict[str, Any]] = []
-    machines = {ranks: machine_of(ranks) for ranks in args.ranks}
     for name in args.models:
         for method in ("finite_difference", "exact"):
             for ranks in args.ranks:
                 with model_of(name, args.length, ranks) as config:
                     config |= {
-                        "operator": {"method": method, "check": False}, "lanczos": {"steps": 3},
+                        "operator": {"method": method, "check": False, "step": step}, "lanczos": {"steps": 3},
                         "parallel": {"device": "cpu"},
                     }  # fmt: skip
                     traced = trace(make_config(config), ranks, ranks, gloo=True)
+                    machine = machine_of(ranks)  # each time: its speed is another one an hour later
                     result = run_program(config, ranks)
                 predicted = traced.peak.bytes + traced.rows * traced.row_bytes * traced.width
                 measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
-                time = seconds(traced.product, machines[ranks], ranks, ranks)
+                time = seconds(traced.product, machine, ranks, ranks)
                 product_s = result["timing"]["hvp_s"]
                 rows.append({
                     "model": name, "operator": method.replace("_", " "), "ranks": ranks, "predicted, MB": predicted / 1e6,
@@ -83,7 +86,8 @@ def main() -> None:
                     "time predicted / measured": time.most / product_s,
                 })  # fmt: skip
                 title = "Peak memory of a rank and seconds of a product: the planner against runs"
-                write("planner", title, rows, {"tokens of a rank": f"1 x {args.length}"})  # an end by force keeps these
+                settings = {"tokens of a rank": f"1 x {args.length}", "step of differences": step}
+                write(name_of_table, title, rows, settings)  # after each run: an end by force keeps them
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import nn
 
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch, shifted_targets
 from hpc_hess.model.shard import ShardedModel, shard_model
+from hpc_hess.parallel import shared_memory
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from tests.toys import toy_model, toy_tokens
@@ -106,3 +107,12 @@ def from_global(space: VectorSpace, whole: torch.Tensor) -> Vector:
     parts = [whole[s : s + n] for s, n in zip(*(x.tolist() for x in space.shard.file_intervals), strict=True)]
     data = torch.cat(parts) if parts else whole[:0]
     return space.wrap(data.to(space.dtype).clone())
+
+
+def without_shared_memory() -> None:
+    """Let this process' next mesh exchange through gloo, as ranks of several nodes do."""
+
+    def refuse(*args: object) -> None:
+        raise OSError("not in this test")
+
+    shared_memory.Window.__init__ = refuse  # type: ignore[assignment,method-assign]

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from hpc_hess.model.shard import ShardedModel
-from hpc_hess.parallel.reduce_scatter import all_gather, start_reduce_scatter
 
 Tensors = dict[str, torch.Tensor]
 
@@ -57,7 +56,6 @@ class Exchange:
         self.dtype = compute_dtype or model.space.dtype
         self.sharded = model.sharded and model.world.shard_size > 1
         self._ranks, self._rank = (model.world.shard_size, model.world.shard_rank) if self.sharded else (1, 0)
-        self._group = model.world.mesh.get_group("shard") if self.sharded else None
         self._replicas = model.world.mesh.get_group("replicate") if model.world.num_replicas > 1 else None
         places = {piece.parameter.name: (piece.start, piece.stop) for piece in model.shard.pieces}
         self._pieces = {n: _piece(p, places.get(n)) for n, p in model.module.named_parameters()}
@@ -126,9 +124,7 @@ class Exchange:
         for slot, value in zip(mine.split(sizes), values, strict=True):
             slot[: value.numel()].copy_(value.reshape(-1))
         everyone = torch.empty(self._ranks * mine.numel(), dtype=self.dtype, device=mine.device)
-        # as bytes: not every backend knows every dtype
-        work = all_gather(everyone.view(torch.uint8), mine.view(torch.uint8), group=self._group, async_op=True)
-        return work, everyone
+        return self.world.collectives.start_all_gather(everyone, mine), everyone
 
     def _unpack(self, names: list[str], buffer: torch.Tensor) -> tuple[Tensors, Tensors]:
         offset, full, directions = 0, Tensors(), Tensors()
@@ -163,7 +159,7 @@ class Exchange:
                 everyone[rank, offset : offset + part.numel()].view(part.shape).copy_(part)
             offset += size
         mine = torch.empty(sum(sizes), dtype=everyone.dtype, device=everyone.device)
-        work = start_reduce_scatter(mine, everyone.view(-1), self._group, gloo=self.world.gloo)
+        work = self.world.collectives.start_reduce_scatter(mine, everyone.view(-1))
         self._reductions.append((work, mine, everyone, names))
 
     def finish(self) -> None:

@@ -21,8 +21,6 @@ from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.reduce_scatter import all_gather, start_reduce_scatter
-from hpc_hess.parallel.timers import Timers
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 
@@ -221,9 +219,9 @@ def _fully_shard(
     for m in module.modules():
         if isinstance(m, FSDPModule):
             if world.gloo and hasattr(m, "set_custom_reduce_scatter"):
-                m.set_custom_reduce_scatter(_ReduceScatter(world.timers))  # type: ignore[arg-type]
+                m.set_custom_reduce_scatter(_ReduceScatter(world))  # type: ignore[arg-type]
             if hasattr(m, "set_custom_all_gather"):
-                m.set_custom_all_gather(_AllGather(world.timers))  # type: ignore[arg-type]
+                m.set_custom_all_gather(_AllGather(world))  # type: ignore[arg-type]
             # the loss is already divided by the tokens of the whole set: plain sums over ranks
             m.set_gradient_divide_factor(1.0)
             m.set_force_sum_reduction_for_comms(True)
@@ -232,34 +230,33 @@ def _fully_shard(
         root.set_reduce_scatter_unused_params(True)
 
 
-class _Timed:
-    """What FSDP2 asks of collectives that are not its own."""
+class _Through:
+    """What FSDP2 asks of collectives that are not its own: here, those of the world."""
 
-    def __init__(self, timers: Timers) -> None:
-        self.timers = timers
+    def __init__(self, world: World) -> None:
+        self._collectives, self._timers = world.collectives, world.timers
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _ReduceScatter(_Timed):
-    """Through :func:`start_reduce_scatter`."""
-
+class _ReduceScatter(_Through):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        with self.timers.phase("reduce-scatter"):  # op is a sum: see _fully_shard
-            start_reduce_scatter(output_tensor, input_tensor, group, gloo=True).wait()
+        with self._timers.phase("reduce-scatter"):  # op is a sum: see _fully_shard
+            self._collectives.start_reduce_scatter(output_tensor, input_tensor).wait()
 
 
-class _AllGather(_Timed):
-    """FSDP2's own."""
-
+class _AllGather(_Through):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> Any:
-        with self.timers.phase("all-gather"):
-            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        with self._timers.phase("all-gather"):
+            work = self._collectives.start_all_gather(output_tensor, input_tensor)
+            if not async_op:
+                work.wait()
+            return work
 
 
 def _outside(module: nn.Module, blocks: nn.ModuleList | None) -> bool:

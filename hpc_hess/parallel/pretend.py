@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_hess.parallel.launcher import Launch
+from hpc_hess.parallel.shard_collectives import ShardCollectives, TorchCollectives
 from hpc_hess.parallel.world import World
 
 T = TypeVar("T")
@@ -30,6 +31,10 @@ class PretendWorld(World):
     def gloo(self) -> bool:
         """Whether tensors travel through gloo."""
         return self._by_gloo
+
+    def _open_collectives(self) -> ShardCollectives:
+        """On one node, a reduce-scatter without buffers, as through shared memory."""
+        return TorchCollectives(self._shard_group, gloo=self.gloo and self.launch.num_nodes > 1)
 
     def max_over_ranks(self, value: float, name: str) -> float:
         """Return this rank's value."""

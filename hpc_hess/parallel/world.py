@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
 from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world
+from hpc_hess.parallel.shard_collectives import ShardCollectives, TorchCollectives
+from hpc_hess.parallel.shared_memory import SharedMemory, open_windows
 from hpc_hess.parallel.timers import Timers
 from hpc_hess.parallel.watchdog import Watchdog
 
@@ -46,6 +48,7 @@ class World:
         self.replica, self.num_replicas = 0, 1
         self.shard_rank, self.shard_size = self.rank, self.size
         self._shard_group: Any = None
+        self.collectives: ShardCollectives = TorchCollectives(None, gloo=False)  # until there is a mesh
         self._watchdog: Watchdog | None = None
         self.timers = Timers(device)
 
@@ -138,6 +141,20 @@ class World:
                 kind, (replicate, self.shard_size), mesh_dim_names=("replicate", "shard")
             )
         self._shard_group = self.mesh.get_group("shard")
+        self.collectives = self._open_collectives()
+
+    def _open_collectives(self) -> ShardCollectives:
+        """Choose how parameters and gradients travel: through shared memory where every rank can. Collective: yes."""
+        if self.gloo and self.shard_size > 1:
+            first = self.rank - self.shard_rank
+            windows = open_windows(
+                self.shard_size,
+                lambda mine: self.gather(mine, "share memory")[first : first + self.shard_size],
+                lambda seen: self.all_true(seen, "share memory"),
+            )  # fmt: skip
+            if windows is not None:
+                return SharedMemory(windows, self.shard_rank, self._shard_group)
+        return TorchCollectives(self._shard_group, gloo=self.gloo)
 
     def leave(self) -> None:
         """Leave the process group. Collective: yes."""

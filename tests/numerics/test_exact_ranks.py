@@ -17,6 +17,7 @@ from hpc_hess.model.shard import ShardedModel, shard_model
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from tests.numerics.exact_case import NO_SDPA, micro_batches, objective
+from tests.sharded import without_shared_memory
 from tests.spawn import run_ranks
 from tests.toys import toy_model
 
@@ -57,6 +58,11 @@ def _sharded(world: World, case: Case) -> tuple[ShardedModel, Any, CausalLMObjec
             _fill(parameter, full[name].detach())
     num_tokens = objective([b for r in range(world.size) for b in _rows(r, world.size)]).num_tokens
     return model, plain, objective(_rows(world.rank, world.size), num_tokens)
+
+
+def products_through_gloo(world: World, replicate: int, cases: list[Case]) -> list[Any]:
+    without_shared_memory()
+    return products(world, replicate, cases)
 
 
 def products(world: World, replicate: int, cases: list[Case]) -> list[Any]:
@@ -115,17 +121,18 @@ def _assemble(answers: list[Any], size: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "replicate", "cases"),
+    ("ranks", "replicate", "cases", "how"),
     [
-        (2, 1, [Case("llama"), Case("llama_untied", ["*layers.1*", "model.norm*"])]),
-        (3, 1, [Case("gpt2"), Case("mixtral")]),
-        (2, 2, [Case("llama_untied")]),
+        (2, 1, [Case("llama"), Case("llama_untied", ["*layers.1*", "model.norm*"])], products),
+        (3, 1, [Case("gpt2"), Case("mixtral")], products),
+        (2, 2, [Case("llama_untied")], products),
+        (3, 1, [Case("gpt2")], products_through_gloo),
     ],
-    ids=["2 ranks", "3 ranks", "2 replicas"],
+    ids=["2 ranks", "3 ranks", "2 replicas", "3 ranks through gloo"],
 )
-def test_products_are_those_of_one_process(ranks: int, replicate: int, cases: list[Case]) -> None:
+def test_products_are_those_of_one_process(ranks: int, replicate: int, cases: list[Case], how: Any) -> None:
     alone = products(World.alone(), 1, cases)
-    together = run_ranks(products, ranks, replicate, cases, timeout_s=300)
+    together = run_ranks(how, ranks, replicate, cases, timeout_s=300)
     for number, case in enumerate(cases):
         size = sum(p.numel() for p in toy_model(case.name).parameters())
         whole = _assemble([alone[number]], size)

@@ -22,8 +22,9 @@ from hpc_hess.model.loss import Contribution
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import checkpoint_blocks
+from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.world import World
-from tests.sharded import Whole, assemble, ragged_objective, ragged_rows, send, shard_toy
+from tests.sharded import Whole, assemble, ragged_objective, ragged_rows, send, shard_toy, without_shared_memory
 from tests.spawn import run_ranks
 from tests.toys import MOE, TOYS, toy_model
 
@@ -146,6 +147,20 @@ def test_ranks(num_ranks: int) -> None:
         changed = "qwen2_moe" if num_ranks == 2 else "mixtral"
         assert {d for p, d in dims[changed].items() if ".experts." in p} & {1, 2}
         assert set(dims["llama"].values()) == {0}
+
+
+def on_ranks_through_gloo(world: World, cases: list[Case]) -> list[Answer]:
+    without_shared_memory()
+    answers = on_ranks(world, cases, 1)
+    assert isinstance(world.collectives, TorchCollectives)
+    return answers
+
+
+def test_ranks_that_share_no_memory() -> None:
+    cases = [Case("gpt2", hessian=True), Case("mixtral", micro_batch=2)]
+    answers = run_ranks(on_ranks_through_gloo, 3, cases)
+    for number, case in enumerate(cases):
+        check(case, [answer[number] for answer in answers], 3)
 
 
 def killed_in_a_gradient(world: World) -> None:
