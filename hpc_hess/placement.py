@@ -10,7 +10,6 @@ import resource
 import sys
 from typing import Literal, NamedTuple
 
-import psutil
 import torch
 
 from hpc_hess.config import Config, LanczosSection
@@ -66,13 +65,6 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def used_bytes(device: torch.device) -> int:
-    """Memory of this process on its device now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
 
 
 def place_basis(

@@ -19,7 +19,7 @@ from hpc_hess.model.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.model.weights import fill, open_reader
-from hpc_hess.parallel.memory import release_memory
+from hpc_hess.parallel.memory import release_memory, used_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.report.progress import Progress
@@ -37,6 +37,7 @@ class Problem:
     objective: CausalLMObjective
     gradient: Gradient
     plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
+    program_bytes: int  # in this process before anything of the model's size was there
     sketch: Sketch | None = None  # with operator.sketched: what the matrix is seen through
 
     @property
@@ -71,6 +72,9 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         source = resolve_source(config.model)
         skeleton = build_skeleton(source, config.model)
         samples = load_samples(config.data, config.model, source)
+    if world.size > 1:
+        import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
+    program_bytes = used_bytes(world.device)
     for note in filter(None, [*samples.notes, idle_ranks_note(len(samples), world.size)]):
         progress.note(note)
     progress.phase(f"loading {source.name}")
@@ -92,7 +96,8 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     sketch = None
     if config.operator.sketched:
         sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
-    return Problem(source, samples, model, objective, Gradient(model, objective, routing), plain, sketch)
+    gradient = Gradient(model, objective, routing)
+    return Problem(source, samples, model, objective, gradient, plain, program_bytes, sketch)
 
 
 def make_exact_float32() -> None:

@@ -57,7 +57,7 @@ class Tally:
     product_flops: int = 0  # likewise, of one product of one probe
     limits: list[float] = field(default_factory=list)  # Limits of a rank, the least over the ranks
     peak_bytes: int = 0
-    baseline_bytes: int = 0  # resident before anything is loaded
+    baseline_bytes: int = 0  # resident before the weights are loaded: the program's own
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
     lock_step: int = 1  # the most probes that shared a product
     routed: bool | None = None  # whether experts were chosen at theta_0, which every gradient repeats

@@ -16,7 +16,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
 from hpc_hess.parallel.world import World
-from hpc_hess.placement import Bases, Place, exact_product_bytes, lock_step, place_basis, used_bytes
+from hpc_hess.placement import Bases, Place, exact_product_bytes, lock_step, place_basis
 from hpc_hess.problem import Problem, dtype_of, load_problem
 from hpc_hess.product_watch import ProductWatch, open_product_store, remove_product_store
 from hpc_hess.products import exact_operator
@@ -65,7 +65,6 @@ def run(config: Config, world: World) -> int:
         lock = RunLock.acquire(out, world)
         held.callback(lock.release)
         limits = [] if existing else _limits(config, world)
-        baseline_bytes = used_bytes(world.device)
         problem = load_problem(config, world, progress)
         check_studies(config.analysis, problem)
         attributes = _identity(config, problem)
@@ -92,7 +91,7 @@ def run(config: Config, world: World) -> int:
                 config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
                 bases=Bases(place, problem.space, config.lanczos, store), width=min(wanted, place.width),
             )  # fmt: skip
-            loop.tally.baseline_bytes = baseline_bytes
+            loop.tally.baseline_bytes = problem.program_bytes
             loop.tally.limits = loop.tally.limits or limits
             reason = loop.run()
             searched: dict[str, Any] = {}

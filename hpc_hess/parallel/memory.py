@@ -53,6 +53,13 @@ def device_bytes_free(world: World) -> int:
     return host_bytes_free() // world.launch.local_size
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory of this process on its device now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
 # mallopt's parameters from glibc's malloc.h, and the values that it comes to by itself in a program like this
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
 _USUAL = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
