@@ -102,7 +102,7 @@ def run_program(
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        config = {**config, "run": {"out": str(out)}}
+        config = {**config, "run": {**config.get("run", {}), "out": str(out)}}
         path = Path(folder) / "config.toml"
         path.write_text(tomli_w.dumps(config))
         env = {**os.environ, "OMP_NUM_THREADS": str(threads or max(1, (os.cpu_count() or 1) // ranks))}

@@ -70,7 +70,7 @@ def main() -> None:
                 with model_of(name, args.length, ranks) as config:
                     config |= {
                         "operator": {"method": method, "check": False, "step": step}, "lanczos": {"steps": 3},
-                        "parallel": {"device": "cpu"},
+                        "parallel": {"device": "cpu"}, "run": {"report": False},
                     }  # fmt: skip
                     traced = trace(make_config(config), ranks, ranks, gloo=True)
                     machine = machine_of(ranks)  # each time: its speed is another one an hour later

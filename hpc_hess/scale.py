@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
+import tempfile
+import timeit
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hpc_hess.config import make_config
+from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.errors import ConfigError, LaunchError
+from hpc_hess.linalg import probes
 from hpc_hess.parallel.memory import host_bytes_free
+from hpc_hess.parallel.world import World
+from hpc_hess.planner import trace
+from hpc_hess.problem import load_problem
+from hpc_hess.report.progress import Progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.scaling import write_scaling_page
 from hpc_hess.scaling import laws
 from hpc_hess.scaling.laws import Law, Observed, fit, parted
-from hpc_hess.scaling.machine import measure
+from hpc_hess.scaling.machine import Machine, measure, seconds
 from hpc_hess.scaling.study import Measured, Point, measured, points, read_study
 
+_TRIAL: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
+    "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192,
+    "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_TRIAL_ON_GPU = {"hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 2048}
+_TRIAL_REPEATS = 3
 _LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 
 
@@ -107,8 +125,34 @@ def measure_machine(out: Path) -> int:
     else:
         name, memory = f"{torch.get_num_threads()} threads", host_bytes_free()
     machine = measure(device, name, memory)
+    machine = replace(machine, program_share=_program_share(machine, device))
     write_aside(out, machine.to_json())
     rates = ", ".join(f"{dtype} {rate / 1e9:.4g} GFLOP/s" for dtype, rate in machine.flops_per_s.items())
-    print(f"{name}: {rates}; copies {machine.bytes_per_s / 1e9:.3g} GB/s; {machine.operation_s * 1e6:.3g} us an operation")
+    print(f"{name}: {rates}; copies {machine.bytes_per_s / 1e9:.3g} GB/s; {machine.operation_s * 1e6:.3g} us an operation; "
+          f"a product at {100 * machine.program_share:.3g} % of what these say")  # fmt: skip
     print(out)
     return 0
+
+
+def _program_share(machine: Machine, device: torch.device) -> float:
+    """Return how long a product with a small model should take by ``machine``, over how long it takes.
+
+    Matrix products are smaller than those that were timed, memory is fresh, Python takes its time: less than one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        shape: dict[str, Any] = _TRIAL | (_TRIAL_ON_GPU if device.type == "cuda" else {})
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        length = shape["max_position_embeddings"]
+        np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, shape["vocab_size"], length))
+        config = make_config({
+            "model": {"source": f"{folder}/config.json"}, "parallel": {"device": device.type},
+            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": 1},
+            "operator": {"step": 0.1, "check": False},
+        })  # fmt: skip
+        traced = trace(config, 1, 1, gloo=device.type == "cpu")
+        problem = load_problem(config, World.alone(device.type), Progress(0))
+        operator = FiniteDifferenceHessian(problem.gradient, step=0.1)
+        v = probes.draw(problem.space, seed=0, probe=0, distribution="rademacher")
+
+        taken_s = timeit.repeat(lambda: operator.matvec(v).norm(), number=1, repeat=1 + _TRIAL_REPEATS)  # norm: waits
+        return seconds(traced.product, machine, 1, 1).most / statistics.median(taken_s[1:])

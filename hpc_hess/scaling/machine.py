@@ -32,6 +32,7 @@ class Machine:
     link_bytes_per_s, network_bytes_per_s : of collectives within a node, and of each device's share of the network.
     latency_s : of a collective, for each step of its ring.
     overlap : whether collectives go on beside arithmetic.
+    program_share : how fast a whole program goes, of what these rates say of its operations one by one.
 
     """
 
@@ -44,6 +45,7 @@ class Machine:
     network_bytes_per_s: float
     latency_s: float
     overlap: bool = True
+    program_share: float = 1.0
 
     @classmethod
     def read(cls, name: str) -> Machine:
@@ -105,7 +107,7 @@ def seconds(work: Work, machine: Machine, ranks: int, local_ranks: int) -> Secon
         for operation, n in work.operations.items()
     )  # fmt: skip
     traffic = sum(n * _collective_s(c, machine, ranks, local_ranks) for c, n in work.collectives.items())
-    return Seconds(compute, traffic)
+    return Seconds(compute / machine.program_share, traffic)
 
 
 def _collective_s(collective: Collective, machine: Machine, ranks: int, local_ranks: int) -> float:
