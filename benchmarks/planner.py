@@ -77,7 +77,7 @@ def main() -> None:
                     result = run_program(config, ranks)
                 predicted = traced.peak.bytes + traced.rows * traced.row_bytes * traced.width
                 measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
-                time = seconds(traced.product, machine, ranks, ranks)
+                time = seconds(traced.product, machine, ranks, ranks).at(machine.share(method))
                 product_s = result["timing"]["hvp_s"]
                 rows.append({
                     "model": name, "operator": method.replace("_", " "), "ranks": ranks, "predicted, MB": predicted / 1e6,

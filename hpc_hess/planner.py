@@ -111,7 +111,8 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         dtype = basis_dtype(config.lanczos, model.space.dtype)
         return Trace(
             source.name, model.layout.num_params, model.space.size_local, ranks, min(ranks, local_ranks), count,
-            objective.micro_batches[0].input_ids.numel(), width, rows, model.space.size_local * dtype.itemsize,
+            objective.micro_batches[0].input_ids.numel(), config.operator.method, width, rows,
+            model.space.size_local * dtype.itemsize,
             model.space.dtype.itemsize, watch.work * count, whole, peak,
         )  # fmt: skip
 

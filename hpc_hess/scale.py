@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from hpc_hess.config import make_config
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.errors import ConfigError, LaunchError
 from hpc_hess.linalg import probes
 from hpc_hess.parallel.memory import host_bytes_free
 from hpc_hess.parallel.world import World
 from hpc_hess.planner import trace
 from hpc_hess.problem import load_problem
+from hpc_hess.products import build_operator, exact_operator
 from hpc_hess.report.progress import Progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.scaling import write_scaling_page
@@ -125,34 +125,38 @@ def measure_machine(out: Path) -> int:
     else:
         name, memory = f"{torch.get_num_threads()} threads", host_bytes_free()
     machine = measure(device, name, memory)
-    machine = replace(machine, program_share=_program_share(machine, device))
+    machine = replace(machine, shares=_shares(machine, device))
     write_aside(out, machine.to_json())
     rates = ", ".join(f"{dtype} {rate / 1e9:.4g} GFLOP/s" for dtype, rate in machine.flops_per_s.items())
     print(f"{name}: {rates}; copies {machine.bytes_per_s / 1e9:.3g} GB/s; {machine.operation_s * 1e6:.3g} us an operation; "
-          f"a product at {100 * machine.program_share:.3g} % of what these say")  # fmt: skip
+          + ", ".join(f"products by {kind.replace('_', ' ')} at {100 * share:.3g} % of what these say"
+                      for kind, share in machine.shares.items()))  # fmt: skip
     print(out)
     return 0
 
 
-def _program_share(machine: Machine, device: torch.device) -> float:
-    """Return how long a product with a small model should take by ``machine``, over how long it takes.
+def _shares(machine: Machine, device: torch.device) -> dict[str, float]:
+    """Return, by operator.method, how long a product with a small model should take by ``machine``, over how long it does.
 
     Matrix products are smaller than those that were timed, memory is fresh, Python takes its time: less than one.
     """
+    shape = _TRIAL | (_TRIAL_ON_GPU if device.type == "cuda" else {})
+    length, found = shape["max_position_embeddings"], {}
     with tempfile.TemporaryDirectory() as folder:
-        shape: dict[str, Any] = _TRIAL | (_TRIAL_ON_GPU if device.type == "cuda" else {})
         (Path(folder) / "config.json").write_text(json.dumps(shape))
-        length = shape["max_position_embeddings"]
         np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, shape["vocab_size"], length))
-        config = make_config({
-            "model": {"source": f"{folder}/config.json"}, "parallel": {"device": device.type},
-            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": 1},
-            "operator": {"step": 0.1, "check": False},
-        })  # fmt: skip
-        traced = trace(config, 1, 1, gloo=device.type == "cpu")
-        problem = load_problem(config, World.alone(device.type), Progress(0))
-        operator = FiniteDifferenceHessian(problem.gradient, step=0.1)
-        v = probes.draw(problem.space, seed=0, probe=0, distribution="rademacher")
-
-        taken_s = timeit.repeat(lambda: operator.matvec(v).norm(), number=1, repeat=1 + _TRIAL_REPEATS)  # norm: waits
-        return seconds(traced.product, machine, 1, 1).most / statistics.median(taken_s[1:])
+        for method in ("finite_difference", "exact"):
+            config = make_config({
+                "model": {"source": f"{folder}/config.json"}, "parallel": {"device": device.type},
+                "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": 1},
+                "operator": {"method": method, "step": 0.1, "check": False},
+            })  # fmt: skip
+            traced = trace(config, 1, 1, gloo=device.type == "cpu")
+            problem = load_problem(config, World.alone(device.type), Progress(0))
+            exact = exact_operator(config, problem) if method == "exact" else None
+            operator = build_operator(config, problem, *problem.gradient(), exact)
+            v = probes.draw(problem.space, seed=0, probe=0, distribution="rademacher")
+            # norm: waits for a GPU
+            taken_s = timeit.repeat(lambda a=operator, v=v: a.matvec(v).norm(), number=1, repeat=1 + _TRIAL_REPEATS)  # type: ignore[misc]
+            found[method] = seconds(traced.product, machine, 1, 1).most / statistics.median(taken_s[1:])
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Machine:
     link_bytes_per_s, network_bytes_per_s : of collectives within a node, and of each device's share of the network.
     latency_s : of a collective, for each step of its ring.
     overlap : whether collectives go on beside arithmetic.
-    program_share : how fast a whole program goes, of what these rates say of its operations one by one.
+    shares : by operator.method, how fast whole products are, of what these rates say of their operations one by one.
 
     """
 
@@ -45,7 +45,7 @@ class Machine:
     network_bytes_per_s: float
     latency_s: float
     overlap: bool = True
-    program_share: float = 1.0
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str) -> Machine:
@@ -58,6 +58,10 @@ class Machine:
             return cls(**json.loads(Path(name).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{name} does not describe a machine ({error}); hpc-hess scaling machine writes one") from None
+
+    def share(self, method: str) -> float:
+        """Return the share for an operator.method: 1 where it was not measured."""
+        return self.shares.get(method, 1.0)
 
     def to_json(self) -> str:
         """Return the text of a file that :meth:`read` takes."""
@@ -86,6 +90,10 @@ class Seconds(NamedTuple):
     compute: float
     traffic: float
 
+    def at(self, share: float) -> Seconds:
+        """Return the same where arithmetic reaches a ``share`` of its rates."""
+        return Seconds(self.compute / share, self.traffic)
+
     @property
     def least(self) -> float:
         """Seconds where all traffic goes on beside arithmetic."""
@@ -107,7 +115,7 @@ def seconds(work: Work, machine: Machine, ranks: int, local_ranks: int) -> Secon
         for operation, n in work.operations.items()
     )  # fmt: skip
     traffic = sum(n * _collective_s(c, machine, ranks, local_ranks) for c, n in work.collectives.items())
-    return Seconds(compute / machine.program_share, traffic)
+    return Seconds(compute, traffic)
 
 
 def _collective_s(collective: Collective, machine: Machine, ranks: int, local_ranks: int) -> float:
@@ -134,4 +142,7 @@ def measure(device: torch.device, name: str, memory_bytes: int) -> Machine:
     copy = copy_rate(device)
     small = torch.zeros(1, device=device)
     launch = best_s(lambda: [small.add_(1.0) for _ in range(1000)], device, 5) / 1000
-    return Machine(name, rates, copy, memory_bytes, launch, copy / 2, copy / 2, 1e-5, overlap=device.type != "cpu")
+    if device.type == "cpu":
+        # through shared memory each byte is copied three times, read and written; a barrier ends each piece
+        return Machine(name, rates, copy, memory_bytes, launch, copy / 6, copy / 6, 5e-4, overlap=False)
+    return Machine(name, rates, copy, memory_bytes, launch, copy / 2, copy / 2, 1e-5)

@@ -25,6 +25,7 @@ class Trace:
     Attributes
     ----------
     micro_batches, tokens : of a rank, and tokens of each.
+    method : operator.method.
     width : probes of a group, which share an exact product.
     rows, row_bytes : of the Krylov basis of a probe.
     gradient, product : one gradient, and the product of a group, over all micro-batches.
@@ -39,6 +40,7 @@ class Trace:
     local_ranks: int
     micro_batches: int
     tokens: int
+    method: str
     width: int
     rows: int
     row_bytes: int
@@ -133,10 +135,10 @@ def make_plan(trace: Trace, lanczos: LanczosSection, machine: Machine, host_byte
     ranks, local = trace.ranks, trace.local_ranks
     rows = (trace.rows + 1) // 2 if lanczos.reorthogonalise == "full" else max(2, trace.rows - 1)  # in the mean
     average = seconds(orthogonalisation(trace, rows), machine, ranks, local)
-    return Plan(
-        trace, machine, placement, device, host, seconds(trace.gradient, machine, ranks, local),
-        seconds(trace.product, machine, ranks, local), average.most, -(-lanczos.probes // trace.width), lanczos.steps,
-    )  # fmt: skip
+    gradient = seconds(trace.gradient, machine, ranks, local).at(machine.share("finite_difference"))
+    product = seconds(trace.product, machine, ranks, local).at(machine.share(trace.method))
+    groups = -(-lanczos.probes // trace.width)
+    return Plan(trace, machine, placement, device, host, gradient, product, average.most, groups, lanczos.steps)
 
 
 _SHARDED = ("parameters", "vectors", "calibration")  # categories of a peak that more ranks share
