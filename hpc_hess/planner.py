@@ -28,6 +28,7 @@ from hpc_hess.model.skeleton import build_skeleton, vocabulary_size
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.pretend import pretending
+from hpc_hess.parallel.shared_memory import half_bytes
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.placement import basis_dtype, lock_step
 from hpc_hess.problem import dtype_of
@@ -79,6 +80,9 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         FakeTensorMode(allow_non_fake_inputs=True),
         tracer,
     ):
+        with tracer.category("shared windows"):
+            on_one_node = gloo and 1 < ranks <= local_ranks
+            windows = torch.empty(2 * half_bytes(ranks) * ranks if on_one_node else 0, dtype=torch.uint8)
         with tracer.category("parameters"):
             model = shard_model(
                 skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
@@ -105,6 +109,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
             with tracer.category("products"), tracer.stretch() as check:
                 found += products(reference, vectors[:1])
             peak = max(peak, check.peak, key=lambda peak: peak.bytes)
+        del windows
         count = -(-config.data.sequences // (ranks * config.data.micro_batch))
         whole = product.work - watch.work * watch.calls + watch.work * (watch.calls * count)
         rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)

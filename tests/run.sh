@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install whatever the tests need, then lint, check types and run the whole suite: bash tests/run.sh [pytest arguments]
-# Two files of tests at a time, one thread each (WORKERS=1 for one, whose output is easier to follow).
+# Three files of tests at a time, one thread each: many wait (WORKERS=1 for one, whose output is easier to follow).
 # As root on Debian or Ubuntu everything is installed; else it says what is missing and which tests that costs. Safe to
 # run twice.
 set -euo pipefail
@@ -32,4 +32,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
 "$python" -m mypy
-exec "$python" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+exec "$python" -m pytest -n "${WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

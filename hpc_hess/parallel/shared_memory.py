@@ -26,6 +26,11 @@ _NONCE_BYTES = 16
 Address = tuple[int, int, bytes]  # process, file descriptor, what its window begins with
 
 
+def half_bytes(ranks: int) -> int:
+    """Return the bytes of half a window where so many ranks have one."""
+    return max(_ALL_HALVES_BYTES // ranks, _LEAST_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
 class Window:
     """What a rank shares, which lives as long as a process holds it: nothing is left after a kill.
 
@@ -33,11 +38,11 @@ class Window:
     """
 
     def __init__(self, ranks: int) -> None:
-        self.half_bytes = max(_ALL_HALVES_BYTES // ranks, _LEAST_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._bytes = 2 * half_bytes(ranks)
         self._file = os.memfd_create("hpc_hess")
         nonce = secrets.token_bytes(_NONCE_BYTES)
         try:
-            os.posix_fallocate(self._file, 0, 2 * self.half_bytes)  # else a full memory would kill at the first touch
+            os.posix_fallocate(self._file, 0, self._bytes)  # else a full memory would kill at the first touch
             os.pwrite(self._file, nonce, 0)
         except OSError:
             self.close()
@@ -51,7 +56,7 @@ class Window:
         try:
             if os.pread(opened, _NONCE_BYTES, 0) != nonce:
                 raise OSError("a process of another machine has this number there")
-            shared = mmap.mmap(opened, 2 * self.half_bytes)
+            shared = mmap.mmap(opened, self._bytes)
         finally:
             os.close(opened)
         return torch.frombuffer(shared, dtype=torch.uint8).view(2, -1)
