@@ -79,7 +79,7 @@ def open_windows(
         window = Window(ranks)
     addresses = gather(window.address if window else None)
     if window is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             seen = [window.see(address) for address in addresses if address is not None]
     seen = seen if seen and len(seen) == ranks else None
     agreed = all_true(seen is not None)
