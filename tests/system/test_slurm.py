@@ -73,6 +73,13 @@ class Cluster:
         )  # fmt: skip
         return self.job(number)
 
+    def requeued(self, number: str, times: int) -> None:
+        """Wait until a job was requeued that many times, and spare it the two minutes that it would then wait."""
+        wait_until(lambda: self.job(number)["Restarts"] == str(times), f"requeue {times} of job {number}")
+        wait_until(lambda: self.job(number)["JobState"] in ("PENDING", "RUNNING"), "the requeued job is in the queue")
+        if self.job(number)["JobState"] == "PENDING":
+            self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -150,7 +157,7 @@ def test_a_job_that_is_requeued_twice_ends_with_the_same_bits(cluster: Cluster, 
         before = steps_done(out)
         wait_until(lambda before=before: steps_done(out) >= before + 3, "three more steps")
         cluster.call("scancel", "--batch", "--signal=USR1", number)  # what --signal=B:USR1@300 does near the limit
-        wait_until(lambda restarts=restarts: cluster.job(number)["Restarts"] == str(restarts), f"requeue {restarts}")
+        cluster.requeued(number, restarts)
     job = cluster.wait(number)
     log = (out.parent / "job.out").read_text()
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("COMPLETED", "2", "0:0"), log
@@ -178,7 +185,7 @@ def test_allocations_shorter_than_a_product_get_on(cluster: Cluster, tmp_path: P
         wait_until(lambda n=restarts: log.exists() and log.read_text().count("[probe 1 of 1]") == n, "a product begins")
         time.sleep(0.7 * result(straight)["timing"]["gradient_s"])
         cluster.call("scancel", "--batch", "--signal=USR1", number)
-        wait_until(lambda n=restarts: cluster.job(number)["Restarts"] == str(n), f"requeue {restarts}")
+        cluster.requeued(number, restarts)
     job = cluster.wait(number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), log.read_text()
     assert "and a part of the next product: a signal asked for it" in log.read_text()
@@ -215,8 +222,8 @@ def test_a_real_time_limit_requeues_the_job(cluster: Cluster, tmp_path: Path) ->
                         "--set", f"run.out={out}")  # fmt: skip
     number = said.split()[-1]
     try:
-        wait_until(lambda: int(cluster.job(number)["Restarts"]) >= 1, "the time limit requeues the job", 150)
-        wait_until(lambda: "going on with probe 1 after step" in log.read_text(), "the second start goes on", 120)
+        cluster.requeued(number, 1)
+        wait_until(lambda: "going on with probe 1 after step" in log.read_text(), "the second start goes on")
     finally:
         cluster.call("scancel", number)
         time.sleep(1)

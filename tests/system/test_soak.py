@@ -12,10 +12,11 @@ from tests.system.launching import LAUNCHERS, TOY
 KILLS = 10
 
 
+@pytest.mark.timeout(1500)  # some fifteen runs, beside other tests
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_killed_at_random_instants(script: str, tmp_path: Path) -> None:
     every = 0 if script == "torchrun.sh" else 2  # products in parts, too
-    settings = [TOY, "lanczos.steps=30", "lanczos.probes=2", f"store.checkpoint_every={every}"]
+    settings = [TOY, "lanczos.steps=20", "lanczos.probes=2", f"store.checkpoint_every={every}"]
     found = soak(script, settings, tmp_path, kills=KILLS, seed=1)
     assert found.kills == KILLS
     assert found.resumed + found.before_creation == KILLS
