@@ -87,7 +87,8 @@ def main() -> None:
                 })  # fmt: skip
                 title = "Peak memory of a rank and seconds of a product: the planner against runs"
                 settings = {"tokens of a rank": f"1 x {args.length}", "step of differences": step}
-                write(name_of_table, title, rows, settings)  # after each run: an end by force keeps them
+                command = "planner" if step == "auto" else f"planner --step {step}"
+                write(name_of_table, title, rows, settings, command=command)  # after each run: an end by force keeps them
 
 
 if __name__ == "__main__":
