@@ -67,7 +67,8 @@ def main() -> None:
                 command = [
                     sys.executable, "-m", "hpc_hess", "intrinsic-dimension", f"{folder}/config.toml", "--held-out",
                     str(args.held_out), "--every", str(args.every), "--delta", str(args.delta), "--metric", "loss",
-                    "--learning-rate", str(args.rate), "--smallest", str(args.smallest), "--share", str(args.share), "--baseline-steps", "400", "--baseline-rate",
+                    "--learning-rate", str(args.rate), "--smallest", str(args.smallest), "--share",
+                    str(args.share), "--baseline-steps", "400", "--baseline-rate",
                     "0.003", "--set", f"sketch.kind={kind}", "--set", f"sketch.seed={seed}", "--set", f"run.out={out}",
                 ]  # fmt: skip
                 if target is not None:
@@ -91,8 +92,8 @@ def main() -> None:
         known = [1 << r["log2 D*"] for r in rows if r["sketch"] == kind and r["log2 D*"] != "none"]
         if known:
             spreads.append(f"{kind} {spread_in_bits(known):.0f}")
-    settings = {"rows": args.rows, "held out": args.held_out, "every": args.every, "delta": args.delta, "smallest": args.smallest, "share": args.share, "target (minus the "
-                "loss)": f"{target:.4g}", "rate": args.rate}  # fmt: skip
+    settings = {"rows": args.rows, "held out": args.held_out, "every": args.every, "delta": args.delta, "rate": args.rate,
+                "smallest": args.smallest, "share": args.share, "target (minus the loss)": f"{target:.4g}"}  # fmt: skip
     write("intrinsic_digits", "Intrinsic dimension of digits as token sequences", rows, settings,
           "Spread of log2 D* over seeds: " + ", ".join(spreads) + ". Paper (table 10, SNLI): at most 1.")  # fmt: skip
 
