@@ -82,6 +82,9 @@ class Search:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not valid: it should be above 0")
         if not 0 < self.share <= 1:
             raise ConfigError(f"--share {self.share} is not valid: it should be above 0 and at most 1")
+        best, metric = (100, "accuracy is in percent") if self.metric == "accuracy" else (0, "the loss counts negated")
+        if self.target is not None and not self.target <= best:
+            raise ConfigError(f"--target {self.target} is out of reach: {metric}, so it is at most {best}")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,9 @@ def test_bad_questions_are_one_sentence(toy: Path, tmp_path: Path, world: World,
         Comparison(kinds=("jl",))
     with pytest.raises(ConfigError, match="--largest"):
         Search(smallest=8, largest=4)
+    for metric, target in (("accuracy", 100.5), ("loss", 0.1), ("loss", math.nan)):
+        with pytest.raises(ConfigError, match="out of reach"):
+            Search(metric=metric, target=target)  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
         cli.main(["attribute"])
     assert "PART" in capsys.readouterr().err
