@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hpc_hess.report.comparison import Drawn, drawn, new_figure, write_comparison
 from hpc_hess.report.style import CYCLE, INK, MARKERS, MUTED, STYLE
@@ -52,7 +53,8 @@ def _story(operators: Record) -> str:
     for name, found in operators.items():
         errors = found["time"]["hold_out"].get("errors")
         fit = np.abs(np.array(found["time"]["predicted"]) / np.array(found["time"]["measured"]) - 1)
-        text = f"{name}: the law fits the steps of {len(found['runs'])} runs to {100 * float(np.median(fit)):.3g} % (median)"
+        count = len(found["runs"])
+        text = f"{name}: the law fits the steps of {count} run{'s' * (count > 1)} to {100 * float(np.median(fit)):.3g} % (median)"
         if errors:
             text += f" and, fitted without the largest, predicts these to {100 * float(np.median(np.abs(errors))):.3g} %"
         parts.append(text + ".")
@@ -81,6 +83,10 @@ def _law(out: Path, operators: Record, part: str, title: str, unit: str) -> Draw
     if high > 10 * low:
         scatter.set_xscale("log")
         scatter.set_yscale("log")
+        for axis in (scatter.xaxis, scatter.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     else:
         scatter.locator_params(nbins=5)
     scatter.set_xlabel(f"measured ({unit})")
