@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hpc_hess.report.comparison import Drawn, drawn, new_figure, write_comparison
 from hpc_hess.report.style import CYCLE, INK, MARKERS, MUTED, STYLE
-from hpc_hess.report.words import NONE, duration, minus, number, size
+from hpc_hess.report.words import NONE, duration, minus, number, plural, size
 
 PAGE_NAME = "scaling.html"
 _COLUMNS = ["Run", "Operator", "Parameters", "Ranks", "Tokens", "Product", "Lanczos", "Memory", "Strong", "Weak"]
@@ -53,8 +53,8 @@ def _story(operators: Record) -> str:
     for name, found in operators.items():
         errors = found["time"]["hold_out"].get("errors")
         fit = np.abs(np.array(found["time"]["predicted"]) / np.array(found["time"]["measured"]) - 1)
-        count = len(found["runs"])
-        text = f"{name}: the law fits the steps of {count} run{'s' * (count > 1)} to {100 * float(np.median(fit)):.3g} % (median)"
+        runs = plural(len(found["runs"]), "run")
+        text = f"{name}: the law fits the steps of {runs} to {100 * float(np.median(fit)):.3g} % (median)"
         if errors:
             text += f" and, fitted without the largest, predicts these to {100 * float(np.median(np.abs(errors))):.3g} %"
         parts.append(text + ".")
