@@ -56,17 +56,17 @@ def machine_of(ranks: int) -> Machine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[SMOLLM2, *SHAPES], default=[SMOLLM2, *SHAPES])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4])
+    parser.add_argument("--cases", nargs="+", metavar="MODEL:RANKS,RANKS", help=f"models: {', '.join([SMOLLM2, *SHAPES])}",
+                        default=[f"{name}:1,2,3,4" for name in (SMOLLM2, *SHAPES)])  # fmt: skip
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--step", default="auto", help="of differences; a number saves calibrations, in memory too")
     args = parser.parse_args()
     step = args.step if args.step == "auto" else float(args.step)
     name_of_table = "planner" if step == "auto" else "planner_fixed_step"
     rows: list[dict[str, Any]] = []
-    for name in args.models:
+    for name, _, counts in (case.partition(":") for case in args.cases):
         for method in ("finite_difference", "exact"):
-            for ranks in args.ranks:
+            for ranks in map(int, counts.split(",")):
                 with model_of(name, args.length, ranks) as config:
                     config |= {
                         "operator": {"method": method, "check": False, "step": step}, "lanczos": {"steps": 3},
