@@ -71,7 +71,7 @@ def main() -> None:
                 by_run.setdefault(run, []).append(error)
             for run, errors in by_run.items():
                 for folder_name, name in names.items():
-                    run = run.replace(f"source-{folder_name}", name)
+                    run = run.replace(f"source-{folder_name.replace('_', '-')}", name).replace("sequence_", "")
                 rows.append({
                     "product": operator, "law": f"{law}, {unit}", "run held out": run.split("_", 1)[1].replace("_", ", "),
                     "predicted / measured": 1 + sum(errors) / len(errors), "worst": 1 + max(errors, key=abs),
