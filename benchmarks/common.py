@@ -18,6 +18,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LLAMAS = {
+    "9 M": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096},
+    "24 M": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 10, "vocab_size": 6144},
+    "51 M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 8192},
+    "93 M": {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 14, "vocab_size": 10240},
+    "347 M": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "vocab_size": 32000},
+}  # shapes for random_llama
 
 
 def machine() -> dict[str, Any]:

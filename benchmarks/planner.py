@@ -17,16 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, random_llama, run_program, write
+from benchmarks.common import LLAMAS, ROOT, random_llama, run_program, write
 from hpc_hess.config import make_config
 from hpc_hess.planner import trace
 from hpc_hess.scaling.machine import Machine, seconds
 
-SHAPES = {
-    "Llama, 10 M": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096},
-    "Llama, 60 M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 8192},
-    "Llama, 400 M": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "vocab_size": 32000},
-}
+SHAPES = {f"Llama, {name}": LLAMAS[name] for name in ("9 M", "51 M", "347 M")}
 SMOLLM2 = "SmolLM2-135M"
 
 
