@@ -217,13 +217,14 @@ def test_a_real_time_limit_requeues_the_job(cluster: Cluster, tmp_path: Path) ->
     out = tmp_path / "run"
     settings = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=2000", "--set", "lanczos.reorthogonalise=2"]
     log = out.parent / "job.out"
-    limit = ["--time=00:01:00", "--signal=B:USR1@10"]
+    limit = ["--time=00:02:00", "--signal=B:USR1@10"]
     said = cluster.call("sbatch", *TWO_BY_TWO, *limit, f"--output={log}", "slurm/slq_70b.sh", TOY, *settings,
                         "--set", f"run.out={out}")  # fmt: skip
     number = said.split()[-1]
     try:
         cluster.requeued(number, 1)
-        wait_until(lambda: "going on with probe 1 after step" in log.read_text(), "the second start goes on")
+        cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=60")  # minutes: one limit is enough
+        wait_until(lambda: "going on with probe 1 after step" in log.read_text(), "the second start goes on", 300)
     finally:
         cluster.call("scancel", number)
         time.sleep(1)

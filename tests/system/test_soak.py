@@ -9,7 +9,7 @@ import pytest
 from benchmarks.soak import soak
 from tests.system.launching import LAUNCHERS, TOY
 
-KILLS = 10
+KILLS = 5  # for each launcher; benchmarks.soak has the hundred
 
 
 @pytest.mark.timeout(1500)  # some fifteen runs, beside other tests
