@@ -35,7 +35,7 @@ class Sketch:
     def __init__(self, size: int, settings: SketchSettings) -> None:
         self.size, self.settings, self.dimension = size, settings, settings.dimension
         self._chain = chain(settings, size)
-        self._at_a_time = max(1, _BATCH // self._chain.block)
+        self._at_a_time = max(2, _BATCH // self._chain.block)  # cores share the products of two blocks better
 
     # -- parts of a vector: local ------------------------------------------------------------------------------------
 
