@@ -60,10 +60,8 @@ def lifted(w: torch.Tensor, sketch: Sketch) -> torch.Tensor:
 
 def moved(theta0: Tensors, w: torch.Tensor, sketch: Sketch, layout: Layout) -> Tensors:
     """Return the parameters theta_0 + Phi^T w by name."""
-    flat = lifted(w, sketch)
-    return {
-        p.name: theta0[p.name] + flat[p.global_offset : p.global_offset + p.numel].view(p.shape) for p in layout.parameters
-    }
+    parts = lifted(w, sketch).split([p.numel for p in layout.parameters])  # slices' derivatives would have N entries each
+    return {p.name: theta0[p.name] + part.view(p.shape) for p, part in zip(layout.parameters, parts, strict=True)}
 
 
 def implicit_gradient(
