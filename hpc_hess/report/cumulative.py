@@ -62,9 +62,10 @@ def draw(figure: Figure, result: Mapping[str, Any]) -> str:
     set_symlog(rest, "x", float(inverse_symlog(x[0], linear)), float(inverse_symlog(x[-1], linear)), linear)
     rest.set_xlim(x[0], x[-1])
     rest.set_xlabel("eigenvalue λ (loss per squared parameter), symmetric-log axis")
+    lines = "the quadrature" if len(found) == 1 else f"the mean of {len(found)} quadratures"
     return (
-        f"Above: the share of eigenvalues up to λ; below: the share beyond λ, on either side of zero. Lines: the mean of "
-        f"{len(found)} quadratures. Shaded: where the truth lies with 95 % probability (Gauss-Radau rules of each probe; "
+        f"Above: the share of eigenvalues up to λ; below: the share beyond λ, on either side of zero. Lines: {lines}. "
+        f"Shaded: where the truth lies with 95 % probability (Gauss-Radau rules of each probe; "
         f"the probes' own spread by Chen, Trogdon and Ubaru 2021). {distance(result)}"
     )
 
