@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,36 @@ def digits(path: Path, rows: int) -> None:
     np.save(path, tokens)
 
 
+def search(
+    folder: Path, kind: str, seed: int, args: argparse.Namespace, target: float | None
+) -> tuple[dict[str, Any], float]:
+    """Search with one sketch, for ``target`` or for the share of ordinary training's gain; return (row, target)."""
+    out = folder / f"{kind}-{seed}"
+    command = [
+        sys.executable, "-m", "hpc_hess", "intrinsic-dimension", f"{folder}/config.toml", "--held-out", str(args.held_out),
+        "--every", str(args.every), "--delta", str(args.delta), "--metric", "loss", "--learning-rate", str(args.rate),
+        "--smallest", str(args.smallest), "--share", str(args.share), "--baseline-steps", "400", "--baseline-rate", "0.003",
+        "--set", f"sketch.kind={kind}", "--set", f"sketch.seed={seed}", "--set", f"run.out={out}",
+    ]  # fmt: skip
+    if target is not None:
+        command += ["--target", str(target)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (folder / f"{kind}-{seed}.log").open("w") as log:
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, check=True)
+    record = json.loads((out / "intrinsic_dimension.json").read_text())
+    found = record["dimension"]
+    row = {
+        "sketch": kind, "seed": seed, "log2 D*": "none" if found is None else int(np.log2(found)),
+        "steps": record["search"][-1][0], "reached": record["search"][-1][2],
+        "at half": max((v for _, v in record["half"]), default=""), "half reaches it": record["half_reached"],
+    }  # fmt: skip
+    print(row, flush=True)
+    if target is None:  # the first one's page
+        page = out / "figures" / "intrinsic_dimension.png"
+        (ROOT / "benchmarks" / "results" / "intrinsic_digits.png").write_bytes(page.read_bytes())
+    return row, record["threshold"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=["affd", "ffd", "afjl", "qk"])
@@ -50,9 +81,9 @@ def main() -> None:
     parser.add_argument("--smallest", type=int, default=128)
     parser.add_argument("--delta", type=float, default=0.02)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     from transformers import LlamaConfig
 
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         digits(Path(folder) / "digits.npy", args.rows)
@@ -60,33 +91,11 @@ def main() -> None:
             f'[model]\nsource = "{folder}/config.json"\n[data]\nsource = "tokens:{folder}/digits.npy"\nrows = "pad"\n'
             f"sequence_length = 65\nsequences = {args.rows}\nmicro_batch = 32\n"
         )
-        target = None
-        for kind in args.kinds:
-            for seed in range(args.seeds):
-                out = Path(folder) / f"{kind}-{seed}"
-                command = [
-                    sys.executable, "-m", "hpc_hess", "intrinsic-dimension", f"{folder}/config.toml", "--held-out",
-                    str(args.held_out), "--every", str(args.every), "--delta", str(args.delta), "--metric", "loss",
-                    "--learning-rate", str(args.rate), "--smallest", str(args.smallest), "--share",
-                    str(args.share), "--baseline-steps", "400", "--baseline-rate",
-                    "0.003", "--set", f"sketch.kind={kind}", "--set", f"sketch.seed={seed}", "--set", f"run.out={out}",
-                ]  # fmt: skip
-                if target is not None:
-                    command += ["--target", str(target)]
-                subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-                record = json.loads((out / "intrinsic_dimension.json").read_text())
-                target = record["threshold"]  # the same for all
-                found = record["dimension"]
-                rows.append({
-                    "sketch": kind, "seed": seed, "log2 D*": "none" if found is None else int(np.log2(found)),
-                    "steps": record["search"][-1][0], "reached": record["search"][-1][2],
-                    "at half": max((v for _, v in record["half"]), default=""),
-                    "half reaches it": record["half_reached"],
-                })  # fmt: skip
-                print(rows[-1], flush=True)
-                if not (args.seeds > 1 and len(rows) > 1):
-                    page = out / "figures" / "intrinsic_dimension.png"
-                    (ROOT / "benchmarks" / "results" / "intrinsic_digits.png").write_bytes(page.read_bytes())
+        cases = [(kind, seed) for kind in args.kinds for seed in range(args.seeds)]
+        first, target = search(Path(folder), *cases[0], args, None)
+        rows.append(first)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each; the target is the same for all
+            rows += [row for row, _ in pool.map(lambda case: search(Path(folder), *case, args, target), cases[1:])]
     spreads = []
     for kind in args.kinds:
         known = [1 << r["log2 D*"] for r in rows if r["sketch"] == kind and r["log2 D*"] != "none"]
