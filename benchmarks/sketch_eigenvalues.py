@@ -67,8 +67,8 @@ def main() -> None:
     })  # fmt: skip
     problem = load_problem(config, world, Progress(0))
     operator = exact_operator(config, problem)
-    v = probes.draw(operator.space, seed=1, probe=0, distribution="rademacher")  # its norm is 1
-    trace = operator.space.size * v.dot(operator.matvec(v))
+    v = probes.draw(operator.space, seed=1, probe=0, distribution="rademacher")
+    trace = v.dot(operator.matvec(v))  # of one probe
     exact = largest(operator, args.basis, args.products)
     print("unsketched", exact, f"trace about {trace:.0f}", flush=True)
     settings = {"tokens": f"{args.sequences} x {args.length}", "trace": f"{trace:.0f}", "threads": torch.get_num_threads(),
