@@ -83,7 +83,6 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import LlamaConfig
 
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         digits(Path(folder) / "digits.npy", args.rows)
@@ -93,7 +92,7 @@ def main() -> None:
         )
         cases = [(kind, seed) for kind in args.kinds for seed in range(args.seeds)]
         first, target = search(Path(folder), *cases[0], args, None)
-        rows.append(first)
+        rows = [first]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # one thread each; the target is the same for all
             rows += [row for row, _ in pool.map(lambda case: search(Path(folder), *case, args, target), cases[1:])]
     spreads = []

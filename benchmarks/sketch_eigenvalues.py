@@ -72,6 +72,7 @@ def main() -> None:
     exact = largest(operator, args.basis, args.products)
     print("unsketched", exact, f"trace about {trace:.0f}", flush=True)
     settings = {"tokens": f"{args.sequences} x {args.length}", "trace": f"{trace:.0f}", "threads": torch.get_num_threads(),
+                "basis": f"{args.basis} vectors, sketched {args.sketched_basis}",
                 "eigenvalues": ", ".join(f"{v:.4g}" for v in exact.values)}  # fmt: skip
     rows: list[dict[str, Any]] = []
 
@@ -82,7 +83,8 @@ def main() -> None:
         })  # fmt: skip
         print(rows[-1], found.values, flush=True)
         write("sketch_eigenvalues", "Ten largest eigenvalues of SmolLM2-135M's Hessian in sketch space", rows, settings,
-              "Error: mean relative error of the ten largest eigenvalues. Residual: the largest of the ten.")  # fmt: skip
+              "Error: mean relative error of the ten largest eigenvalues. Residual: the largest of the ten.",
+              f"sketch_eigenvalues --sequences {args.sequences} --cases {' '.join(args.cases)}")  # fmt: skip
 
     add("none", operator.space.size, exact)
     for case in args.cases:
@@ -100,4 +102,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-

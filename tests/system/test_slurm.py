@@ -75,7 +75,7 @@ class Cluster:
 
     def requeued(self, number: str, times: int) -> None:
         """Wait until a job was requeued that many times, and spare it the two minutes that it would then wait."""
-        wait_until(lambda: self.job(number)["Restarts"] == str(times), f"requeue {times} of job {number}")
+        wait_until(lambda: self.job(number)["Restarts"] == str(times), f"requeue {times} of job {number}", 300)
         wait_until(lambda: self.job(number)["JobState"] in ("PENDING", "RUNNING"), "the requeued job is in the queue")
         if self.job(number)["JobState"] == "PENDING":
             self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
