@@ -11,6 +11,7 @@ from torch import nn
 
 from hpc_hess.config import Config
 from hpc_hess.errors import NumericsError
+from hpc_hess.intake.findings import Intake
 from hpc_hess.model.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CausalLMObjective
@@ -38,6 +39,7 @@ class Problem:
     gradient: Gradient
     plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
     program_bytes: int  # in this process before anything of the model's size was there
+    intake: Intake  # what was found about everything that came in
     sketch: Sketch | None = None  # with operator.sketched: what the matrix is seen through
 
     @property
@@ -75,6 +77,8 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     if world.size > 1:
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
     program_bytes = used_bytes(world.device)
+    intake = Intake(progress.note)
+    intake.add(*source.findings, *samples.findings)
     for note in filter(None, [*samples.notes, idle_ranks_note(len(samples), world.size)]):
         progress.note(note)
     progress.phase(f"loading {source.name}")
@@ -86,8 +90,10 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     with world.together("read the weights"):
         reader = open_reader(source, config.model, skeleton)
         fill(model.module, reader, world.shard_rank, world.shard_size)
+        found = reader.findings
         reader.close()
         release_memory()
+    intake.add(*found)
     routing = Routing(model.module, config.operator.routing)
     if config.model.activation_checkpointing:
         checkpoint_blocks(model.module)
@@ -97,7 +103,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     if config.operator.sketched:
         sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
     gradient = Gradient(model, objective, routing)
-    return Problem(source, samples, model, objective, gradient, plain, program_bytes, sketch)
+    return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
 
 
 def make_exact_float32() -> None:

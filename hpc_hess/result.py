@@ -122,6 +122,7 @@ def make_result(
                      "scheme": config.operator.scheme, "dtype": config.model.compute_dtype,
                      "master_dtype": config.model.master_dtype, "computes": tally.computes or None,
                      "sketch": config.sketch.model_dump() if config.operator.sketched else None},
+        "intake": problem.intake.to_json(),
         "loss": tally.loss,
         "gradient_norm": tally.gradient_norm,
         "steps": config.lanczos.steps,

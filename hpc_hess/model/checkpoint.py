@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hpc_hess.errors import ModelError
+from hpc_hess.intake.findings import Finding
 from hpc_hess.model.conversion import model_tensors
 from hpc_hess.model.lazy import Computed, Lazy
 from hpc_hess.model.stored import SafetensorsFiles
@@ -32,6 +33,7 @@ class SafetensorsReader:
 
     def __init__(self, directory: Path, skeleton: nn.Module) -> None:
         self._directory = directory
+        self.findings: list[Finding] = []
         self._files = SafetensorsFiles(directory)
         self._tensors = model_tensors(self._files.tensors(), skeleton)
         self._tie(skeleton)

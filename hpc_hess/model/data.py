@@ -11,6 +11,7 @@ import torch
 
 from hpc_hess.config import DataSection, ModelSection
 from hpc_hess.errors import DataError
+from hpc_hess.intake.findings import Finding
 from hpc_hess.model.documents import documents
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch, shifted_targets
 from hpc_hess.model.skeleton import max_positions, vocabulary_size
@@ -27,7 +28,7 @@ class Samples:
     ``input_ids``, ``labels``, ``attention_mask`` : [n, L] int64 with L the longest row; labels are the ids themselves,
     -100 on padding (shifting is the loss's work, so a row's first token is never a target).
     ``num_tokens`` : predicted tokens in the whole set. ``fingerprint`` : sha256 of rows and masks.
-    ``notes`` : what a user should know (fewer rows than asked for, a padded last row).
+    ``notes`` : what a user should know (fewer rows than asked for, a padded last row). ``findings`` : of the intake.
     """
 
     input_ids: torch.Tensor
@@ -36,6 +37,7 @@ class Samples:
     num_tokens: int
     fingerprint: str
     notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)

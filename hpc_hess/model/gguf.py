@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hpc_hess.errors import ModelError
+from hpc_hess.intake.findings import Finding
 from hpc_hess.model.conversion import model_tensors
 from hpc_hess.model.lazy import Lazy, Resident
 
@@ -24,6 +25,7 @@ class GgufReader:
     """
 
     def __init__(self, path: Path, skeleton: nn.Module) -> None:
+        self.findings: list[Finding] = []
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
         try:

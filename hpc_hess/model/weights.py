@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
+from hpc_hess.intake.findings import Finding
 from hpc_hess.model.checkpoint import SafetensorsReader
 from hpc_hess.model.gguf import GgufReader
 from hpc_hess.model.random_weights import RandomWeights
@@ -20,7 +21,9 @@ _BLOCK = 1 << 24  # entries copied at a time
 
 
 class WeightReader(Protocol):
-    """Serves slices of a model's parameters by the model's own names."""
+    """Serves slices of a model's parameters by the model's own names; ``findings`` say what it found besides."""
+
+    findings: list[Finding]
 
     def read(self, name: str, dim: int, low: int, high: int) -> torch.Tensor:
         """Return entries [low, high) of ``name`` along ``dim``: CPU, any floating dtype. A scalar comes whole."""

@@ -21,15 +21,16 @@ _LINALG = {"linalg", "parallel", *_BASE}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
+    "intake": {"parallel", *_BASE},
     "parallel": _BASE,
     "linalg": {"parallel", *_BASE},
-    "model": _LINALG,
+    "model": {"intake", *_LINALG},
     "storage": _LINALG,
-    "curvature": {"model", *_LINALG},
+    "curvature": {"model", "intake", *_LINALG},
     "report": {"storage", *_LINALG},
-    "scaling": {"storage", "curvature", "model", *_LINALG},
-    "analysis": {"storage", "curvature", "model", *_LINALG},
-    "sketch": {"storage", "curvature", "model", *_LINALG},
+    "scaling": {"storage", "curvature", "model", "intake", *_LINALG},
+    "analysis": {"storage", "curvature", "model", "intake", *_LINALG},
+    "sketch": {"storage", "curvature", "model", "intake", *_LINALG},
 }
 ALLOWED["run"] = {*ALLOWED}
 ALLOWED["top"] = {*ALLOWED, "run"}
