@@ -73,7 +73,7 @@ def chain(settings: SketchSettings, size: int) -> Chain:
     if kind == "ffd":
         M = D
     if kind in ("affd", "afjl") and D > M:
-        raise ConfigError(f"blocks of {M} entries cannot be sketched to {D} numbers: the block should be at least sketch.dimension = {D}")
+        raise ConfigError(f"blocks of {M} entries are smaller than sketch.dimension = {D}: take larger blocks")
     blocks = -(-size // M)
 
     def transform(which: int, rows: int, *, columns: bool = False) -> Transform:

@@ -128,7 +128,8 @@ def dense_spectrum(model: nn.Module, ids: torch.Tensor | None = None) -> tuple[f
     for first in range(0, size, 64):
         picks = torch.eye(size, dtype=flat.dtype)[first : first + 64]
         rows = torch.autograd.grad(flat, parameters, picks, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        blocks.append(torch.cat([(torch.zeros(len(picks), p.numel(), dtype=p.dtype) if r is None
-                                  else r.reshape(len(picks), -1)) for r, p in zip(rows, parameters, strict=True)], 1))  # fmt: skip
+        found = [torch.zeros_like(p).expand(len(picks), *p.shape) if r is None else r
+                 for r, p in zip(rows, parameters, strict=True)]  # fmt: skip
+        blocks.append(torch.cat([each.reshape(len(picks), -1) for each in found], 1))
     matrix = torch.cat(blocks)
     return float(loss.detach()), np.linalg.eigvalsh((0.5 * (matrix + matrix.T)).numpy())

@@ -1,4 +1,4 @@
-"""Sentences that are tried: every command and every setting that a message of the program names exists and can be followed."""
+"""Sentences that are tried: what a message of the program names exists and can be followed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -20,14 +20,17 @@ from hpc_hess.intake.findings import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 _SECTIONS = "|".join(Config.model_fields)
-_SETTING = re.compile(rf"(?<![\w./`-])({_SECTIONS})\.([a-z]\w*)(?![\w(])(?:\s*=\s*(\"[^\"{{]*\"|'[^'{{]*'|\[[^\]{{]*\]|\d[\d.]*|true|false))?")
-_COMMAND = re.compile(r"(?:hpc-hess|python -m hpc_hess) (?!takes)((?:[a-z][a-z-]*)(?: [a-z]+)?)((?: (?:--[a-z-]+|[A-Z<{][\w./>}]*))*)")
+_VALUE = r"\"[^\"{]*\"|'[^'{]*'|\[[^\]{]*\]|\d[\d.]*|true|false"
+_SETTING = re.compile(rf"(?<![\w./`-])({_SECTIONS})\.([a-z]\w*)(?![\w(])(?:\s*=\s*({_VALUE}))?")
+_COMMAND = re.compile(
+    r"(?:hpc-hess|python -m hpc_hess) (?!takes)([a-z][a-z-]*(?: [a-z]+)?)((?: (?:--[a-z-]+|[A-Z<{][\w./>}]*))*)"
+)
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)")
 _SCRIPT = re.compile(r"\b((?:launch|slurm|docs|benchmarks)/[\w./-]+\.(?:sh|md|toml|py))")
 _EXTRA = re.compile(r"hpc-hess\[(\w+)\]")
 # what the sentences of other programs name: their own options
-_FOREIGN = {"--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test", "--nodes",
-            "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary"}  # fmt: skip
+_FOREIGN = {"--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test",
+            "--nodes", "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary"}  # fmt: skip
 _NOT_SETTINGS = {"model.safetensors", "model.layers", *CHECKS}  # files, parameters, checks of the intake
 
 
@@ -49,7 +52,8 @@ def texts() -> Iterator[Text]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             and node.body and isinstance(node.body[0], ast.Expr)
         }  # fmt: skip
-        inside = {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in ast.walk(node) if v is not node}
+        joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+        inside = {id(inner) for node in joined for inner in ast.walk(node) if inner is not node}
         for node in ast.walk(tree):
             where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.JoinedStr) and id(node) not in inside:
@@ -201,16 +205,12 @@ def test_unknown_keys_are_answered_with_one_that_exists() -> None:
         assert near[2] in type(Config.model_fields[near[1]].default).model_fields
 
 
-def test_the_commands_of_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_the_readme_parse() -> None:
     parser, seen = _parser(), 0
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for line in page.read_text().splitlines():
             match = re.match(r"\s*(?:python -m hpc_hess|hpc-hess) (.*)", line)
             if match and "..." not in line:
-                words: Any = shlex.split(match[1], comments=True)
-                try:
-                    parser.parse_args(words)
-                except SystemExit as error:
-                    assert error.code == 0, f"{page.name}: {line}: {capsys.readouterr().err}"
+                parser.parse_args(shlex.split(match[1], comments=True))  # SystemExit: it does not parse
                 seen += 1
     assert seen > 10
