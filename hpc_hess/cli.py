@@ -234,12 +234,13 @@ def _plan(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     planner = Planner(config, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30))
+    intake = planner.intake(lambda line: print(line, file=sys.stderr)).to_json()
     nodes = powers_up_to(max(args.nodes)) if args.sweep else args.nodes
     found = [planner.plan(count) for count in (nodes[:1] if args.smallest else nodes)]
     if args.smallest:
         found = [planner.smallest(found[0]) or found[0]]
     suggested = [] if found[-1].fits or len(found) > 1 else planner.suggestions(found[-1])
-    plans, changes = [describe(plan) for plan in found], [(change, describe(plan)) for change, plan in suggested]
+    plans, changes = [describe(plan) | {"intake": intake} for plan in found], [(change, describe(plan)) for change, plan in suggested]
     if args.json:
         print(json.dumps([*plans, *({"change": change, **plan} for change, plan in changes)], indent=2))
     else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.self_check import Choice
 from hpc_hess.errors import ConfigError
+from hpc_hess.intake.findings import Intake, unchecked
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.accumulation import Unwatched
@@ -142,6 +144,13 @@ class Planner:
             raise ConfigError("a run with operator.sketched = true cannot be planned yet: plan it without")
         self.config, self._local_ranks, self._host_bytes = config, local_ranks, host_bytes
         self._machine = Machine.read(machine)
+
+    def intake(self, say: Callable[[str], object] | None = None) -> Intake:
+        """Return what the checks of the model's files find; ``say`` shows the line of each. Raises ModelError."""
+        found = Intake(say)
+        found.add(*resolve_source(self.config.model).findings)
+        found.add(unchecked("data.source", "a plan reads no data"), unchecked("model.causal", "a plan runs no forward pass"))
+        return found
 
     def plan(self, nodes: int, config: Config | None = None) -> Plan:
         """Trace the run on ``nodes`` nodes, with another configuration if given. Raises as :func:`trace` does."""

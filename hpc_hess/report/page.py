@@ -70,6 +70,7 @@ def render(run: RunFiles, plots: Sequence[Plot]) -> str:
         title=f"{_kind(result)} spectrum of {model_name(result.get('model'))}",
         story=minus_signs(story(result)),
         cautions=[minus_signs(text) for text in warnings(result)],
+        intake=_intake(result.get("intake")),
         cards=_cards(result),
         plots=[(plot, _inline(plot.svg)) for plot in plots],
         probes=_probe_tables(result),
@@ -196,6 +197,15 @@ def _errors(errors: Any) -> list[Row]:
         shown = minus_signs("not measured" if value is None else _quantity(key, value))
         rows.append(Row(label + (f", {_label(rest).lower()}" if rest else ""), shown, meaning))
     return rows
+
+
+def _intake(findings: Any) -> list[Row]:
+    """Return what the checks of everything that came in found: name, verdict, sentence."""
+    verdicts = {"noted": "note"}
+    return [
+        Row(str(f.get("check")), verdicts.get(f.get("verdict"), str(f.get("verdict"))), str(f.get("text")))
+        for f in findings or []
+    ]
 
 
 def _facts(run: RunFiles) -> list[tuple[str, list[Row]]]:

@@ -29,8 +29,10 @@ _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)")
 _SCRIPT = re.compile(r"\b((?:launch|slurm|docs|benchmarks)/[\w./-]+\.(?:sh|md|toml|py))")
 _EXTRA = re.compile(r"hpc-hess\[(\w+)\]")
 # what the sentences of other programs name: their own options
-_FOREIGN = {"--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test",
-            "--nodes", "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary"}  # fmt: skip
+_FOREIGN = {
+    "--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test", "--nodes",
+    "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary",
+}  # fmt: skip
 _NOT_SETTINGS = {"model.safetensors", "model.layers", *CHECKS}  # files, parameters, checks of the intake
 
 

@@ -1,0 +1,103 @@
+"""Tiny models of all causal LM types of transformers through the intake: which are refused or noted, and why."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import write
+from benchmarks.tiny_models import VOCABULARY, names, tiny_model
+from hpc_hess.config import make_config
+from hpc_hess.errors import HpcHessError
+from hpc_hess.parallel.world import World
+from hpc_hess.problem import load_problem
+from hpc_hess.report.progress import Progress
+
+_LONGEST_S = 120
+
+
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"took over {seconds} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def measured(kind: str, world: World) -> dict[str, str]:
+    """Save the tiny model of a type and load it as ``run`` does; return what the intake said of it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = tiny_model(kind)
+        with torch.no_grad():
+            model(input_ids=torch.arange(3, 15)[None], use_cache=False)
+    except Exception as error:
+        return {"runs in transformers": "no", "verdict": "", "why": str(error).strip().splitlines()[0][:150]}
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(folder)
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        except Exception as error:
+            return {"runs in transformers": "not when saved", "verdict": "", "why": str(error).strip().splitlines()[0][:150]}
+        np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, VOCABULARY, 48))
+        config = make_config({
+            "model": {"source": folder, "attention": "eager"},
+            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 12, "sequences": 4},
+        })  # fmt: skip
+        try:
+            problem = load_problem(config, world, Progress(0))
+        except HpcHessError as error:
+            return {"runs in transformers": "yes", "verdict": "refused", "why": str(error).replace(folder, "DIR")}
+    found = [f for f in problem.intake.findings if f.verdict != "passed"]
+    text = "; ".join(f"{f.check}: {f.text}" for f in found).replace(folder, "DIR")
+    return {"runs in transformers": "yes", "verdict": "noted" if found else "passed", "why": text}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="these model types only, without writing the table")
+    chosen = parser.parse_args().types
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    world, rows = World.join("cpu", 60.0), []
+    for kind, name in names().items():
+        if chosen and kind not in chosen:
+            continue
+        try:
+            with limited(_LONGEST_S):
+                row = measured(kind, world)
+        except Exception as error:  # a traceback: what this table is to find
+            row = {"runs in transformers": "yes", "verdict": f"ERROR {type(error).__name__}", "why": str(error)[:150]}
+        rows.append({"type": kind, "class": name, **row})
+        print(rows[-1], flush=True)
+    if chosen:
+        return
+    ran = [row for row in rows if row["runs in transformers"] == "yes"]
+    counts = {verdict: sum(row["verdict"] == verdict for row in ran) for verdict in ("passed", "noted", "refused")}
+    counts["error"] = len(ran) - sum(counts.values())
+    write("intake_sweep", "The intake over tiny models of all causal LM types of transformers", rows,
+          {"types": len(rows), "run a forward pass when tiny": len(ran), **counts})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
