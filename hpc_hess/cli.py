@@ -240,7 +240,8 @@ def _plan(args: argparse.Namespace) -> int:
     if args.smallest:
         found = [planner.smallest(found[0]) or found[0]]
     suggested = [] if found[-1].fits or len(found) > 1 else planner.suggestions(found[-1])
-    plans, changes = [describe(plan) | {"intake": intake} for plan in found], [(change, describe(plan)) for change, plan in suggested]
+    plans = [describe(plan) | {"intake": intake} for plan in found]
+    changes = [(change, describe(plan)) for change, plan in suggested]
     if args.json:
         print(json.dumps([*plans, *({"change": change, **plan} for change, plan in changes)], indent=2))
     else:
