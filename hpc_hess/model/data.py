@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,14 +12,13 @@ import torch
 
 from hpc_hess.config import DataSection, ModelSection
 from hpc_hess.errors import DataError
-from hpc_hess.intake.findings import Finding
-from hpc_hess.model.documents import documents
+from hpc_hess.intake.findings import Finding, noted, passed
+from hpc_hess.intake.masks import IGNORED
+from hpc_hess.model.documents import Document, documents
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch, shifted_targets
 from hpc_hess.model.skeleton import max_positions, vocabulary_size
 from hpc_hess.model.source import Source
 from hpc_hess.model.tokenizer import LazyTokenizer
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Samples:
     """The data set: row i is sample i on any number of ranks.
 
     ``input_ids``, ``labels``, ``attention_mask`` : [n, L] int64 with L the longest row; labels are the ids themselves,
-    -100 on padding (shifting is the loss's work, so a row's first token is never a target).
+    -100 on padding and where the data say so (shifting is the loss's work, so a row's first token is never a target).
+    ``places`` : the line or row of the source that each row comes from; empty where rows are packed.
     ``num_tokens`` : predicted tokens in the whole set. ``fingerprint`` : sha256 of rows and masks.
     ``notes`` : what a user should know (fewer rows than asked for, a padded last row). ``findings`` : of the intake.
     """
@@ -37,6 +38,7 @@ class Samples:
     num_tokens: int
     fingerprint: str
     notes: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -62,44 +64,63 @@ def load_samples(section: DataSection, model: ModelSection, source: Source) -> S
             f"data.sequence_length = {section.sequence_length} is longer than the model's {longest} positions: "
             f"set it to {longest} or less"
         )
-    tokenizer = LazyTokenizer(model, source)
-    stream = documents(section.source, section.text_field, tokenizer, by_line=section.rows == "pad")
-    if section.rows == "pack":
-        separate = section.source.startswith(("jsonl:", "datasets:"))
-        rows = list(_pack(_joined(stream, tokenizer, separate), section.sequence_length, section.sequences))
-    else:
+    tokenizer, findings = LazyTokenizer(model, source), list[Finding]()
+    by_line = section.rows == "pad"
+    stream = documents(section.source, section.text_field, tokenizer, by_line, findings.append)
+    if section.rows == "pack" and section.source.startswith(("datasets:", "tokens:")):
+        first = list(itertools.islice(stream, section.sequences))
+        by_line = any(document.predicted is not None for document in first)
+        stream = itertools.chain(first, stream)
+        if by_line:
+            findings.append(noted("data.mask", "the data have masks: each of their rows stays a row of its own, not packed"))
+    if by_line:
         rows = list(_pad(stream, section.sequence_length, section.sequences))
-    return make_samples(rows, section, vocabulary_size(source.hf_config), tokenizer.padding)
+    else:
+        separate = section.source.startswith(("jsonl:", "datasets:"))
+        packed = _pack(_joined(stream, tokenizer, separate), section.sequence_length, section.sequences)
+        rows = [Document(row) for row in packed]
+    samples = make_samples(rows, section, vocabulary_size(source.hf_config), tokenizer.padding)
+    found = passed("data.source", f"{len(samples)} rows, {samples.num_tokens} predicted tokens")
+    return replace(samples, findings=[found, *findings, *tokenizer.findings])
 
 
-def make_samples(rows: list[np.ndarray], section: DataSection, vocabulary: int, padding: int = 0) -> Samples:
-    """Build Samples from rows of ids, each of 2 to ``sequence_length`` tokens. Collective: no.
+def make_samples(rows: list[Document], section: DataSection, vocabulary: int, padding: int = 0) -> Samples:
+    """Build Samples from rows, each of 2 to ``sequence_length`` tokens. Collective: no.
 
     Raises
     ------
-    DataError : no rows, or a token id outside 0..vocabulary-1.
+    DataError : no rows, no token that is predicted, or a token id outside 0..vocabulary-1.
 
     """
     if not rows:
         raise DataError(f"data.source = '{section.source}' is empty: it has no row of at least two tokens")
-    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    low, high = min(int(row.ids.min()) for row in rows), max(int(row.ids.max()) for row in rows)
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
         raise DataError(
             f"token id {bad} of data.source = '{section.source}' is outside the model's vocabulary of {vocabulary} "
             "tokens: the data, or model.tokenizer, belong to another model"
         )
-    length = max(len(row) for row in rows)
+    length = max(len(row.ids) for row in rows)
     padding = padding if 0 <= padding < vocabulary else 0
     input_ids = torch.full((len(rows), length), padding, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
+    predicted = torch.zeros_like(input_ids, dtype=torch.bool)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.from_numpy(row.copy())  # a mapped file is read-only
-        attention_mask[i, : len(row)] = 1
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
+        input_ids[i, : len(row.ids)] = torch.from_numpy(row.ids.copy())  # a mapped file is read-only
+        attention_mask[i, : len(row.ids)] = 1
+        predicted[i, : len(row.ids)] = True if row.predicted is None else torch.from_numpy(row.predicted.copy())
+    labels = input_ids.masked_fill(~predicted, IGNORED)
+    num_tokens = int((shifted_targets(labels) != IGNORED).sum())
+    if not num_tokens:
+        raise DataError(f"data.source = '{section.source}': the masks leave no token that is predicted")
     digest = hashlib.sha256(repr(tuple(labels.shape)).encode() + labels.numpy().tobytes())
-    notes = _notes(rows, section)
-    return Samples(input_ids, labels, attention_mask, sum(len(r) - 1 for r in rows), digest.hexdigest(), notes)
+    if any(row.predicted is not None for row in rows):
+        digest.update(input_ids.masked_fill(attention_mask == 0, -1).numpy().tobytes())
+    places = [row.place for row in rows] if all(row.place for row in rows) else []
+    return Samples(
+        input_ids, labels, attention_mask, num_tokens, digest.hexdigest(), _notes([r.ids for r in rows], section), places
+    )
 
 
 def _notes(rows: list[np.ndarray], section: DataSection) -> list[str]:
@@ -111,10 +132,10 @@ def _notes(rows: list[np.ndarray], section: DataSection) -> list[str]:
     return notes
 
 
-def _joined(stream: Iterable[np.ndarray], tokenizer: LazyTokenizer, separate: bool) -> Iterator[np.ndarray]:
+def _joined(stream: Iterable[Document], tokenizer: LazyTokenizer, separate: bool) -> Iterator[np.ndarray]:
     """Yield the documents, with the tokenizer's end token between those that do not have one."""
     last = None
-    for document in stream:
+    for document in (each.ids for each in stream):
         end = tokenizer.end if separate else None
         if end is not None and last not in (None, end):
             yield np.array([end], dtype=np.int64)
@@ -138,12 +159,13 @@ def _pack(stream: Iterable[np.ndarray], length: int, count: int) -> Iterator[np.
         yield held
 
 
-def _pad(stream: Iterable[np.ndarray], length: int, count: int) -> Iterator[np.ndarray]:
+def _pad(stream: Iterable[Document], length: int, count: int) -> Iterator[Document]:
     """Yield the first ``count`` documents of at least two tokens, truncated."""
     given = 0
     for document in stream:
-        if len(document) >= 2:
-            yield document[:length]
+        if len(document.ids) >= 2:
+            predicted = None if document.predicted is None else document.predicted[:length]
+            yield Document(document.ids[:length], predicted, document.place)
             given += 1
             if given == count:
                 return

@@ -9,8 +9,11 @@ from typing import Any
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import DataError
+from hpc_hess.intake.findings import Finding, noted, passed, unchecked
 from hpc_hess.model.paths import find_path
 from hpc_hess.model.source import Source
+
+_PROBE = 2000  # characters that are tokenised twice
 
 
 class LazyTokenizer:
@@ -22,10 +25,13 @@ class LazyTokenizer:
     def __init__(self, section: ModelSection, source: Source) -> None:
         self._section, self._source = section, source
         self._used = False
+        self.findings: list[Finding] = []
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a document with the special tokens the tokenizer adds by itself."""
-        self._used = True
+        if not self._used:
+            self._used = True
+            self._check(text[:_PROBE])
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids
 
@@ -50,6 +56,32 @@ class LazyTokenizer:
         if self._used:
             chosen[:0] = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id]
         return next((i for i in chosen if isinstance(i, int) and i >= 0), 0)
+
+    def _check(self, text: str) -> None:
+        """Compare with tokenizer.json itself, whose ids count: a class that transformers builds may read it otherwise."""
+        path = self._path()
+        file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+        if path.suffix == ".gguf" or not file.is_file():
+            return
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            right = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            self.findings.append(unchecked("data.tokenizer", f"{file.name} cannot be read by itself: {error}"))
+            return
+        found = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if found == right:
+            self.findings.append(passed("data.tokenizer", f"the ids are those of {file.name}"))
+            return
+        name = type(self._tokenizer).__name__
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
+        self.findings.append(noted(
+            "data.tokenizer",
+            f"{name} gives {len(found)} ids for the first {len(text)} characters, {file.name} itself {len(right)}: those of "
+            f"{file.name} are used",
+        ))  # fmt: skip
 
     @cached_property
     def _tokenizer(self) -> Any:

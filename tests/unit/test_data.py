@@ -127,7 +127,7 @@ def test_datasets_directory(tmp_path: Path, toy: Source, tokenizer: str) -> None
     datasets.DatasetDict({"train": text}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(DataError, match=r"splits \['train'\]: set data.source = 'datasets:.*train'"):
         load(f"datasets:{tmp_path / 'splits'}", toy, tokenizer)
-    with pytest.raises(DataError, match="neither 'input_ids' nor 'content'"):
+    with pytest.raises(DataError, match="has no field 'content'"):
         load(f"datasets:{tmp_path / 'text'}", toy, tokenizer, text_field="content")
 
 
@@ -230,7 +230,7 @@ def test_bad_content(tmp_path: Path, toy: Source, tokenizer: str) -> None:
     fails(f"text:{write(tmp_path / 'blank.txt', '   ')}", "is empty", rows="pad")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
     fails(f"text:{tmp_path / 'latin.txt'}", "UTF-8")
-    fails(f"jsonl:{write(tmp_path / 'a.jsonl', '{}')}", r"line 1 has no text in field 'text' \(has \[\]\)")
+    fails(f"jsonl:{write(tmp_path / 'a.jsonl', '{}')}", r"line 1 has no field 'text' \(it has nothing\)")
     fails(f"jsonl:{write(tmp_path / 'b.jsonl', '[1]')}", "is not an object")
     fails(f"jsonl:{write(tmp_path / 'c.jsonl', chr(10) + '{')}", "line 2 is not JSON")
     np.save(tmp_path / "float.npy", np.ones(9))
