@@ -265,7 +265,8 @@ class ThickRestart:
 
         found, count = pairs.values, self.count
         ends = {
-            "largest": [(1, found[0])], "smallest": [(-1, -found[-1])], "both": [(1, found[-count]), (-1, -found[count - 1])],
+            "largest": [(1, found[0])], "smallest": [(-1, -found[-1])],
+            "both": [(1, found[-count]), (-1, -found[count - 1])],
             "magnitude": [(sign, np.abs(found).min()) for sign in (1, -1)],
         }  # fmt: skip
         return all(nothing_beyond(sign, float(edge)) for sign, edge in ends[self.which])
@@ -286,7 +287,7 @@ class ThickRestart:
         return [*range(self.count + low), *range(len(values) - self.count - (extra - low), len(values))]
 
     def _ends(self, last: Float, number: int) -> list[int]:
-        """Choose Ritz values of the last direction: from both ends in turn, unless one is not wanted, the less known first."""
+        """Choose Ritz values of the last direction, from the ends that are wanted in turn, the less known first."""
         up, down = [*range(len(last))][::-1], [*range(len(last))]
         if self.which in ("largest", "smallest"):
             return sorted((up if self.which == "largest" else down)[:number])
