@@ -48,7 +48,8 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 def real(name: str, value: Any, least: float = -math.inf) -> float:
     """Return a finite number of at least ``least``. Raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
-        raise ConfigError(f"{name} = {value!r} is not a finite number" + (f" of at least {least}" if least > -math.inf else ""))
+        above = f" of at least {least:g}" if least > -math.inf else ""
+        raise ConfigError(f"{name} = {value!r} is not a finite number{above}")
     return float(value)
 
 
@@ -115,15 +116,15 @@ def drawn(batches: Any) -> list[Any]:
         raise DataError("batches is a TensorDataset of single examples: put it into a DataLoader with a batch_size")
     if isinstance(batches, Mapping):
         raise DataError("batches is one dictionary: put it into a list, [batch]")
-    if batches is None or isinstance(batches, str | bytes) or (not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__")):
-        raise DataError(f"batches is {'None' if batches is None else f'a {type(batches).__name__}'}: give a list of batches")
-    if isinstance(batches, torch.Tensor | np.ndarray) and batches.ndim == 0:
-        raise DataError("batches is a single number: give a list of batches")
-    if isinstance(batches, list | tuple) and len(batches) > 1 and all(isinstance(b, torch.Tensor | np.ndarray) for b in batches):
+    indexed = isinstance(batches, Sequence | torch.Tensor | np.ndarray)
+    iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+    if isinstance(batches, str | bytes) or not iterable or getattr(batches, "ndim", 1) == 0:
+        raise DataError(f"batches is {_named(batches)}: give a list of batches")
+    if isinstance(batches, list | tuple) and all(isinstance(b, torch.Tensor | np.ndarray) for b in batches):
         kinds = {(str(b.dtype).removeprefix("torch."), b.ndim) for b in batches}
         if len(kinds) > 1 and len({b.shape[:1] for b in batches}) == 1:
             raise DataError("batches is one batch of several tensors: put it into a list, [(inputs, targets)]")
-    if isinstance(batches, Sequence | torch.Tensor | np.ndarray):
+    if indexed:
         found = list(batches)
     else:  # which may fill the same tensors again and again
         found = [tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, batch) for batch in batches]
@@ -133,6 +134,10 @@ def drawn(batches: Any) -> list[Any]:
         if batch is None:
             raise DataError(f"batch {number} is None")
     return found
+
+
+def _named(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def takes(module: nn.Module, key: str) -> bool:
@@ -146,20 +151,16 @@ def takes(module: nn.Module, key: str) -> bool:
 
 def _rows(value: Any, where: str) -> torch.Tensor:
     """Return numbers given in any form as a tensor; one row of them as a matrix."""
-    if isinstance(value, list | tuple) and any(isinstance(row, list | tuple) for row in value):
-        lengths = {len(row) if isinstance(row, list | tuple) else 0 for row in value}
+    if isinstance(value, list | tuple):
+        lengths = {len(row) if hasattr(row, "__len__") else -1 for row in value if getattr(row, "ndim", 1)}
         if len(lengths) > 1:
-            raise DataError(f"{where} has rows of different lengths: pad them and give an attention_mask, or give one row a batch")
+            raise DataError(f"{where} has rows of different lengths: pad them, with an attention_mask, or give each as a batch")
+        value = torch.stack(list(value)) if value and isinstance(value[0], torch.Tensor) else np.array(value)
     try:
-        tensor = torch.as_tensor(np.array(value) if isinstance(value, list | tuple) and not _holds_tensors(value) else
-                                 torch.stack(list(value)) if isinstance(value, list | tuple) else value)  # fmt: skip
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where} is no matrix of numbers, rows by tokens") from error
     return tensor[None] if tensor.ndim == 1 else tensor
-
-
-def _holds_tensors(value: Sequence[Any]) -> bool:
-    return bool(value) and isinstance(value[0], torch.Tensor)
 
 
 def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict[str, Any], list[Finding]]:
@@ -177,7 +178,7 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
         batch = batch[0]
     if isinstance(batch, tuple) or not isinstance(batch, Mapping | torch.Tensor | np.ndarray | list):
         raise DataError(
-            f"{where} is a {type(batch).__name__}: without a loss of your own a batch is a dictionary with input_ids, or the ids"
+            f"{where} is {_named(batch)}: without a loss of your own a batch is a dictionary with input_ids, or the ids"
         )
     given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if given.get("input_ids") is None:
@@ -212,8 +213,8 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
         mask = found["attention_mask"]
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise DataError(
-                f"'attention_mask' of {where} has values other than 0 and 1: documents that are packed into one row are told "
-                "apart by position_ids that begin anew"
+                f"'attention_mask' of {where} has values other than 0 and 1: documents that are packed into one row are "
+                "told apart by position_ids that begin anew"
             )
         found["attention_mask"] = mask.long()
         if bool((mask[:, 0] == 0).any()) and "position_ids" not in found:
@@ -223,6 +224,29 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
             else:
                 notes.append(noted("given.positions", "rows are padded on the left: the model counts positions on its own"))
     return found, notes
+
+
+def classified(batch: Any, number: int, num_classes: int) -> tuple[Any, torch.Tensor]:
+    """Return the inputs of one batch and its class numbers 0..num_classes-1, int64 (n,).
+
+    Raises
+    ------
+    DataError : it is no pair, or its targets are no class numbers.
+
+    """
+    where = f"batch {number}"
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise DataError(f"{where} is {_named(batch)}: a pair of inputs and class numbers is needed")
+    inputs, targets = batch
+    targets = torch.as_tensor(targets)
+    if targets.ndim != 1:
+        hint = ": give the class numbers of one-hot rows, targets.argmax(1)" if targets.ndim == 2 else ""
+        raise DataError(f"the targets of {where} have shape {list(targets.shape)}, not one number an example{hint}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise DataError(f"the targets of {where} are {_shown(targets)}: whole class numbers are needed")
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < num_classes):
+        raise DataError(f"{where} has class numbers outside 0 to {num_classes - 1}: count the classes again")
+    return inputs, targets.long()
 
 
 def _shown(t: torch.Tensor) -> str:
@@ -274,9 +298,10 @@ def loss_value(value: Any, number: int) -> tuple[torch.Tensor, float]:
     if isinstance(value, Mapping) or hasattr(value, "logits"):
         raise DataError(f"{where} returns a {type(value).__name__}: return its loss, a scalar tensor")
     if not isinstance(value, torch.Tensor):
-        raise DataError(f"{where} returns {'None' if value is None else f'a {type(value).__name__}'}: a scalar tensor is needed")
+        raise DataError(f"{where} returns {_named(value)}: a scalar tensor is needed")
     if value.numel() != 1:
-        raise DataError(f"{where} returns a tensor of shape {list(value.shape)}: return its mean, or its sum and the number of terms")
+        shape = list(value.shape)
+        raise DataError(f"{where} returns a tensor of shape {shape}: return its mean, or its sum and the number of terms")
     if not value.is_floating_point():
         raise DataError(f"{where} returns a tensor of {str(value.dtype).removeprefix('torch.')}: a real number is needed")
     return value.reshape(()), weight

@@ -96,6 +96,11 @@ class CausalLMObjective:
         per_sample = losses.view_as(targets).sum(1) / self.num_tokens
         return Contribution(per_sample.sum(), per_sample.detach(), self.micro_batches[index].sample_ids)
 
+    def mean(self, module: nn.Module, index: int) -> torch.Tensor:
+        """Return the micro-batch's own mean loss: 0 where it predicts nothing."""
+        count = self.micro_batches[index].num_tokens
+        return self.contribution(module, index).total * (self.num_tokens / max(count, 1))
+
     def logits_and_targets(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (tokens, V) and targets (tokens,) of a micro-batch, -100 where nothing is predicted."""
         logits, targets = self._forward(module, index)
@@ -145,6 +150,11 @@ class CallableObjective:
         value, _ = self._evaluate(module, index)
         total = value / self.total_weight
         return Contribution(total, total.detach().reshape(1), [index])
+
+    def mean(self, module: nn.Module, index: int) -> torch.Tensor:
+        """Return the batch's own mean loss."""
+        value, weight = self._evaluate(module, index)
+        return value / (weight or 1.0)
 
 
 def causal_lm_batch(
