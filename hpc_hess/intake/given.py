@@ -154,7 +154,7 @@ def _rows(value: Any, where: str) -> torch.Tensor:
     if isinstance(value, list | tuple):
         lengths = {len(row) if hasattr(row, "__len__") else -1 for row in value if getattr(row, "ndim", 1)}
         if len(lengths) > 1:
-            raise DataError(f"{where} has rows of different lengths: pad them, with an attention_mask, or give each as a batch")
+            raise DataError(f"{where} has rows of different lengths: pad them, with an attention_mask, or give single rows")
         value = torch.stack(list(value)) if value and isinstance(value[0], torch.Tensor) else np.array(value)
     try:
         tensor = torch.as_tensor(value)
