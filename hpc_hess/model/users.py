@@ -12,7 +12,7 @@ from hpc_hess.errors import DataError, HpcHessError, NumericsError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.model.loss import CallableObjective, LossFunction, Objective
-from hpc_hess.model.shard import ShardedModel, whole_model
+from hpc_hess.model.shard import ShardedModel, select, whole_model
 from hpc_hess.parallel.vector import VectorSpace
 
 _RAW = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
@@ -26,11 +26,17 @@ def of_user(
 
     Raises LayoutError, ModelError.
     """
-    model = whole_model(module, given.patterns("include", include), given.patterns("exclude", exclude))
+    patterns = given.patterns("include", include), given.patterns("exclude", exclude)
+    model = whole_model(module, *patterns)
+    named, findings = dict(module.named_parameters()), list[Finding]()
+    frozen = sum(named[name].numel() for name in select(sorted(named), *patterns) if not named[name].requires_grad)
+    if frozen:
+        text = f"{frozen:,} selected parameters require no gradient and are left out: the matrix spans {model.space.size:,}"
+        findings.append(noted("model.frozen", text))
     if model.space.dtype in (torch.bfloat16, torch.float16):
         space = VectorSpace(model.world, model.layout, torch.float32)
         model = ShardedModel(module, model.world, space, sharded=False)
-    return model, list(getattr(model, "findings", []))
+    return model, findings
 
 
 def user_objective(batches: Any, loss: LossFunction, module: nn.Module) -> CallableObjective:
