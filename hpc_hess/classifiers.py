@@ -81,7 +81,8 @@ class _GaussNewton:
         for inputs, _ in self._examples.batches:
 
             def logits(W: dict[str, torch.Tensor], inputs: torch.Tensor = inputs) -> torch.Tensor:
-                out = functional_call(self._module, W, (inputs,))
+                buffers = {name: b.clone() for name, b in self._module.named_buffers()}  # which the forward may write
+                out = functional_call(self._module, {**buffers, **W}, (inputs,))
                 return out if isinstance(out, torch.Tensor) else out.logits
 
             with differentiable_kernels(self._module):

@@ -206,7 +206,8 @@ class EigenLoop:
         search = self._search
         return {
             "which": search.which, "tolerance": search.tolerance, "products": search.num_products,
-            "multiplicity_resolved": search.complete, "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / (pairs.scale or 1.0),
+            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / (pairs.scale or 1.0),
+            "multiplicity_resolved": search.complete,
             "orthogonality": self._orthogonality(pairs), "store": f"{FOLDER}/{FILE}",
         }  # fmt: skip
 
