@@ -23,7 +23,7 @@ from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.whole_model import WholeModel, exact_or_whole
-from hpc_hess.errors import ConfigError
+from hpc_hess.errors import ConfigError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg import density as densities
@@ -42,7 +42,7 @@ from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.undisturbed import undisturbed
-from hpc_hess.model.users import of_user, tried_once, user_objective
+from hpc_hess.model.users import of_user, plain_suffices, tried_once, user_objective
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -191,6 +191,10 @@ def hessian(
             intake.append(noted("given.precision", f"products are computed in {str(computed).removeprefix('torch.')}, "
                                                    "vectors are float32"))  # fmt: skip
         compute_dtype = computed if half else None
+        if isinstance(objective, CausalLMObjective) and not plain_suffices(sharded, objective):
+            if kind != "hessian":
+                raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
+            objective = user_objective(objective.micro_batches, CausalLMObjective.of_batch, model)
         if isinstance(objective, CausalLMObjective):
             return Operator(exact_or_whole(_KINDS[kind], sharded, objective, compute_dtype=compute_dtype), model, intake)
         return Operator(WholeModel(sharded, objective, compute_dtype=compute_dtype), model, intake)

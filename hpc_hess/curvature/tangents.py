@@ -10,7 +10,7 @@ Two ways to the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -110,8 +110,10 @@ def _reverse_pull(f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, 
                 second = _pair(bars, [*V.values(), *x_dot])
                 if second is not None and second.requires_grad:
                     along = second if along is None else along + second
-            reached = along is not None and along.requires_grad
-            found = torch.autograd.grad(along, wrt, allow_unused=True) if reached else [None] * len(wrt)
+            if along is None or not along.requires_grad:
+                found: Sequence[torch.Tensor | None] = [None] * len(wrt)
+            else:
+                found = torch.autograd.grad(along, wrt, allow_unused=True)
         full = [torch.zeros_like(t) if d is None else d for t, d in zip(wrt, found, strict=True)]
         x_bar = None
         if not gauss_newton:

@@ -42,7 +42,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number of at least ``least``. Raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value // 1 or value < least:
         raise ConfigError(f"{name} = {value!r} is not a whole number of at least {least}")
-    return int(value)
+    return int(value // 1)
 
 
 def real(name: str, value: Any, least: float = -math.inf) -> float:

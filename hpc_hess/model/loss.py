@@ -106,6 +106,12 @@ class CausalLMObjective:
         logits, targets = self._forward(module, index)
         return logits.flatten(0, 1), targets.flatten()
 
+    @staticmethod
+    def of_batch(module: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, float]:
+        """Return a micro-batch's summed token loss and how many tokens it predicts: a loss as users write them."""
+        own = CausalLMObjective([batch], 1, next(module.parameters()).device)
+        return own.contribution(module, 0).total, float(batch.num_tokens)
+
     def _forward(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self.micro_batches[index].to(self.device)
         dtype = next(module.parameters()).dtype
@@ -181,9 +187,7 @@ def causal_lm_batch(
 
 def causal_lm_loss(module: nn.Module, batch: Any) -> tuple[torch.Tensor, float]:
     """Return the summed token loss and the number of predicted tokens of a batch (see :func:`causal_lm_batch`)."""
-    micro_batch, _ = causal_lm_batch(batch, module)
-    device = next(module.parameters()).device
-    return CausalLMObjective([micro_batch], 1, device).contribution(module, 0).total, float(micro_batch.num_tokens)
+    return CausalLMObjective.of_batch(module, causal_lm_batch(batch, module)[0])
 
 
 def own_objective(batches: Any, module: nn.Module, device: torch.device) -> tuple[CausalLMObjective, list[Finding]]:

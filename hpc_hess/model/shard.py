@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hpc_hess.errors import LayoutError
+from hpc_hess.intake.given import walked
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.parallel import kernels
@@ -42,6 +43,7 @@ class ShardedModel:
         self.sharded = sharded
         named = dict(module.named_parameters())
         self._parameters = [named[piece.parameter.name] for piece in self.shard.pieces]
+        self._hidden: bool | None = None  # whether some parameters cannot be seen in autograd's graph
         self._grads_before: list[torch.Tensor | None] = []  # the module is the user's
 
     @property
@@ -108,10 +110,13 @@ class ShardedModel:
     def backward(self, total: torch.Tensor) -> None:
         """Add the gradient of ``total`` to what is attached; other parameters' gradients stay. Collective: if sharded.
 
-        A total that depends on none of the selected parameters adds nothing.
+        A total that depends on none of the selected parameters adds nothing. Where a part is computed again (reentrant
+        checkpointing), autograd cannot know what it depends on before, and others get gradients, too.
         """
         if total.requires_grad:
-            total.backward(inputs=None if self.sharded else self._parameters)
+            if self._hidden is None:
+                self._hidden = self.sharded or walked(total)[0] is None
+            total.backward(inputs=None if self._hidden else self._parameters)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

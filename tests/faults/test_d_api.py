@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.checkpoint import checkpoint
 
 import hpc_hess
 from hpc_hess.errors import ConfigError, HpcHessError, ModelError
@@ -134,6 +135,37 @@ def test_frozen_routing_is_there_while_a_gradient_is_computed_only() -> None:
     assert all("forward" in block.__dict__ for block in model.model.layers)
     routing.detach()
     assert state(model) == before
+
+
+def test_a_forward_that_was_replaced_is_the_one_that_counts() -> None:
+    """By instance attribute, as steering and some adapters do; and blocks that are recomputed."""
+    model = model_b().double()
+    block = model.model.layers[0]
+    plain = block.forward
+    block.forward = lambda *args, **kwargs: 1.5 * plain(*args, **kwargs)
+    before = state(model)
+    exact, differences = (hpc_hess.hessian(model, [ids_b()], method=m) for m in ("exact", "finite_difference"))  # type: ignore[arg-type]
+    v = torch.randn(exact.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, expected = exact @ v, differences @ v
+    assert float((found - expected).norm()) < 1e-6 * float(expected.norm())
+    assert state(model) == before
+    with pytest.raises(ModelError, match="forwards were replaced"):
+        hpc_hess.hessian(model, [ids_b()], method="exact", kind="fisher")
+
+
+def test_differences_see_through_reentrant_checkpointing() -> None:
+    class Recomputed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(checkpoint(super().forward, x.clone().requires_grad_(), use_reentrant=True))
+
+    torch.manual_seed(0)
+    model, x = Recomputed(3, 2).double(), torch.randn(5, 3).double()
+    found = hpc_hess.hessian(model, [x], lambda m, b: m(b).square().mean()) @ np.ones(8)
+    plain = nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double()
+    plain[0].load_state_dict(model.state_dict())
+    expected = hpc_hess.hessian(plain, [x], lambda m, b: m(b).square().mean(), method="exact") @ np.ones(8)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert model.weight.grad is None
 
 
 def test_differences_do_not_undo_what_was_trained_since() -> None:
