@@ -22,6 +22,7 @@ from hpc_hess.intake.findings import Finding, noted
 
 _HALF = (torch.bfloat16, torch.float16)
 _TOKENS = ("input_ids", "attention_mask", "labels")
+_OTHER_OUTPUTS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")  # of the same function
 ROUNDED = (
     "finite differences cannot be computed in half precision: the forward pass rounds the step away (measured error over "
     '40 % at every step size); take the model to float32, or use method = "exact", which takes no step'
@@ -40,9 +41,10 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number of at least ``least``. Raises ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value // 1 or value < least:
+    number: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not (number == number // 1 and number >= least):
         raise ConfigError(f"{name} = {value!r} is not a whole number of at least {least}")
-    return int(value // 1)
+    return int(number)
 
 
 def real(name: str, value: Any, least: float = -math.inf) -> float:
@@ -185,7 +187,7 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
         raise DataError(f"{where} has no input_ids, but {', '.join(map(str, given)) or 'nothing'}: tokens are needed")
     found: dict[str, Any] = {}
     for key, value in given.items():
-        if value is None:
+        if value is None or key in _OTHER_OUTPUTS:
             continue
         if key not in _TOKENS and (key in ("inputs_embeds", "past_key_values") or module is None or not takes(module, key)):
             if key == "token_type_ids" and not np.any(np.asarray(value)):
@@ -195,8 +197,6 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
             raise DataError(f"'{key}' of {where} {what}: remove it, or give a loss of your own that uses it")
         plain = isinstance(value, bool | int | float | str)
         found[key] = value if plain and key not in _TOKENS else _rows(value, f"'{key}' of {where}")
-    for key in ("use_cache", "return_dict", "output_hidden_states", "output_attentions"):
-        found.pop(key, None)  # they ask for other outputs, not for another function
     ids = found["input_ids"]
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DataError(f"'input_ids' of {where} are {_shown(ids)}: whole numbers, rows by tokens, are needed")
