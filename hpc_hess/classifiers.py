@@ -50,7 +50,8 @@ class _Examples:
     """Batches of a classifier as a source of logits, drawn once and looked at."""
 
     def __init__(self, batches: Iterable[Batch], num_classes: int) -> None:
-        self.batches = [given.classified(batch, number, num_classes) for number, batch in enumerate(given.drawn(batches))]
+        found = given.drawn(batches, "there are no examples")
+        self.batches = [given.classified(batch, number, num_classes) for number, batch in enumerate(found)]
         self.num_micro_batches = len(self.batches)
         self.num_tokens = sum(len(targets) for _, targets in self.batches)
         if not self.num_tokens:

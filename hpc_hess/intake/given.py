@@ -103,7 +103,7 @@ def vector(v: Any, size: int, dtype: torch.dtype, device: torch.device) -> tuple
 # -- batches -------------------------------------------------------------------------------------------------------------
 
 
-def drawn(batches: Any) -> list[Any]:
+def drawn(batches: Any, none: str = "there are no batches") -> list[Any]:
     """Return the batches of any iterable, drawn once: a data loader that shuffles, or a generator, gives one data set.
 
     Raises
@@ -131,7 +131,7 @@ def drawn(batches: Any) -> list[Any]:
     else:  # which may fill the same tensors again and again
         found = [tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, batch) for batch in batches]
     if not found:
-        raise DataError("there are no batches")
+        raise DataError(none)
     for number, batch in enumerate(found):
         if batch is None:
             raise DataError(f"batch {number} is None")
