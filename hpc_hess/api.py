@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.whole_model import WholeModel, exact_or_whole
-from hpc_hess.errors import ConfigError, DataError
+from hpc_hess.errors import ConfigError, ModelError
+from hpc_hess.intake import given
+from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg import density as densities
 from hpc_hess.linalg import diagonal as diagonals
 from hpc_hess.linalg import eigen, measure, quadrature
@@ -33,13 +35,14 @@ from hpc_hess.linalg import trace as traces
 from hpc_hess.linalg.density import Density
 from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
 from hpc_hess.linalg.measure import Cumulative, Interval
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.linalg.quadrature import Estimate, Ritz
 from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, causal_lm_batch, causal_lm_loss
+from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.routing import Routing
-from hpc_hess.model.shard import whole_model
+from hpc_hess.model.undisturbed import undisturbed
+from hpc_hess.model.users import of_user, plain_suffices, tried_once, user_objective
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -48,26 +51,49 @@ from hpc_hess.parallel.vector import Vector, VectorSpace
 class Operator:
     """A curvature matrix of a model in this process. Vectors are flat, in the order of ``layout``'s parameters.
 
-    ``notes`` say how exact products are taken: kernels that were switched, a model that is not split into blocks.
+    ``notes`` say how products are taken, and what else a user should know: kernels that were switched, a model that is not
+    split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
     """
 
-    def __init__(self, operator: LinearOperator) -> None:
-        self._operator = operator
+    def __init__(self, operator: LinearOperator, module: nn.Module | None = None, intake: Sequence[Finding] = ()) -> None:
+        self._operator, self._module = operator, module
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
-        self.notes: list[str] = list(getattr(operator, "notes", []))
+        self.intake: list[Finding] = list(intake)
+        self.notes: list[str] = [
+            *getattr(operator, "notes", []), *(finding.text for finding in intake if finding.verdict != "passed")
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        """Show the size, and the notes."""
+        return "\n".join([f"{type(self).__name__} of {self.space.size:,} parameters", *(f"  note: {n}" for n in self.notes)])
 
     def matvec(self, v: Any) -> Any:
-        """Return A v for a flat vector of N entries: a numpy array, a torch tensor, or a Vector; in kind."""
+        """Return A v for a vector of N finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
+
+        Products are floating-point numbers: float32 and float64 vectors keep their type, all others get the operator's.
+
+        Raises
+        ------
+        ConfigError : the vector has another size, or is complex. NumericsError : it, or the product, is not finite.
+
+        """
         if isinstance(v, Vector):
-            return self._operator.matvec(v)
-        tensor = torch.as_tensor(v).reshape(-1)
-        if tensor.numel() != self.space.size:
-            raise ConfigError(f"the operator acts on {self.space.size} entries, the vector has {tensor.numel()}")
-        data = tensor.to(self.space.device, self.space.dtype)
-        product = self._operator.matvec(self.space.wrap(data)).data.to(tensor.device, tensor.dtype)
-        return product.numpy() if isinstance(v, np.ndarray) else product
+            if v.data.shape != (self.space.size_local,):
+                raise ConfigError(f"the operator acts on {self.space.size} entries, the vector has {v.space.size}")
+            return self._multiply([v])[0]
+        data, dtype = given.vector(v, self.space.size, self.space.dtype, self.space.device)
+        product = self._multiply([self.space.wrap(data.clone())])[0].data.to(dtype)
+        return product.to(v.device) if isinstance(v, torch.Tensor) else product.cpu().numpy()
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several Vectors, which share what work they can."""
+        return self._multiply(vectors)
+
+    def _multiply(self, vectors: Sequence[Vector]) -> list[Vector]:
+        with undisturbed(self._module):
+            return products(self._operator, vectors)
 
     def __matmul__(self, v: Any) -> Any:
         """``operator @ v``."""
@@ -79,6 +105,20 @@ class Operator:
         return ScipyOperator(self.shape, matvec=self.matvec, rmatvec=self.matvec, dtype=dtype)
 
 
+class _Differences:
+    """Finite differences around theta_0, which write theta_0 back: not over what a user has trained since."""
+
+    def __init__(self, operator: FiniteDifferenceHessian) -> None:
+        self.space, self._operator = operator.space, operator
+
+    def matvec(self, v: Vector) -> Vector:
+        model, theta0 = self._operator.gradient.model, self._operator.theta0
+        if not torch.equal(model.read_parameters(), theta0):
+            raise ConfigError("the model's parameters have changed since hessian() was called: call it again")
+        with torch.autocast(self.space.device.type, enabled=False):
+            return self._operator.matvec(v)
+
+
 _KINDS: dict[str, type[StreamedOperator]] = {
     "hessian": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual, "fisher": EmpiricalFisher,
 }  # fmt: skip
@@ -86,7 +126,7 @@ _KINDS: dict[str, type[StreamedOperator]] = {
 
 def hessian(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss: LossFunction | None = None,
     *,
     method: Literal["finite_difference", "exact"] = "finite_difference",
@@ -98,12 +138,16 @@ def hessian(
 ) -> Operator:
     """Return the Hessian of the mean loss over ``batches`` as an operator. The model is used in place, in eval mode.
 
+    Whatever of the model a product changes, it puts back: the training flag, gradients, buffers, parameters.
+
     Parameters
     ----------
-    model : any module; its parameters share one dtype and device (float64 gives the smallest error).
-    batches : a list; each element is passed to ``loss``.
+    model : any module. The matrix is that of the selected parameters that require gradients; they share one dtype and
+        device (float64 gives the smallest error). Half precision needs method "exact"; vectors are float32 then.
+    batches : any iterable, drawn once; each element is passed to ``loss``.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
-        The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``.
+        The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``, or on the ids
+        alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
     method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its own loss block by
         block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
     kind : "hessian"; by exact products of a causal LM with its own loss also "gauss_newton", "residual", "fisher".
@@ -114,25 +158,46 @@ def hessian(
     DataError, LayoutError, ModelError, NumericsError, ConfigError : with the remedy.
 
     """
-    if kind not in _KINDS:
-        raise ConfigError(f"kind = '{kind}' is not one of: {', '.join(_KINDS)}")
-    if method not in ("finite_difference", "exact"):
-        raise ConfigError(f"method = '{method}' is not one of: finite_difference, exact")
+    given.one_of("kind", kind, _KINDS)
+    given.one_of("method", method, ("finite_difference", "exact"))
+    given.one_of("scheme", scheme, ("forward", "central", "fourth"))
+    if step != "auto" and given.real("step", step) <= 0:
+        raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
     if kind != "hessian" and (method != "exact" or loss is not None):
         raise ConfigError(f'kind = "{kind}" needs method = "exact" and the causal LM\'s own loss: leave loss out')
-    model.eval()
-    sharded = whole_model(model, list(include), list(exclude))
-    if method == "exact" and loss is None:
-        micro_batches = [causal_lm_batch(batch) for batch in batches]
-        count = sum(batch.num_tokens for batch in micro_batches)
-        if not count:
-            raise DataError("there are no batches" if not micro_batches else "the batches predict no token")
-        own = CausalLMObjective(micro_batches, count, sharded.space.device)
-        return Operator(exact_or_whole(_KINDS[kind], sharded, own))
-    objective = CallableObjective(batches, loss or causal_lm_loss, model)
-    if method == "exact":
-        return Operator(WholeModel(sharded, objective))
-    return Operator(FiniteDifferenceHessian(Gradient(sharded, objective, Routing(model, "frozen")), scheme, step))
+    given.model(model)
+    sharded, intake = of_user(model, include, exclude)
+    computed = dict(sharded.module.named_parameters())[sharded.layout.parameters[0].name].dtype
+    half = computed in (torch.bfloat16, torch.float16)
+    if half and method == "finite_difference":
+        raise ConfigError(given.ROUNDED)
+    with undisturbed(model):
+        objective: CausalLMObjective | CallableObjective
+        if loss is None:
+            objective, notes = own_objective(batches, model, sharded.space.device)
+            intake += notes
+        else:
+            if not callable(loss):
+                raise ConfigError(f"loss is a {type(loss).__name__}: it should be a function loss(model, batch)")
+            objective = user_objective(batches, loss, model)
+        tried, rounded = tried_once(sharded, objective)
+        intake += tried
+        if method == "finite_difference":
+            if rounded:
+                raise ConfigError(given.ROUNDED)
+            gradient = Gradient(sharded, objective, Routing(model, "frozen"))
+            return Operator(_Differences(FiniteDifferenceHessian(gradient, scheme, step)), model, intake)
+        if half:
+            intake.append(noted("given.precision", f"products are computed in {str(computed).removeprefix('torch.')}, "
+                                                   "vectors are float32"))  # fmt: skip
+        compute_dtype = computed if half else None
+        if isinstance(objective, CausalLMObjective) and not plain_suffices(sharded, objective):
+            if kind != "hessian":
+                raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
+            objective = user_objective(objective.micro_batches, CausalLMObjective.of_batch, model)
+        if isinstance(objective, CausalLMObjective):
+            return Operator(exact_or_whole(_KINDS[kind], sharded, objective, compute_dtype=compute_dtype), model, intake)
+        return Operator(WholeModel(sharded, objective, compute_dtype=compute_dtype), model, intake)
 
 
 @dataclass(frozen=True)
@@ -155,6 +220,12 @@ class Spectrum:
         return min(float(q.values[0]) for q in self.quadratures)
 
     @property
+    def residuals(self) -> tuple[float, float]:
+        """Bounds of the distances of ``lambda_min`` and ``lambda_max`` to eigenvalues: 0 where they are exact."""
+        low, high = (choose(self.quadratures, key=lambda q: q.values[end]) for choose, end in ((min, 0), (max, -1)))
+        return float(low.residuals[0]), float(high.residuals[-1])
+
+    @property
     def trace(self) -> Estimate:
         """Trace with its standard error (None for one probe)."""
         return quadrature.trace(self.quadratures, self.size)
@@ -170,7 +241,7 @@ class Spectrum:
             "linear": densities.density, "symlog": densities.density_symlog, "log": densities.density_log,
             "chebyshev": densities.density_chebyshev,
         }  # fmt: skip
-        return smooth[axis](self.quadratures, **options)
+        return smooth[given.one_of("axis", axis, smooth)](self.quadratures, **options)
 
     def cumulative(self, points: Any, *, risk: float = 0.05) -> Cumulative:
         """Return the share of eigenvalues at or below ``points``, with bounds of the truth."""
@@ -204,8 +275,20 @@ def slq(
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
     reorthogonalise: Reorthogonalise = "full",
 ) -> Spectrum:
-    """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): the spectral density of ``operator``."""
+    """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): the spectral density of ``operator``.
+
+    Raises
+    ------
+    ConfigError : an argument is not valid. NumericsError : a product is not finite.
+
+    """
     space = operator.space
+    steps, probes, seed = (given.whole(*x) for x in (("steps", steps), ("probes", probes), ("seed", seed, 0)))
+    given.one_of("distribution", distribution, ("rademacher", "gaussian"))
+    if isinstance(reorthogonalise, str):
+        given.one_of("reorthogonalise", reorthogonalise, ("full", "none"))
+    else:
+        reorthogonalise = given.whole("reorthogonalise", reorthogonalise)
     basis = Basis(space, basis_rows(reorthogonalise, steps))
     alphas, betas, quadratures = [], [], []
     for probe in range(probes):
@@ -221,18 +304,23 @@ def slq(
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues ascending, residuals |A u - lambda u|, eigenvectors as rows (pair, N), in the operator's order."""
+    """Eigenvalues ascending, residuals |A u - lambda u|, eigenvectors as rows (pair, N), in the operator's order.
+
+    ``converged``: all residuals are within the tolerance. ``multiplicity_resolved``: a search from a new direction has found
+    no eigenvalue that is missing, such as another copy of one; where it is False, copies may be missing.
+    """
 
     values: np.ndarray
     residuals: np.ndarray
     vectors: torch.Tensor = field(repr=False)
     converged: bool
     num_products: int
+    multiplicity_resolved: bool = False
 
 
 def eigenpairs(
     operator: Operator, count: int, *, which: eigen.Which = "both", tolerance: float = 1e-3, basis_size: int | None = None,
-    most_products: int = 300, seed: int = 0,
+    most_products: int = 300, seed: int = 0, copies: bool = True,
 ) -> Eigenpairs:  # fmt: skip
     """Return extreme eigenpairs by Lanczos with thick restarts (Wu and Simon 2000), in the memory of ``basis_size`` vectors.
 
@@ -241,6 +329,7 @@ def eigenpairs(
     count, which : so many of each end ("both"), or the "largest", "smallest", or largest in "magnitude".
     tolerance : of the residuals, relative to the largest |lambda|.
     basis_size : at least the wanted pairs and three; twice as many and eight unless given.
+    copies : go on from new directions until one finds no further copy of an eigenvalue: up to twice the products.
 
     Raises
     ------
@@ -248,18 +337,31 @@ def eigenpairs(
 
     """
     space = operator.space
-    size = min(basis_size or 2 * eigen.num_wanted(count, which) + 8, space.size)
-    process = eigen.ThickRestart(operator, Basis(space, size + 1), size, count, which, tolerance)
+    count, most_products, seed = (
+        given.whole(*x) for x in (("count", count), ("most_products", most_products), ("seed", seed, 0))
+    )  # fmt: skip
+    given.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
+    wanted = eigen.num_wanted(count, which)
+    size = min(2 * wanted + 8 if basis_size is None else given.whole("basis_size", basis_size), space.size)
+    process = eigen.ThickRestart(
+        operator, Basis(space, size + 1), size, count, which, given.real("tolerance", tolerance, 0.0), copies=copies,
+        seed=seed,
+    )  # fmt: skip
     process.start(probe_vectors.draw(space, seed=seed, probe=0, distribution="gaussian"))
     found = eigen.eigenpairs(process, most_products)
     vectors = torch.stack([found.vector(k).data for k in range(len(found.values))])
-    return Eigenpairs(found.values, found.residuals, vectors, process.finished, process.num_products)
+    return Eigenpairs(
+        found.values, found.residuals, vectors, process.converged, process.num_products, process.complete
+    )  # fmt: skip
 
 
 def trace(
     operator: Operator, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", products: int = 60, seed: int = 0
 ) -> Estimate:  # fmt: skip
     """Estimate the trace from so many products, with a standard error. The first two hold vectors of half or a third."""
+    least = {"xtrace": 4, "hutch++": 6, "hutchinson": 2}
+    products = given.whole("products", products, least[given.one_of("method", method, least)])
+    seed = given.whole("seed", seed, 0)
     if method == "xtrace":
         return traces.xtrace(operator, Basis(operator.space, products // 2), products, seed=seed)
     if method == "hutch++":
@@ -271,6 +373,9 @@ def diagonal(
     operator: Operator, *, method: Literal["xdiag", "hutchinson"] = "xdiag", products: int = 60, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Estimate the diagonal from so many products: its entries and their standard errors, each (N,)."""
+    least = {"xdiag": 4, "hutchinson": 2}
+    products = given.whole("products", products, least[given.one_of("method", method, least)])
+    seed = given.whole("seed", seed, 0)
     if method == "xdiag":
         basis, images = (Basis(operator.space, products // 2) for _ in range(2))
         found = diagonals.xdiag(operator, basis, images, products, seed=seed)
@@ -292,22 +397,45 @@ def sub_block(operator: Operator, selections: Sequence[str], *, columns: int = 8
     ConfigError : no such parameter, or indices that do not fit its shape.
 
     """
-    found = sub_blocks.sub_block(operator._operator, sub_blocks.select(operator.layout, selections), columns=columns)
+    chosen = sub_blocks.select(operator.layout, given.patterns("selections", selections))
+    found = sub_blocks.sub_block(operator, chosen, columns=given.whole("columns", columns))
     return 0.5 * (found + found.T)
 
 
+class _Pair(NamedTuple):
+    x: torch.Tensor
+    residuals: list[float]
+
+
+class Solution(_Pair):
+    """``x, residuals = solve(...)``: the solution, and the relative residuals before and after every product.
+
+    ``converged``: the last residual is within the tolerance.
+    """
+
+    converged: bool
+
+    def __repr__(self) -> str:
+        """Show how it ended, not the entries."""
+        return f"Solution(residual={self.residuals[-1]:.3g}, products={len(self.residuals) - 1}, converged={self.converged})"
+
+
 def solve(
-    operator: Operator, b: torch.Tensor, *, damping: float, method: Literal["minres", "cg"] = "minres",
+    operator: Operator, b: Any, *, damping: float, method: Literal["minres", "cg"] = "minres",
     tolerance: float = 1e-4, products: int = 100,
-) -> tuple[torch.Tensor, list[float]]:  # fmt: skip
-    """Solve (A + damping I) x = b: x, and the relative residuals before and after every product.
+) -> Solution:  # fmt: skip
+    """Solve (A + damping I) x = b: x, the relative residuals before and after every product, and whether it converged.
 
     Raises
     ------
-    NumericsError : "cg" met negative curvature.
+    NumericsError : "cg" met negative curvature. ConfigError : an argument is not valid.
 
     """
-    run = solvers.minres if method == "minres" else solvers.conjugate_gradients
-    right = operator.space.wrap(b.reshape(-1).to(operator.space.device, operator.space.dtype))
-    found = run(operator, right, damping=damping, tolerance=tolerance, most=products)
-    return found.x.data, found.residuals
+    run = {"minres": solvers.minres, "cg": solvers.conjugate_gradients}[given.one_of("method", method, ("minres", "cg"))]
+    damping, tolerance = given.real("damping", damping), given.real("tolerance", tolerance, 0.0)
+    right, _ = given.vector(b, operator.space.size, operator.space.dtype, operator.space.device)
+    found = run(operator, operator.space.wrap(right.clone()), damping=damping, tolerance=tolerance,
+                most=given.whole("products", products))  # fmt: skip
+    solution = Solution(found.x.data, found.residuals)
+    solution.converged = found.residuals[-1] <= tolerance
+    return solution

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,35 +27,46 @@ from hpc_hess.curvature.decomposition import (
     weights,
 )
 from hpc_hess.errors import DataError
+from hpc_hess.intake import given
 from hpc_hess.linalg.deflation import Deflated, orthonormal
+from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.shard import ShardedModel, whole_model
+from hpc_hess.model.splice import differentiable_kernels
+from hpc_hess.model.undisturbed import undisturbed
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.vector import Vector
+from hpc_hess.parallel.vector import Vector, VectorSpace
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, class numbers
 
 
-class _Examples:
-    """Batches of a classifier as a source of logits."""
+def _logits(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return a classifier's logits (n, C): what it returns, or the ``logits`` of that."""
+    out = module(inputs)
+    return out if isinstance(out, torch.Tensor) else out.logits
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-        self.num_micro_batches = len(batches)
-        self.num_tokens = sum(len(targets) for _, targets in batches)
+
+class _Examples:
+    """Batches of a classifier as a source of logits, drawn once and looked at."""
+
+    def __init__(self, batches: Iterable[Batch], num_classes: int) -> None:
+        found = given.drawn(batches, "there are no examples")
+        self.batches = [given.classified(batch, number, num_classes) for number, batch in enumerate(found)]
+        self.num_micro_batches = len(self.batches)
+        self.num_tokens = sum(len(targets) for _, targets in self.batches)
         if not self.num_tokens:
             raise DataError("there are no examples")
 
     def logits_and_targets(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.batches[index]
-        return module(inputs), targets
+        return _logits(module, inputs), targets
 
 
 class _GaussNewton:
     """G v = 1/n sum_i J_i^T (diag(p_i) - p_i p_i^T) J_i v, batch by batch."""
 
-    def __init__(self, model: ShardedModel, examples: _Examples) -> None:
-        self.space, self._module, self._examples = model.space, model.module, examples
+    def __init__(self, model: ShardedModel, space: VectorSpace, examples: _Examples) -> None:
+        self.space, self._module, self._examples = space, model.module, examples
         self._pieces = self.space.shard.pieces
 
     def matvec(self, v: Vector) -> Vector:
@@ -64,18 +75,22 @@ class _GaussNewton:
         names = [piece.parameter.name for piece in self._pieces]
         W = {name: named[name].detach() for name in names}
         V = {
-            piece.parameter.name: v.data[piece.start : piece.stop].view(piece.local_shape) for piece in self._pieces
-        }  # fmt: skip
+            piece.parameter.name: v.data[piece.start : piece.stop].view(piece.local_shape).to(W[piece.parameter.name].dtype)
+            for piece in self._pieces
+        }
         out = self.space.zeros()
         for inputs, _ in self._examples.batches:
 
             def logits(W: dict[str, torch.Tensor], inputs: torch.Tensor = inputs) -> torch.Tensor:
-                return functional_call(self._module, W, (inputs,))
+                buffers = {name: b.clone() for name, b in self._module.named_buffers()}  # which the forward may write
+                out = functional_call(self._module, {**buffers, **W}, (inputs,))
+                return out if isinstance(out, torch.Tensor) else out.logits
 
-            z, z_dot = jvp(logits, (W,), (V,))  # type: ignore[misc]  # a third value with has_aux only
-            p = z.softmax(-1)
-            u = p * (z_dot - (p * z_dot).sum(-1, keepdim=True)) / self._examples.num_tokens
-            (pulled,) = vjp(logits, W)[1](u)
+            with differentiable_kernels(self._module):
+                z, z_dot = jvp(logits, (W,), (V,))  # type: ignore[misc]  # a third value with has_aux only
+                p = z.softmax(-1)
+                u = p * (z_dot - (p * z_dot).sum(-1, keepdim=True)) / self._examples.num_tokens
+                (pulled,) = vjp(logits, W)[1](u)
             for piece in self._pieces:
                 out.data[piece.start : piece.stop] += pulled[piece.parameter.name].reshape(-1)
         return out
@@ -100,45 +115,57 @@ class Decomposition:
     knocked_out: Operator
 
 
-def decompose(model: nn.Module, batches: Sequence[Batch], num_classes: int) -> Decomposition:
-    """Take a classifier's mean cross-entropy apart. The model is used in place, in eval mode.
+def decompose(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Decomposition:
+    """Take a classifier's mean cross-entropy apart. The model is used in place, in eval mode, and left as it was.
 
     Costs C^2 backward passes and the memory of as many vectors; products with H are exact.
 
     Parameters
     ----------
-    batches : pairs of inputs, as ``model(inputs)`` takes them, and class numbers 0..num_classes-1, int64 (n,).
+    batches : any iterable, drawn once, of pairs of inputs, as ``model(inputs)`` takes them, and class numbers
+        0..num_classes-1, whole numbers (n,). The model returns logits (n, num_classes), or something with ``logits``.
 
     Raises
     ------
-    DataError : no examples, or a class number that does not exist. ModelError : no second derivative.
+    DataError : no examples, targets that are no class numbers, or another number of logits. ModelError : no second
+        derivative. ConfigError : ``num_classes`` is not valid.
 
     """
-    examples = _Examples(batches)
-    for number, (_, targets) in enumerate(batches):
-        if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < num_classes):
-            raise DataError(f"batch {number} has class numbers outside 0 to {num_classes - 1}: count the classes again")
+    given.model(model)
+    num_classes = given.whole("num_classes", num_classes, 2)
+    examples = _Examples(batches, num_classes)
 
     def loss(module: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
-        return cross_entropy(module(batch[0]), batch[1], reduction="sum"), float(len(batch[1]))
+        logits = _logits(module, batch[0])
+        if logits.shape != (len(batch[1]), num_classes):
+            raise DataError(
+                f"the model gives logits of shape {list(logits.shape)} for {len(batch[1])} examples and num_classes = "
+                f"{num_classes}"
+            )
+        return cross_entropy(logits, batch[1], reduction="sum"), float(len(batch[1]))
 
-    whole = hessian(model, batches, loss, method="exact")
+    whole = hessian(model, examples.batches, loss, method="exact")
     sharded = whole_model(model, ["*"], [])
     space = whole.space
-    groups = Groups(torch.arange(num_classes), num_classes)
 
     def pull(cotangent: Cotangent) -> Vector:
-        return space.wrap(Gradient(sharded, Pullback(examples, cotangent))()[1].data)
+        return space.wrap(Gradient(sharded, Pullback(examples, cotangent))()[1].data.to(space.dtype))
 
-    pairs = weights(examples, model, groups, lambda sums: sums)
-    rows = Basis(space, num_classes)
-    means = class_means(pull, groups, pairs, rows)
-    cross = cross_class(pull, groups, means, rows, Basis(space, num_classes * (num_classes - 1)))
-    gauss_newton = _GaussNewton(sharded, examples)
+    with undisturbed(model):
+        groups = Groups(torch.arange(num_classes), num_classes)
+        pairs = weights(examples, model, groups, lambda sums: sums)
+        rows = Basis(space, num_classes)
+        means = class_means(pull, groups, pairs, rows)
+        cross = cross_class(pull, groups, means, rows, Basis(space, num_classes * (num_classes - 1)))
+    gauss_newton = _GaussNewton(sharded, space, examples)
     span = Basis(space, num_classes)
     rank = orthonormal(span, [rows[k] for k in range(num_classes)])
     without_means = Difference(gauss_newton, means.both)
+
+    def operator(part: LinearOperator) -> Operator:
+        return Operator(part, model, whole.intake)
+
     return Decomposition(
-        whole, Operator(gauss_newton), Operator(Difference(whole, gauss_newton)), means, cross, Operator(without_means),
-        Operator(Difference(without_means, cross)), Operator(Deflated(gauss_newton, span, rank)),
+        whole, operator(gauss_newton), operator(Difference(whole, gauss_newton)), means, cross, operator(without_means),
+        operator(Difference(without_means, cross)), operator(Deflated(gauss_newton, span, rank)),
     )  # fmt: skip

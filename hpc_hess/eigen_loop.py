@@ -136,7 +136,7 @@ class EigenLoop:
         hvp_s = time.perf_counter() - began
         self._settle()
         search.advance(product)
-        if not search.exhausted:
+        if search.has_next:
             self._write([search.filled])
         self._note_state()
         self._slowest_s = max(
@@ -206,7 +206,8 @@ class EigenLoop:
         search = self._search
         return {
             "which": search.which, "tolerance": search.tolerance, "products": search.num_products,
-            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / pairs.scale,
+            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / (pairs.scale or 1.0),
+            "multiplicity_resolved": search.complete,
             "orthogonality": self._orthogonality(pairs), "store": f"{FOLDER}/{FILE}",
         }  # fmt: skip
 

@@ -95,6 +95,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         release_memory()
     intake.add(*found)
     routing = Routing(model.module, config.operator.routing)
+    routing.attach()
     if config.model.activation_checkpointing:
         checkpoint_blocks(model.module)
     batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
 from hpc_hess.api import Operator
-from hpc_hess.errors import DataError
-from hpc_hess.model.loss import LossFunction, causal_lm_loss
-from hpc_hess.model.shard import whole_model
+from hpc_hess.intake import given
+from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.undisturbed import undisturbed
+from hpc_hess.model.users import of_user, user_objective
 from hpc_hess.sketch.kinds import Kind, SketchSettings
 from hpc_hess.sketch.sketch import Sketch, SketchedOperator
 from hpc_hess.sketch.transforms import Preconditioner
@@ -25,39 +26,47 @@ def sketched(
 
     Its large eigenvalues are near those of A; a long Krylov basis costs D numbers a vector instead of N.
     """
+    given.one_of("kind", kind, get_args(Kind))
+    given.one_of("preconditioner", preconditioner, get_args(Preconditioner))
     settings = SketchSettings(kind, dimension, preconditioner, seed)
-    return Operator(SketchedOperator(operator, Sketch(operator.layout.num_params_full, settings)))
+    return Operator(SketchedOperator(operator, Sketch(operator.layout.num_params_full, settings)), None, operator.intake)
 
 
 def gradient_sketches(
-    model: nn.Module, batches: Sequence[Any], loss: LossFunction | None = None, *, dimension: int = 1 << 13,
+    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None = None, *, dimension: int = 1 << 13,
     kind: Kind = "affd", preconditioner: Preconditioner = "hadamard", seed: int = 0, include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> np.ndarray:  # fmt: skip
     """Return the sketched gradient of each batch's mean loss, float64 (batches, D): inner products of rows are influences.
 
-    ``loss`` is as for :func:`hessian`. The model is used in place, in eval mode.
+    ``batches`` and ``loss`` are as for :func:`hessian`. The model is used in place, in eval mode, and left as it was.
 
     Raises
     ------
-    DataError : no batches.
+    DataError : no batches, or something in them or in the loss cannot be used.
     ConfigError : the dimension is not a power of two.
 
     """
-    if len(batches) == 0:
-        raise DataError("there are no batches")
-    model.eval()
-    space = whole_model(model, list(include), list(exclude)).space
+    given.model(model)
+    given.one_of("kind", kind, get_args(Kind))
+    given.one_of("preconditioner", preconditioner, get_args(Preconditioner))
+    space = of_user(model, include, exclude)[0].space
     named = dict(model.named_parameters())
     sketch = Sketch(space.layout.num_params_full, SketchSettings(kind, dimension, preconditioner, seed))
     rows = []
-    for batch in batches:
-        value = (loss or causal_lm_loss)(model, batch)
-        mean = value[0] / value[1] if isinstance(value, tuple) else value
-        found = torch.autograd.grad(mean, [named[p.name] for p in space.layout.parameters], allow_unused=True)
-        collection = sketch.begin(space.device)
-        for parameter, gradient in zip(space.layout.parameters, found, strict=True):
-            if gradient is not None:
-                sketch.add(collection, gradient.reshape(-1), [parameter.global_offset], [parameter.numel])
-        rows.append(sketch.end(collection).cpu().numpy())
+    with undisturbed(model):
+        objective: CallableObjective | CausalLMObjective = (
+            user_objective(batches, loss, model) if loss is not None else own_objective(batches, model, space.device)[0]
+        )
+        for index in range(objective.num_micro_batches):
+            mean = objective.mean(model, index)
+            found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+                mean, [named[p.name] for p in space.layout.parameters], allow_unused=True
+            ) if mean.requires_grad else [None] * len(space.layout.parameters)  # fmt: skip
+            collection = sketch.begin(space.device)
+            for parameter, gradient in zip(space.layout.parameters, found, strict=True):
+                if gradient is not None:
+                    flat = gradient.to(space.dtype).reshape(-1)
+                    sketch.add(collection, flat, [parameter.global_offset], [parameter.numel])
+            rows.append(sketch.end(collection).cpu().numpy())
     return np.stack(rows)

@@ -16,7 +16,7 @@ from hpc_hess.errors import ModelError, NumericsError, SplitError
 from hpc_hess.model.accumulation import Unwatched, Watch
 from hpc_hess.model.blocks import SplitModel
 from hpc_hess.model.exchange import Exchange
-from hpc_hess.model.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.loss import CausalLMObjective
 from hpc_hess.model.precision import honest_casts
 from hpc_hess.model.record import record
 from hpc_hess.model.shard import ShardedModel
@@ -73,7 +73,7 @@ class StreamedOperator:
         self.space, self.num_products = model.space, 0
         self.watch: Watch = Unwatched()
         self._model, self._scale = model, 1.0 / objective.num_tokens
-        self._batches = [_on_device(b, objective.device) for b in objective.micro_batches]
+        self._batches = [batch.to(objective.device) for batch in objective.micro_batches]
         self._exchange = Exchange(model, compute_dtype)
         if plain is not None:
             move_buffers(plain, model.space.device)
@@ -160,9 +160,3 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
         for key, buffer in owner._buffers.items():
             if buffer is not None and buffer.device != device:
                 owner._buffers[key] = buffer.to(device)
-
-
-def _on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    return MicroBatch(
-        batch.sample_ids, batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
-    )

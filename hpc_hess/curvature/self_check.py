@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,8 +103,12 @@ def _check_block(split: SplitModel, number: int, f: Stage, W: Tensors, x: Severa
 
 def disagreement(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Return the largest relative difference of a tensor if it is beyond rounding, else 0."""
-    floor = _FLOOR * max(float(r.norm()) for r in reference)
-    errors = [float((f - r).norm()) / (float(r.norm()) + floor) for f, r in zip(found, reference, strict=True)]
+    floor = _FLOOR * max((float(r.norm()) for r in reference), default=0.0)
+    errors = [0.0]
+    for f, r in zip(found, reference, strict=True):
+        difference, scale = float((f - r).norm()), float(r.norm()) + floor
+        if difference != 0.0:  # two zeros agree
+            errors.append(difference / scale if scale > 0 and math.isfinite(difference) else math.inf)
     worst = max(errors)
     return worst if not worst <= _TOLERANCE[reference[0].dtype] else 0.0
 

@@ -10,7 +10,7 @@ Two ways to the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -40,6 +40,8 @@ def _push_reverse(f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several) 
     with torch.enable_grad():
         W, x = _leaves(W), tuple(t.detach().requires_grad_() for t in x)
         y = f(W, x)
+        if not any(t.requires_grad for t in y):  # it depends on none of them
+            return tuple(t.detach() for t in y), tuple(torch.zeros_like(t) for t in y)
         u = tuple(torch.zeros_like(t).requires_grad_() for t in y)
         bars = torch.autograd.grad(y, [*W.values(), *x], u, create_graph=True, allow_unused=True)
         _require_derivative(bars)
@@ -101,12 +103,17 @@ def _reverse_pull(f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, 
             y = f(leaves, inputs)
             along = _pair(y, y_bar_dot)
             bars: list[torch.Tensor | None] = []
-            if not gauss_newton:
+            if not any(t.requires_grad for t in y):
+                along, bars = None, [None] * len(wrt)
+            elif not gauss_newton:
                 bars = list(torch.autograd.grad(y, wrt, y_bar, create_graph=True, allow_unused=True))
                 second = _pair(bars, [*V.values(), *x_dot])
                 if second is not None and second.requires_grad:
                     along = second if along is None else along + second
-            found = torch.autograd.grad(along, wrt, allow_unused=True) if along is not None else [None] * len(wrt)
+            if along is None or not along.requires_grad:
+                found: Sequence[torch.Tensor | None] = [None] * len(wrt)
+            else:
+                found = torch.autograd.grad(along, wrt, allow_unused=True)
         full = [torch.zeros_like(t) if d is None else d for t, d in zip(wrt, found, strict=True)]
         x_bar = None
         if not gauss_newton:

@@ -141,11 +141,9 @@ class WholeModel:
 
     def _logits(self, index: int, W: Tensors) -> torch.Tensor:
         assert isinstance(self._objective, CausalLMObjective)
-        batch, device = self._objective.micro_batches[index], self.space.device
+        batch = self._objective.micro_batches[index].to(self.space.device)
         with substituted(self._places, W):
-            out = self._module(
-                input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-            )
+            out = self._module(**batch.arguments())
         return out.logits.flatten(0, 1)
 
     def _is_dummy(self, index: int) -> bool:
@@ -183,7 +181,7 @@ class WholeModel:
         with world.together("exact product of the whole model"):
             graph = self._try(full) if self._batches else 0
             if self._own_loss:
-                self._compare_gradients(full)
+                self._require_own_places(full)
         self._require_memory(work + graph, f"beside its parameters, {gigabytes(graph)} of them for activations")
         with world.together("exact product of the whole model"):
             way = self._choose_way(full) if self._batches else "dual"
@@ -230,18 +228,14 @@ class WholeModel:
             )
         return _GRAPH * saved
 
-    def _compare_gradients(self, full: Tensors) -> None:
+    def _require_own_places(self, full: Tensors) -> None:
         """Refuse a module or a loss that reads parameters elsewhere than in their modules: they would be constants."""
         named = dict(self._module.named_parameters())
-        own: Tensors = {name: named[name] for name in self._selected if named[name].requires_grad}
-
-        def gradient(W: Tensors) -> list[torch.Tensor]:
-            with torch.enable_grad():
-                (loss,) = self._loss(self._batches[0], W)
-                found = torch.autograd.grad(loss, list(W.values()), materialize_grads=True)
-            return [widened(g) for g in found]
-
-        if own and disagreement(gradient({n: full[n].detach().requires_grad_() for n in own}), gradient(own)):
+        own = [named[name] for name in self._selected if named[name].requires_grad]
+        with self._running(full), torch.enable_grad():
+            (loss,) = self._loss(self._batches[0], {name: full[name].detach().requires_grad_() for name in self._selected})
+            found = torch.autograd.grad(loss, own, allow_unused=True) if own and loss.requires_grad else ()
+        if any(g is not None for g in found):
             raise ModelError(
                 f"{type(self._module).__name__} or its loss reads parameters elsewhere than in the modules that own them "
                 '(copies, flattened weights), so exact products would miss them: use method = "finite_difference"'

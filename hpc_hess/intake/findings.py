@@ -20,6 +20,8 @@ CHECKS: dict[str, str] = {
     "model.causal": "no logit depends on a later token",
     "model.writes": "a forward pass leaves parameters and buffers as they were",
     "model.frozen": "which parameters the matrix spans",
+    "given.positions": "positions of left-padded and packed rows of batches",
+    "given.precision": "in which precision a user's model is multiplied",
     "model.reached": "parameters that the loss does not depend on",
 }
 

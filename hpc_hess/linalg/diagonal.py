@@ -19,7 +19,7 @@ from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.linalg.trace import leave_one_out
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.vector import Vector
+from hpc_hess.parallel.vector import Vector, VectorSpace
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,18 @@ def diagonal_hutchinson(
     return running.estimate(running.count)
 
 
+def _gaussian(space: VectorSpace, seed: int, number: int) -> Vector:
+    return probes.draw(space, seed=seed, probe=number, distribution="gaussian")
+
+
+def _spans(basis: Basis, count: int, y: Vector) -> bool:
+    """Whether ``y``, overwritten, lies in the span of the first ``count`` vectors. Collective: yes."""
+    before = norm = y.norm()
+    if count:
+        _, norm = basis.orthogonalise_(y, 0, count)
+    return norm <= 100 * torch.finfo(y.space.dtype).eps * before
+
+
 def xdiag(
     operator: LinearOperator, basis: Basis, images: Basis, num_products: int, *, seed: int = 0,
     keep: Keep | None = None,
@@ -90,9 +102,14 @@ def xdiag(
     """
     space, count = operator.space, num_products // 2
     small = leave_one_out(operator, basis, count, seed=seed, distribution="rademacher", images=images, keep=keep)
+    count = len(small.h)
+    if small.exhausted and not _spans(basis, count, operator.matvec(_gaussian(space, seed, num_products))):
+        return diagonal_hutchinson(operator, most=num_products, seed=seed, keep=keep)  # signs that A happens to lose
     within = space.zeros()
     for j in range(count):
         within.data.addcmul_(basis[j].data, images[j].data)
+    if small.exhausted:
+        return DiagonalEstimate(within, space.zeros(), 2 * count + 2)
     running = _Running(within)
     for i in range(count):
         s = torch.from_numpy(np.ascontiguousarray(small.s[:, i]))

@@ -7,6 +7,10 @@ A full basis is replaced by its best Ritz vectors and the residual's direction, 
 
 goes on to hold, T being diagonal where Ritz vectors are, with a row of couplings to the vector after them. Every new
 vector is orthogonalised against the whole basis, locked vectors included: no copy of an eigenvalue (ghost) can appear.
+
+A Krylov space holds one vector of each eigenspace, so an eigenvalue's other copies are not in it. They are found from new
+random directions, orthogonal to what is known: one where the space is exhausted before all pairs are there, and, with
+``copies``, one after all have converged, until a direction finds nothing more.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from hpc_hess.errors import ConfigError, NumericsError
+from hpc_hess.linalg import probes
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 Float = NDArray[np.float64]
+_RISK = 0.01  # that a direction is believed to find nothing more, though there is a copy
 
 
 def num_wanted(count: int, which: Which) -> int:
@@ -46,16 +52,23 @@ class ThickRestart:
     ----------
     operator : the symmetric operator.
     basis : rows for ``size`` + 1 vectors, in memory.
-    size : of the basis; at least :func:`least_basis`.
+    size : of the basis; at least :func:`least_basis`, or the dimension of the space where that is smaller.
     count : eigenpairs wanted; of each end with ``which`` = "both".
     which : "largest" and "smallest" by value, "magnitude" by absolute value.
     tolerance : of the residuals |A u - theta u|, relative to the largest |Ritz value|.
+    copies : search for copies of the pairs that were found, too.
+    seed : of the new directions.
 
     Attributes
     ----------
     filled : basis vectors that T is complete for.
     num_products, num_restarts : so far.
     asymmetry : as in Lanczos.
+    exhausted : the Krylov space of the last direction is: its Ritz pairs are exact.
+    directions : new directions drawn so far.
+    locked : basis vectors that were there when the last one was drawn.
+    known, dropped : the wanted values then, and the residuals that the locked vectors were left with.
+    looks : steps that the last direction took before a restart.
 
     """
 
@@ -72,12 +85,22 @@ class ThickRestart:
     asymmetry: float = 0.0
     exhausted: bool = False
     projected: Float = field(default_factory=lambda: np.zeros((0, 0)))
+    copies: bool = False
+    seed: int = 0
+    directions: int = 0
+    locked: int = 0
+    known: list[float] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)
+    looks: int = 0
     _solved: tuple[Float, Float] | None = None
 
     def __post_init__(self) -> None:
         """Check what was asked for. Raises ConfigError."""
-        least = least_basis(self.count, self.which)
-        if self.count < 1 or self.size < least:
+        dimension = self.operator.space.size
+        if not 1 <= self.count <= dimension:
+            raise ConfigError(f"{self.count} pairs were asked for: the matrix has {dimension}")
+        least = min(least_basis(self.count, self.which), dimension)
+        if self.size < least:
             raise ConfigError(
                 f'{self.count} pairs of which = "{self.which}" need a basis of at least {least}, not {self.size}'
             )
@@ -93,7 +116,7 @@ class ThickRestart:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Restart if the basis is full; then one product and its orthogonalisation. Collective: yes.
+        """Restart if it is time to; then one product and its orthogonalisation. Collective: yes.
 
         Raises
         ------
@@ -106,40 +129,147 @@ class ThickRestart:
 
     @property
     def full(self) -> bool:
-        """Whether the next step must begin with a restart."""
-        return self.filled == self.size
+        """Whether the next step must begin with a restart. Collective: yes."""
+        return self.filled == self.size or self._told
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the vector after the ``filled`` ones is there: not where the space is exhausted, until a new direction."""
+        return not self.exhausted or bool(self.directions and self.filled == self.locked)
+
+    @property
+    def spanned(self) -> bool:
+        """Whether the basis spans the whole space: every pair is known, and exact."""
+        return self.filled == self.operator.space.size
 
     def advance(self, w: Vector) -> None:
         """Finish the step with w = A v of vector number ``filled`` (overwritten). Collective: yes. Raises NumericsError."""
-        j = self.filled
+        j, locked = self.filled, self.locked
         coefficients, beta = self.basis.orthogonalise_(w, 0, j + 1)
         row = coefficients.numpy()
         if not (np.isfinite(row).all() and math.isfinite(beta)):
             raise NumericsError(f"product {self.num_products + 1} of the eigenpair search is not finite")
-        if j:
-            self.asymmetry = max(self.asymmetry, float(np.abs(row[:j] - self.projected[:j, j]).max()))
+        if j > locked:
+            difference = row[locked:j] - self.projected[locked:j, j]
+            self.asymmetry = max(self.asymmetry, float(np.abs(difference).max()))
+        self.projected[:locked, j] = self.projected[j, :locked] = row[:locked]  # below the tolerance, but known
         self.projected[j, j], self._solved = row[j], None
+        self.looks += self.looks == j - locked  # a restart takes j back
         self.filled, self.beta, self.num_products = j + 1, beta, self.num_products + 1
         scale = float(np.abs(self.projected[: j + 1, : j + 1]).max()) + beta
-        if beta <= 100 * torch.finfo(self.operator.space.dtype).eps * scale:
-            self.beta, self.exhausted = 0.0, True  # an invariant space: what is left of w is rounding
+        self.exhausted = self.spanned or beta <= 100 * torch.finfo(self.operator.space.dtype).eps * scale
+        if not self.exhausted:
+            self.basis[j + 1] = w.scale_(1.0 / beta)
+            if j + 1 < self.size:
+                self.projected[j, j + 1] = self.projected[j + 1, j] = beta
             return
-        self.basis[j + 1] = w.scale_(1.0 / beta)
-        if j + 1 < self.size:
-            self.projected[j, j + 1] = self.projected[j + 1, j] = beta
+        self.beta = 0.0  # an invariant space: what is left of w is rounding
+        if not self.finished and (self.filled < self._most or self.size >= self.operator.space.size):
+            self._turn()
 
     def restart(self) -> None:
-        """Keep the wanted Ritz vectors and as many beside them as pays, then the residual's direction. Collective: yes."""
-        values, vectors = self._ritz()
-        kept = self._kept(values)
-        couplings = self.beta * vectors[-1, kept]
-        self.basis.rotate_(torch.from_numpy(np.ascontiguousarray(vectors[:, kept].T)))
-        number = len(kept)
-        self.basis[number] = self.basis[self.size]
-        self.projected[:], self._solved = 0.0, None
-        self.projected[range(number), range(number)] = values[kept]
-        self.projected[number, :number] = self.projected[:number, number] = couplings
-        self.filled, self.num_restarts = number, self.num_restarts + 1
+        """Keep the wanted Ritz vectors and as many beside them as pays, then the residual's direction. Collective: yes.
+
+        Or a new direction after the wanted ones, where the last has told what it could.
+        """
+        if self._told:
+            pairs, (values, vectors) = self.pairs(), self._ritz()
+            self._keep(values, vectors, 0, self._wanted(values))
+            self.dropped = pairs.residuals.tolist()
+            self._turn()
+        elif self.locked and not self._changed:
+            values, vectors = self._last()
+            kept = max(1, min((self.size - self.locked) // 2, self._most - self.locked))
+            self._keep(values, vectors, self.locked, self._ends(np.abs(vectors[-1]), kept))
+        else:
+            values, vectors = self._ritz()
+            kept_ones = self._kept(values)
+            self.dropped = (np.array(self.dropped) @ vectors[: self.locked, kept_ones]).tolist() if self.locked else []
+            self._keep(values, vectors, 0, kept_ones)
+            self.locked, self.known = 0, []
+        self.num_restarts += 1
+
+    def _keep(self, values: Float, vectors: Float, first: int, kept: list[int]) -> None:
+        """Replace the vectors from ``first`` on by the Ritz vectors ``kept`` of their part of T, and the residual's."""
+        number, chosen = first + len(kept), vectors[:, kept]
+        couplings, before = self.beta * chosen[-1], self.projected[:first, first : self.filled] @ chosen
+        matrix = np.eye(number, self.filled)
+        matrix[first:, first:] = chosen.T
+        self.basis.rotate_(torch.from_numpy(np.ascontiguousarray(matrix)))
+        self.basis[number] = self.basis[self.filled]
+        self.projected[first:], self.projected[:, first:], self._solved = 0.0, 0.0, None
+        self.projected[range(first, number), range(first, number)] = values[kept]
+        self.projected[:first, first:number], self.projected[first:number, :first] = before, before.T
+        self.projected[number, first:number] = self.projected[first:number, number] = couplings
+        self.filled = number
+
+    # -- new directions ------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Go on with a new direction, orthogonal to the basis. Collective: yes."""
+        filled = self.filled
+        self.dropped += [0.0] * (filled - len(self.dropped))
+        self.projected[filled:], self.projected[:, filled:] = 0.0, 0.0
+        self.directions, self.locked, self.looks, self.beta = self.directions + 1, filled, 0, 0.0
+        self._solved = None
+        self.known = self.pairs().values.tolist()
+        new = probes.draw(self.operator.space, seed=self.seed, probe=self.directions, distribution="gaussian")
+        _, norm = self.basis.orthogonalise_(new, 0, filled)
+        self.basis[filled] = new.scale_(1.0 / norm)
+
+    @property
+    def _most(self) -> int:
+        return self.most_kept(self.size, self.count, self.which)
+
+    @property
+    def _told(self) -> bool:
+        """Whether to go on from a new direction: all has converged, or the space is exhausted. Collective: yes."""
+        if self.filled == self.locked or self.finished:
+            return False
+        if self.exhausted and not self.has_next:
+            return True
+        # twice as well, as the residuals that are dropped add to those that the next direction leaves
+        return self._within(0.5 * self.tolerance) and (not self.directions or self._changed)
+
+    @property
+    def _changed(self) -> bool:
+        """Whether the last direction has changed the wanted pairs."""
+        pairs = self.pairs()
+        if len(self.known) < len(pairs.values):
+            return True
+        return bool(np.abs(pairs.values - self.known).max() > self.tolerance * pairs.scale)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pairs have converged and none is missing, copies of an eigenvalue included. Collective: yes.
+
+        The last direction was a new one and has changed nothing; and its own best Ritz pair has converged, or k steps were
+        too many for what it would have missed: a random start misses more than epsilon of the spread with a probability
+        below 1.648 sqrt(N) exp(-sqrt(epsilon) (2 k - 1)) (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992).
+        """
+        if self.spanned:
+            return True
+        if not self.directions or self.filled == self.locked or not self.converged or self._changed:
+            return False
+        if self.exhausted:
+            return True
+        pairs, (values, vectors), (everything, _) = self.pairs(), self._last(), self._ritz()
+        slack, residuals = self.tolerance * pairs.scale, np.abs(self.beta * vectors[-1])
+
+        def nothing_beyond(sign: int, edge: float) -> bool:
+            """Whether the last direction has no eigenvalue beyond ``edge`` at the end ``sign``."""
+            best, lowest = int(np.argmax(sign * values)), float((sign * everything).min())
+            share = (edge + slack - sign * float(values[best])) / (edge + slack - lowest)
+            risk = 1.648 * math.sqrt(self.operator.space.size) * math.exp(-math.sqrt(max(share, 0)) * (2 * self.looks - 1))
+            return bool(residuals[best] <= slack) or risk <= _RISK
+
+        found, count = pairs.values, self.count
+        ends = {
+            "largest": [(1, found[0])], "smallest": [(-1, -found[-1])],
+            "both": [(1, found[-count]), (-1, -found[count - 1])],
+            "magnitude": [(sign, np.abs(found).min()) for sign in (1, -1)],
+        }  # fmt: skip
+        return all(nothing_beyond(sign, float(edge)) for sign, edge in ends[self.which])
 
     def _kept(self, values: Float) -> list[int]:
         """Choose the Ritz values that survive a restart: more as pairs converge, so that the search does not stall.
@@ -151,10 +281,18 @@ class ThickRestart:
         going = pairs.residuals > self.tolerance * pairs.scale
         extra = max(room // 5, min(int((~going).sum()), room // 2))
         if self.which != "both":
-            return sorted(_first(values, self.num_wanted + extra, self.which))
+            return sorted(_first(values, self.num_wanted + extra, self.which).tolist())
         below, above = int(going[: self.count].sum()), int(going[self.count :].sum())
         low = round(extra * (below + 0.5) / (below + above + 1))
         return [*range(self.count + low), *range(len(values) - self.count - (extra - low), len(values))]
+
+    def _ends(self, last: Float, number: int) -> list[int]:
+        """Choose Ritz values of the last direction, from the ends that are wanted in turn, the less known first."""
+        up, down = [*range(len(last))][::-1], [*range(len(last))]
+        if self.which in ("largest", "smallest"):
+            return sorted((up if self.which == "largest" else down)[:number])
+        pair = (up, down) if last[-1] > last[0] else (down, up)
+        return sorted([*dict.fromkeys(k for both in zip(*pair, strict=True) for k in both)][:number])
 
     @staticmethod
     def most_kept(size: int, count: int, which: Which) -> int:
@@ -166,7 +304,8 @@ class ThickRestart:
 
     def to_state(self) -> dict[str, Any]:
         """Return, as JSON-able values, what a resume needs besides basis vectors 0..filled."""
-        names = ("filled", "beta", "num_products", "num_restarts", "asymmetry", "exhausted")
+        names = ("filled", "beta", "num_products", "num_restarts", "asymmetry", "exhausted", "directions", "locked",
+                 "known", "dropped", "looks")  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "projected": self.projected.tolist()}
 
     def from_state(self, state: dict[str, Any]) -> None:
@@ -180,7 +319,20 @@ class ThickRestart:
     @property
     def num_wanted(self) -> int:
         """Pairs that are wanted, of both ends together."""
-        return num_wanted(self.count, self.which)
+        return min(num_wanted(self.count, self.which), self.operator.space.size)
+
+    def _wanted(self, values: Float) -> list[int]:
+        """Return which Ritz values are wanted, ascending."""
+        if self.which != "both":
+            return sorted(_first(values, self.count, self.which).tolist())
+        low, high = range(min(self.count, len(values))), range(max(0, len(values) - self.count), len(values))
+        return sorted({*low, *high})
+
+    def _last(self) -> tuple[Float, Float]:
+        """Return the Ritz pairs of the last direction alone. Collective: yes."""
+        mine = slice(self.locked, self.filled)
+        own = np.linalg.eigh(self.projected[mine, mine])
+        return self.operator.space.agreed((own.eigenvalues, own.eigenvectors), "Ritz pairs of a direction")
 
     def _ritz(self) -> tuple[Float, Float]:
         """Diagonalise T, once a step and the same on every rank: vectors are combined by it, and its signs are arbitrary."""
@@ -192,23 +344,27 @@ class ThickRestart:
     def pairs(self) -> Pairs:
         """Return the wanted Ritz pairs of the basis as it is (fewer than wanted at the beginning). Collective: yes."""
         values, vectors = self._ritz()
-        if self.which == "both":
-            low = min(self.count, len(values))
-            chosen = sorted({*range(low), *range(max(0, len(values) - self.count), len(values))})
-        else:
-            chosen = sorted(_first(values, self.count, self.which))
+        chosen = self._wanted(values)
         residuals = np.abs(self.beta * vectors[-1, chosen])
+        if any(self.dropped):
+            residuals += np.abs(np.array(self.dropped) @ vectors[: len(self.dropped), chosen])
         return Pairs(values[chosen], residuals, vectors[:, chosen].T, float(np.abs(values).max()), self.basis)
 
     @property
-    def finished(self) -> bool:
-        """Whether every wanted pair has converged, or the Krylov space is exhausted (all exact then). Collective: yes."""
+    def converged(self) -> bool:
+        """Whether as many pairs as are wanted have residuals within the tolerance. Collective: yes."""
+        return self._within(self.tolerance)
+
+    def _within(self, tolerance: float) -> bool:
         if self.filled == 0:
             return False
-        if self.exhausted:
-            return True
         pairs = self.pairs()
-        return len(pairs.values) == self.num_wanted and bool((pairs.residuals <= self.tolerance * pairs.scale).all())
+        return len(pairs.values) == self.num_wanted and bool((pairs.residuals <= tolerance * pairs.scale).all())
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to do: all have converged and, with ``copies``, none is missing. Collective: yes."""
+        return self.converged and (self.complete or not self.copies)
 
 
 @dataclass(frozen=True)
@@ -233,7 +389,7 @@ def _first(values: Float, count: int, which: Which) -> NDArray[np.int64]:
 
 
 def eigenpairs(process: ThickRestart, most_products: int) -> Pairs:
-    """Step until the pairs have converged or ``most_products`` were spent. Collective: yes."""
+    """Step until the search has finished or ``most_products`` were spent. Collective: yes."""
     while not process.finished and process.num_products < most_products:
         process.step()
     return process.pairs()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator
@@ -77,7 +79,7 @@ def minres(
     residuals = [1.0 if norm else 0.0]
     v, before = b.copy().scale_(1 / (norm or 1.0)), space.zeros()
     w, w_before = space.zeros(), space.zeros()
-    beta, eta = 0.0, norm
+    beta, eta, scale = 0.0, norm, 0.0
     c, c_before, s, s_before = 1.0, 1.0, 0.0, 0.0  # the last two rotations
     while len(residuals) <= most and residuals[-1] > tolerance:
         u = keep.vector(partial(operator.matvec, v))
@@ -87,9 +89,13 @@ def minres(
         beta_next = u.norm()
         if not (math.isfinite(alpha) and math.isfinite(beta_next)):
             raise NumericsError(f"product {len(residuals)} of MINRES is not finite")
+        scale = max(scale, abs(alpha) + beta + beta_next)
+        rounding = 100 * torch.finfo(space.dtype).eps * scale
+        if beta_next <= rounding:  # the Krylov space is invariant
+            beta_next = 0.0
         diagonal = c * alpha - c_before * s * beta
         length = math.hypot(diagonal, beta_next)
-        if not length:
+        if length <= rounding:
             break  # A + damping I is singular on this Krylov space: x is as good as it gets
         upper, upmost = s * alpha + c_before * c * beta, s_before * beta
         c_before, c = c, diagonal / length

@@ -24,6 +24,7 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 
 Float = NDArray[np.float64]
+_ROUNDING = 100  # times the unit roundoff: what is left of a vector below it is noise
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def xtrace(
 
     """
     small = leave_one_out(operator, basis, num_products // 2, seed=seed, distribution="gaussian", keep=keep)
+    if small.exhausted:
+        return Estimate(float(np.trace(small.h)), 0.0)
     h, r, w, s = small.h, small.r, small.w, small.s
     c = w - s * (s * w).sum(0)  # column i: coefficients of P_i w_i
     quadratic = (w * r).sum(0) - 2 * (c * r).sum(0) + (c * (h @ c)).sum(0)
@@ -125,13 +128,17 @@ def xtrace(
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """Small matrices of k vectors W: A W = Q R, ``h`` = Q^T A Q, ``w`` = Q^T W, and ``s`` (column i: see xtrace)."""
+    """Small matrices of k vectors W: A W = Q R, ``h`` = Q^T A Q, ``w`` = Q^T W, and ``s`` (column i: see xtrace).
+
+    ``exhausted``: Q spans all that A gives, so that A = Q Q^T A; then there is nothing to leave out.
+    """
 
     h: Float
     r: Float
     w: Float
     s: Float
     squared_norms: Float  # of the columns of W
+    exhausted: bool = False
 
 
 def leave_one_out(
@@ -141,7 +148,7 @@ def leave_one_out(
     """Fill ``basis`` with Q of A W = Q R for ``count`` vectors W, and ``images``, if given, with A Q. Collective: yes."""
     space, keep = operator.space, keep or KeepNothing()
     r, h, w = np.zeros((count, count)), np.zeros((count, count)), np.zeros((count, count))
-    squared = np.zeros(count)
+    squared, exhausted = np.zeros(count), False
 
     def vector(k: int) -> Vector:
         return probes.draw(space, seed=seed, probe=k, distribution=distribution)
@@ -151,13 +158,16 @@ def leave_one_out(
 
     for k in range(count):
         y = keep.vector(partial(operator.matvec, vector(k)))
+        before = norm = y.norm()
         if k:
             coefficients, norm = basis.orthogonalise_(y, 0, k)
             r[:k, k] = coefficients.numpy()
-        else:
-            norm = y.norm()
+        if norm <= _ROUNDING * torch.finfo(space.dtype).eps * before:  # with probability 1, of a Gaussian vector
+            exhausted, count = True, k
+            break
         r[k, k] = norm
         basis[k] = y.scale_(1 / norm)
+    r, h, w, squared = r[:count, :count], h[:count, :count], w[:count, :count], squared[:count]
     for k in range(count):
         if images is None:
             h[:, k] = keep.numbers(partial(column, k))
@@ -168,14 +178,14 @@ def leave_one_out(
         w[:, k] = basis.dots(probe, count).numpy()
         squared[k] = probe.dot(probe)
     s = np.linalg.inv(r).T
-    return LeaveOneOut(0.5 * (h + h.T), r, w, s / np.linalg.norm(s, axis=0), squared)
+    return LeaveOneOut(0.5 * (h + h.T), r, w, s / np.linalg.norm(s, axis=0), squared, exhausted)
 
 
 def _append(basis: Basis, rank: int, y: Vector) -> int:
     """Add what is new in ``y`` to the orthonormal basis; return 1, or 0 if it is rounding."""
     before = y.norm()
     norm = basis.orthogonalise_(y, 0, rank)[1] if rank else before
-    if norm <= 100 * torch.finfo(y.space.dtype).eps * before:
+    if norm <= _ROUNDING * torch.finfo(y.space.dtype).eps * before:
         return 0
     basis[rank] = y.scale_(1 / norm)
     return 1

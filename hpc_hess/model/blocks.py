@@ -240,9 +240,7 @@ class SplitModel:
         replacements = [*zip(self.blocks, forwards, strict=True), (self.head, on_head)]
         with substituted(self.places, {**rest, **parameters}), replaced_forwards(replacements):
             try:
-                return plain_forward(self.module)(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-                ).logits
+                return plain_forward(self.module)(**batch.arguments()).logits
             except Finished:
                 return None
 

@@ -88,7 +88,7 @@ class Exchange:
     def fetch(self, names: list[str]) -> tuple[Tensors, Tensors]:
         """Return full parameters, and directions [K, *shape] of those that are selected. Collective: yes."""
         if not self.sharded:
-            full = {name: self._pieces[name].local.to(self.dtype) for name in names}
+            full = {name: self._computed_with(self._pieces[name].local) for name in names}
             return full, {name: self._stack(name) for name in self._with_direction(names)}
         self.prefetch(names)
         work, buffer = self._gathers.pop(tuple(names))
@@ -106,6 +106,9 @@ class Exchange:
 
     def _with_direction(self, names: list[str]) -> list[str]:
         return [n for n in names if self._directions and self._pieces[n].place is not None]
+
+    def _computed_with(self, local: torch.Tensor) -> torch.Tensor:
+        return local.to(self.dtype) if local.is_floating_point() else local  # quantised weights stay what they are
 
     def _stack(self, name: str) -> torch.Tensor:
         piece = self._pieces[name]

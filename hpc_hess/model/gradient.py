@@ -67,7 +67,7 @@ class Gradient:
                         with model.world.timers.phase("forward"):
                             contribution = self.objective.contribution(model.module, index)
                         with model.world.timers.phase("backward"):
-                            contribution.total.backward()
+                            model.backward(contribution.total)
                     parts.append(contribution.per_sample.double())
                     ids.extend(contribution.sample_ids)
                     if whole:
@@ -94,7 +94,6 @@ class Gradient:
             return self()
         finally:
             self.routing.recording = False
-            self.routing.release_if_unused()
 
     def _check_losses(self, losses: torch.Tensor, ids: list[int]) -> None:
         finite = torch.isfinite(losses)

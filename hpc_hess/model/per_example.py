@@ -104,10 +104,10 @@ class _Streamed:
                 agree_on(names)
                 return self._exchange.parameters(names)
 
-            record(self._split, self._moved(first), fetch)
+            record(self._split, first.to(self._device), fetch)
 
     def run(self, batch: MicroBatch, give: Callable[[Tensors], None]) -> float:
-        split, batch = self._split, self._moved(batch)
+        split, batch = self._split, batch.to(self._device)
         with self._world.guard("gradient of an example"), honest_casts(self._exchange.dtype), torch.no_grad():
             full = self._fetch(0)
             arguments, tensors = split.arguments(full, batch)
@@ -171,9 +171,3 @@ class _Streamed:
 
     def _leaves(self, full: Tensors) -> Tensors:
         return {n: t.detach().requires_grad_() for n, t in full.items() if n in self._selected}
-
-    def _moved(self, batch: MicroBatch) -> MicroBatch:
-        return MicroBatch(
-            batch.sample_ids, batch.input_ids.to(self._device), batch.attention_mask.to(self._device),
-            batch.labels.to(self._device),
-        )  # fmt: skip

@@ -37,33 +37,46 @@ class Routing:
         self.active = False
         self._choices: dict[tuple[int, int, int], torch.Tensor] = {}
         self._counted: set[tuple[int, int, int]] = set()
-        self._wrapped: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for number, block in enumerate(find_blocks(module) or []):
-            block.forward = self._wrap(block.forward, number)  # type: ignore[method-assign]
-            self._wrapped.append((block, block.forward))
+        self._blocks = list(find_blocks(module) or [])
+        self._before: list[tuple[nn.Module, Any]] | None = None  # while attached: what was set on each block
+        self._for_good = False
 
     @property
     def has_router(self) -> bool:
         """Whether any routing decision was recorded."""
         return bool(self._choices)
 
+    def attach(self) -> None:
+        """Watch the blocks until :meth:`detach`, so that what wraps their forwards later wraps this, too."""
+        self._for_good = True
+        self._attach()
+
+    def _attach(self) -> None:
+        self._before = [(block, block.__dict__.get("forward")) for block in self._blocks]
+        for number, block in enumerate(self._blocks):
+            block.forward = self._wrap(block.forward, number)  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Leave the blocks as they were."""
+        for block, forward in self._before or []:
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward
+        self._before = None
+
     def begin(self) -> None:
         """Say that a new evaluation of the gradient begins; a choice recomputed within one is counted once."""
         self._counted.clear()
         self.active = True
+        if self._before is None and (self.recording or self._choices):
+            self._attach()
 
     def end(self) -> None:
         """Say that the evaluation is over."""
         self.active = False
-
-    def release_if_unused(self) -> None:
-        """Leave the blocks as they were when nothing was recorded: the model is the user's."""
-        if self._choices:
-            return
-        for block, forward in self._wrapped:
-            if block.__dict__.get("forward") is forward:
-                del block.forward
-        self._wrapped = []
+        if not self._for_good:
+            self.detach()
 
     def _wrap(self, forward: Callable[..., Any], block: int) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ def classifier() -> tuple[nn.Module, list[Any]]:
 def test_spectrum_of_a_classifier(classifier: tuple[nn.Module, list[Any]]) -> None:
     model, batches = classifier
     operator = hpc_hess.hessian(model, batches, summed_cross_entropy)
-    dense = dense_hessian(model, CallableObjective(batches, summed_cross_entropy, model))
+    dense = dense_hessian(model.eval(), CallableObjective(batches, summed_cross_entropy, model))
     exact = torch.linalg.eigvalsh(dense)
     spectrum = hpc_hess.slq(operator, steps=operator.shape[0], probes=2, seed=1)
     assert abs(spectrum.lambda_max - float(exact[-1])) < 1e-8
@@ -51,7 +51,7 @@ def test_spectrum_of_a_classifier(classifier: tuple[nn.Module, list[Any]]) -> No
 def test_products_come_back_in_kind(classifier: tuple[nn.Module, list[Any]]) -> None:
     model, batches = classifier
     operator = hpc_hess.hessian(model, batches, summed_cross_entropy)
-    dense = dense_hessian(model, CallableObjective(batches, summed_cross_entropy, model)).numpy()
+    dense = dense_hessian(model.eval(), CallableObjective(batches, summed_cross_entropy, model)).numpy()
     v = np.random.default_rng(0).standard_normal(operator.shape[0])
     product = operator.matvec(v)
     assert isinstance(product, np.ndarray)
@@ -121,14 +121,14 @@ def test_exact_product_of_any_module_and_loss(make: type[nn.Module]) -> None:
     operator = hpc_hess.hessian(model, batches, summed_cross_entropy, method="exact")
     v = torch.randn(operator.shape[0], dtype=torch.float64)
     with sdpa_kernel(SDPBackend.MATH):
-        expected = hessian_product(model, CallableObjective(batches, summed_cross_entropy, model), v)
+        expected = hessian_product(model.eval(), CallableObjective(batches, summed_cross_entropy, model), v)
     assert (operator @ v - expected).norm() < 1e-13 * expected.norm()
 
 
 def test_exact_hessian_of_a_classifier_is_the_dense_one(classifier: tuple[nn.Module, list[Any]]) -> None:
     model, batches = classifier
     operator = hpc_hess.hessian(model, batches, summed_cross_entropy, method="exact")
-    dense = dense_hessian(model, CallableObjective(batches, summed_cross_entropy, model))
+    dense = dense_hessian(model.eval(), CallableObjective(batches, summed_cross_entropy, model))
     columns = torch.stack([operator @ row for row in torch.eye(operator.shape[0], dtype=torch.float64)])
     torch.testing.assert_close(columns, dense, rtol=0, atol=1e-14 * float(dense.abs().max()))
     some = hpc_hess.hessian(model, batches, summed_cross_entropy, method="exact", include=["3.*"])
