@@ -43,26 +43,46 @@ class RitzCheck:
 
     @property
     def product_error(self) -> float:
-        """The part of the residual that the product's error explains, relative to theta."""
-        return math.sqrt(max(self.residual**2 - self.lanczos_residual**2, 0.0)) / abs(self.theta)
+        """The part of the residual that the product's error explains, relative to theta (0 where theta is)."""
+        return self.product_error_absolute / abs(self.theta) if self.theta else 0.0
+
+    @property
+    def product_error_absolute(self) -> float:
+        """|E y| of the unit vector y, E what the products have beside the exact ones."""
+        return math.sqrt(max(self.residual**2 - self.lanczos_residual**2, 0.0))
 
 
 def relative_difference(product: Vector, reference: Vector) -> float:
-    """Return |product - reference| / |reference|. Collective: yes."""
-    return product.copy().axpy_(-1.0, reference).norm() / reference.norm()
+    """Return |product - reference| / |reference|; of a reference that is zero, 1 unless both are. Collective: yes."""
+    difference, size = product.copy().axpy_(-1.0, reference).norm(), reference.norm()
+    return difference / size if size > 0 else float(difference > 0)
 
 
 def extreme_ritz_vector(process: Lanczos) -> tuple[Vector, float, float]:
     """Return the Ritz vector of largest |theta|, theta and its Lanczos residual. Needs every basis vector."""
+    values, _ = eigh_tridiagonal(np.array(process.alpha), np.array(process.beta[:-1]))
+    return ritz_vector(process, int(np.abs(values).argmax()))
+
+
+def ritz_vector(process: Lanczos, i: int) -> tuple[Vector, float, float]:
+    """Return the unit Ritz vector of the i-th smallest theta, theta and its Lanczos residual. Needs every basis vector."""
     values, vectors = eigh_tridiagonal(np.array(process.alpha), np.array(process.beta[:-1]))
-    i = int(np.abs(values).argmax())
     y = process.basis.combine(torch.from_numpy(np.ascontiguousarray(vectors[:, i])))
     return y.scale_(1.0 / y.norm()), float(values[i]), abs(process.beta[-1] * float(vectors[-1, i]))
 
 
 def check_ritz(exact: LinearOperator, process: Lanczos) -> RitzCheck:
     """Measure the extreme Ritz pair of a finished process with the exact product. Collective: yes."""
-    y, theta, residual = extreme_ritz_vector(process)
+    return _checked(exact, *extreme_ritz_vector(process))
+
+
+def check_ends(exact: LinearOperator, process: Lanczos) -> dict[str, RitzCheck]:
+    """Measure the smallest and the largest Ritz pair likewise: "lowest" and "highest". Collective: yes."""
+    last = len(process.alpha) - 1
+    return {name: _checked(exact, *ritz_vector(process, i)) for name, i in (("lowest", 0), ("highest", last))}
+
+
+def _checked(exact: LinearOperator, y: Vector, theta: float, residual: float) -> RitzCheck:
     product = exact.matvec(y)
     rayleigh = y.dot(product)
     return RitzCheck(theta, rayleigh, product.axpy_(-theta, y).norm(), residual)
@@ -128,7 +148,7 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
         operator = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
     progress.phase("symmetry and linearity")
     hu, hv = operator.matvec(u), operator.matvec(v)
-    scale = max(hu.norm(), hv.norm())
+    scale = max(hu.norm(), hv.norm()) or 1.0  # a Hessian that is zero is symmetric and linear
     found["symmetry"] = abs(u.dot(hv) - v.dot(hu)) / scale
     both = operator.matvec(u.copy().axpy_(2.0, v))
     found["linearity"] = both.axpy_(-1.0, hu).axpy_(-2.0, hv).norm() / scale
@@ -139,7 +159,8 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     while not process.finished:
         process.step()
     y, theta, residual = extreme_ritz_vector(process)
-    gram = max(abs(process.basis[i].dot(process.basis[j])) for i in range(process.step_count) for j in range(i))
+    pairs = [(i, j) for i in range(process.step_count) for j in range(i)]
+    gram = max((abs(process.basis[i].dot(process.basis[j])) for i, j in pairs), default=0.0)
     found |= {"theta": theta, "theta_residual": residual, "orthogonality_loss": gram, "lanczos_steps": steps}
     if exact is None:
         return found

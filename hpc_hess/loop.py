@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from hpc_hess.check import check_ritz, relative_difference
+from hpc_hess.check import check_ends, relative_difference
 from hpc_hess.config import Config
 from hpc_hess.curvature.whole_model import ExactOperator
 from hpc_hess.errors import ModelError, NumericsError
@@ -34,7 +34,7 @@ from hpc_hess.products import (
 )
 from hpc_hess.report.progress import Progress
 from hpc_hess.report.words import probes_text
-from hpc_hess.result import Tally
+from hpc_hess.result import MOST_ERROR, Tally
 from hpc_hess.scaling.counter import FlopCounter
 from hpc_hess.stopping import InterruptedProductError, Stopper
 from hpc_hess.storage.events import EventLog
@@ -201,7 +201,7 @@ class Loop:
             self.progress.note(f"of this product {self.watch.resumed} micro-batches of each rank had been summed before")
         settle_s = self._settle()
         if 0 in running and running[0].step_count == 0 and (exact := self._reference()) is not None:
-            self.tally.error_probe = relative_difference(products[0], exact.matvec(running[0].basis[0]))
+            self._check_probe(products[0], exact.matvec(running[0].basis[0]))
         began = time.perf_counter()
         with phase("vectors"):
             for probe, process in running.items():
@@ -273,11 +273,28 @@ class Loop:
                         self.progress.note(f"to compare with: {note}")
         return self._compared_with
 
+    def _check_probe(self, product: Vector, reference: Vector) -> None:
+        """Compare the first product with the exact one. Raises NumericsError where they have nothing in common."""
+        error, size = relative_difference(product, reference), reference.norm()
+        self.tally.error_probe = error
+        self.tally.error_probe_absolute = error * size if size > 0 else product.norm()
+        if error > MOST_ERROR and size > 0:
+            cause = "the loss changes its form within the step, as near a parameter that is zero"
+            if self._exact is not None:
+                cause = f"{self.config.model.compute_dtype} is too coarse for this model"
+            remedy = 'model.compute_dtype = "float32"' if self._exact is not None else 'operator.method = "exact"'
+            raise NumericsError(
+                f"the first product differs from the exact one by {100 * error:.3g} %: {cause}; no eigenvalue can be given: "
+                f"set {remedy}"
+            )
+
     def _check_ritz(self, process: Lanczos) -> None:
         """Measure the extreme Ritz pair with the exact product; needs the whole basis."""
         if self.config.lanczos.reorthogonalise == "full" and (exact := self._reference()) is not None:
-            self.progress.phase("checking the extreme Ritz vector")
-            self.tally.ritz_check = asdict(check_ritz(exact, process))
+            self.progress.phase("checking the extreme Ritz vectors")
+            ends = check_ends(exact, process)
+            self.tally.ritz_check = asdict(max(ends.values(), key=lambda end: abs(end.theta)))
+            self.tally.ritz_ends = {name: asdict(end) for name, end in ends.items()}
 
     def _write_row(self, probe: int, process: Lanczos) -> None:
         """Start to write the newest vector of a probe, which stays as it is until that has been settled."""

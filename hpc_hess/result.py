@@ -17,6 +17,7 @@ import numpy as np
 from hpc_hess.check import RitzCheck
 from hpc_hess.config import Config
 from hpc_hess.curvature.record import ProductRecord
+from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.quadrature import ritz, trace
 from hpc_hess.parallel.world import World, describe
@@ -27,6 +28,7 @@ from hpc_hess.scaling.plan import orthogonalisation_bytes
 
 RESULT_NAME = "result.json"
 FORMAT = 1
+MOST_ERROR = 0.5  # of a product, or of its symmetry, beyond which no eigenvalue can be given
 
 
 @dataclass
@@ -45,7 +47,9 @@ class Tally:
     computes: str = ""  # which function's matrix, and in which precision
     calibration_gradients: int = 0
     error_probe: float | None = None  # against the exact product, on the first probe
+    error_probe_absolute: float = 0.0  # the same error of the unit vector, not relative to the product
     ritz_check: dict[str, float] = field(default_factory=dict)  # RitzCheck of the extreme Ritz pair
+    ritz_ends: dict[str, dict[str, float]] = field(default_factory=dict)  # of the "lowest" and the "highest" Ritz pair
     flips: int = 0
     products: int = 0
     hvp_s: float = 0.0
@@ -105,8 +109,8 @@ def make_result(
     estimate = trace(quadratures, space.size)
     largest = max(float(np.abs(q.values).max()) for q in quadratures) or 1.0
     count = max(tally.products, 1)
-    errors = _product_errors(tally)
-    product_error = errors["hvp_relative"] or 0.0
+    errors = _product_errors(tally, largest)
+    product_error = errors["hvp_absolute"] or 0.0
     return {
         "format": FORMAT,
         "num_params": space.size,
@@ -131,12 +135,12 @@ def make_result(
              "ritz_values": q.values.tolist(), "ritz_weights": q.weights.tolist(),
              "ritz_residuals": q.residuals.tolist(),
              # an eigenvalue lies this close: Lanczos residual plus the product's error
-             "ritz_errors": (q.residuals + product_error * np.abs(q.values)).tolist()}
+             "ritz_errors": (q.residuals + product_error).tolist()}
             for k, ((alpha, beta), q) in enumerate(zip(recurrences, quadratures, strict=True))
         ],
         "lambda_max": max(float(q.values[-1]) for q in quadratures),
         "lambda_min": min(float(q.values[0]) for q in quadratures),
-        "trace": {"mean": estimate.mean, "stderr": estimate.stderr},
+        "trace": {"mean": estimate.mean, "stderr": estimate.stderr, "half_width_95": estimate.half_width()},
         "errors": {
             **errors,
             "symmetry": tally.asymmetry / largest,
@@ -179,21 +183,43 @@ def _rates(config: Config, tally: Tally, size_local: int) -> dict[str, Any]:
     return rates
 
 
-def _product_errors(tally: Tally) -> dict[str, Any]:
-    """Measured where the exact product (of bfloat16: in float32) was at hand, else predicted by the step controller."""
+def _product_errors(tally: Tally, largest: float) -> dict[str, Any]:
+    """Measured where the exact product (of bfloat16: in float32) was at hand, else predicted by the step controller.
+
+    ``hvp_absolute`` is the largest measured |E v| of a unit vector v, of the first probe and of both extreme Ritz vectors:
+    it widens every interval. A predicted relative error is taken of ``largest``, the largest |Ritz value|.
+    """
     predicted = tally.predicted_error or None
     if tally.error_probe is None:
-        return {"hvp_relative": predicted, "hvp_relative_is": None if predicted is None else "predicted"}
+        return {
+            "hvp_relative": predicted, "hvp_relative_is": None if predicted is None else "predicted",
+            "hvp_absolute": None if predicted is None else predicted * largest,
+        }  # fmt: skip
+    ends = {name: RitzCheck(**end) for name, end in tally.ritz_ends.items()}
+    absolute = [tally.error_probe_absolute or tally.error_probe * largest]  # runs from before it was kept
+    absolute += [end.product_error_absolute for end in ends.values()]
     errors: dict[str, Any] = {
         "hvp_relative": tally.error_probe, "hvp_relative_is": "measured", "hvp_relative_probe": tally.error_probe,
-        "hvp_relative_predicted": predicted,
+        "hvp_relative_predicted": predicted, "hvp_absolute": max(absolute),
     }  # fmt: skip
+    if ends:
+        errors["ritz_ends"] = tally.ritz_ends
     if tally.ritz_check:
         check = RitzCheck(**tally.ritz_check)
         errors["hvp_relative_ritz"] = check.product_error
         errors["hvp_relative"] = max(tally.error_probe, check.product_error)
         errors["ritz"] = tally.ritz_check
     return errors
+
+
+def refuse_meaningless(result: dict[str, Any]) -> None:
+    """Raise NumericsError where a finished run's products are so far from symmetric that no eigenvalue can be given."""
+    asymmetry = result["errors"]["symmetry"]
+    if asymmetry > MOST_ERROR:
+        raise NumericsError(
+            f"the products are not symmetric: u.Hv and v.Hu differ by {100 * asymmetry:.3g} % of the largest |eigenvalue|; "
+            'no eigenvalue can be given: set operator.method = "exact", or look at hpc-hess check'
+        )
 
 
 def to_json(result: dict[str, Any]) -> str:

@@ -23,8 +23,9 @@ from hpc_hess.products import exact_operator
 from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import print_summary
+from hpc_hess.report.spectrum import warnings
 from hpc_hess.report.words import probes_text
-from hpc_hess.result import RESULT_NAME, make_result, to_json
+from hpc_hess.result import RESULT_NAME, make_result, refuse_meaningless, to_json
 from hpc_hess.scaling.counter import measure_limits
 from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
@@ -118,6 +119,8 @@ def run(config: Config, world: World) -> int:
             remove_product_store(world, out)
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
             result |= searched | ({"studies": studies} if studies else {})
+            refuse_meaningless(result)
+            result["cautions"] = warnings(result)
     if reason:
         world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
         return EXIT_STOPPED

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigh_tridiagonal
+from scipy.special import stdtrit
 
 Float = NDArray[np.float64]
 
@@ -33,16 +34,23 @@ def ritz(alpha: ArrayLike, beta: ArrayLike) -> Ritz:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over probes and its standard error (None for one probe)."""
+    """A mean over ``count`` samples and its standard error (None for one)."""
 
     mean: float
     stderr: float | None
+    count: int = 0
+
+    def half_width(self, risk: float = 0.05) -> float | None:
+        """Return the half width of the mean's interval, with Student's factor for few samples; None where not known."""
+        if self.stderr is None or self.count < 2:
+            return None
+        return float(stdtrit(self.count - 1, 1 - risk / 2) * self.stderr)
 
 
 def estimate(samples: ArrayLike) -> Estimate:
     """Return mean and standard error of independent samples."""
     x = np.asarray(samples, np.float64)
-    return Estimate(float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else None)
+    return Estimate(float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else None, len(x))
 
 
 def trace(quadratures: list[Ritz], size: int) -> Estimate:

@@ -122,7 +122,9 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
     spread = ""
     if trace.get("mean") is not None:
         error = trace.get("stderr")
-        spread = "one probe: no error estimate" if error is None else f"± {number(error, 2)} (standard error)"
+        half = trace.get("half_width_95")
+        known = f"± {number(error, 2)} (standard error)" if half is None else f"± {number(half, 2)} (95 %)"
+        spread = "one probe: no error estimate" if error is None else known
     cards = [
         Row("λ max", number(high), interval_text(result, high, above, scale)),
         Row("λ min", number(low), interval_text(result, low, below, scale)),

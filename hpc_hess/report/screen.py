@@ -10,7 +10,16 @@ from typing import IO, Any
 
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.report.rundir import RunFiles, read_run
-from hpc_hess.report.spectrum import extreme_residuals, extremes, interval_text, model_name, size_text, story, warnings
+from hpc_hess.report.spectrum import (
+    caution_count,
+    extreme_residuals,
+    extremes,
+    interval_text,
+    model_name,
+    size_text,
+    story,
+    warnings,
+)
 from hpc_hess.report.words import count, duration, number, plural, printable, rates, size, trace_text
 from hpc_hess.storage.examples import NAME as SKETCHES
 from hpc_hess.storage.examples import Examples
@@ -45,7 +54,8 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     for name, view, found in studies.parts(result):
         label = {"block_diagonal": "blocks", "class_structure": "classes", "sub_block": "entries"}.get(name, name)
         lines += [_line(label if not k else "", text) for k, text in enumerate(view.lines(found))]
-    lines += [_line("caution", text) for text in warnings(result)]
+    cautions = warnings(result)
+    lines += [_line("caution", text) for text in cautions]
     parts = (("hvp_s", "product"), ("lanczos_s", "Lanczos"), ("checkpoint_s", "checkpoint"))
     times = [f"{name} {duration(timing[key])}" for key, name in parts if timing.get(key) is not None]
     if timing.get("gradient_s") is not None:
@@ -62,6 +72,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     lines.append(_line("run", str(run_dir)))
     if report_path is not None:
         lines.append(_line("report", str(Path(report_path).resolve())))
+    lines.append(caution_count(cautions))
     return "\n".join(lines)
 
 

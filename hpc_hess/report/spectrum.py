@@ -89,11 +89,19 @@ def extreme_residuals(result: Mapping[str, Any]) -> tuple[float | None, float | 
 
 def interval_text(result: Mapping[str, Any], value: float | None, residual: float | None, scale: float) -> str:
     """Say how far an eigenvalue may be from an extreme Ritz value: Lanczos residual plus the product's error."""
-    error = (result.get("errors") or {}).get("hvp_relative")
-    if value is None or residual is None or not isinstance(error, int | float):
+    product = product_error(result, value)
+    if value is None or residual is None or product is None:
         return residual_text(residual, scale)
-    product = abs(value) * error
     return f"± {number(residual + product, 2)}: residual {number(residual, 2)}, product {number(product, 2)}"
+
+
+def product_error(result: Mapping[str, Any], value: float | None) -> float | None:
+    """Return how far a product may move an eigenvalue near ``value``; None where it is not known."""
+    errors = result.get("errors") or {}
+    absolute, relative = errors.get("hvp_absolute"), errors.get("hvp_relative")
+    if isinstance(absolute, int | float):
+        return float(absolute)
+    return abs(value) * relative if value is not None and isinstance(relative, int | float) else None
 
 
 def story(result: Mapping[str, Any]) -> str:
@@ -134,10 +142,12 @@ def _bulk_clause(result: Mapping[str, Any], scale: float) -> str:
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
-    """Return what a reader should know before quoting the numbers: unconverged ends, one probe, product error."""
+    """Return what a reader should know before quoting the numbers: unconverged ends, product error, asymmetry."""
     found = []
+    kind = str((result.get("operator") or {}).get("name") or "")
     for name, value, residual in zip(("λ min", "λ max"), extremes(result), extreme_residuals(result), strict=True):
-        if value and residual is not None and residual > 0.01 * abs(value):
+        semidefinite = name == "λ min" and kind in _POSITIVE_KINDS  # its end is 0, which no residual is a share of
+        if value and residual is not None and residual > 0.01 * abs(value) and not semidefinite:
             share = 100 * residual / abs(value)
             found.append(
                 f"{name} has not converged to 1 %: its residual is {number(share, 2)} % of it; more lanczos.steps help."
@@ -152,7 +162,33 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
             + ('model.compute_dtype = "float32"' if rounded else mended)
             + " mends it."
         )
-    name = str((result.get("operator") or {}).get("name") or "")
-    if name in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
+    if (text := _asymmetry(result, max(abs(low or 0.0), abs(high or 0.0)))) is not None:
+        found.append(text)
+    if kind in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
         found.append(f"λ min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
     return found
+
+
+# An exact product's rounding moves symmetry by less than this, relative to the largest |eigenvalue|.
+_ROUNDING = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.3}
+
+
+def _asymmetry(result: Mapping[str, Any], scale: float) -> str | None:
+    """Return a caution where the products are less symmetric than their own error explains."""
+    asymmetry, error = (result.get("errors") or {}).get("symmetry"), product_error(result, scale)
+    explained = _ROUNDING.get(str((result.get("operator") or {}).get("dtype")), 1e-3)
+    if error is not None and scale > 0:
+        explained += 2 * error / scale
+    if not isinstance(asymmetry, int | float) or asymmetry <= explained:
+        return None
+    return (
+        f"The products are not symmetric: u·Hv and v·Hu differ by {number(100 * asymmetry, 2)} % of the largest |λ|, more "
+        "than the products' error explains. What is multiplied is not a Hessian, or the loss has kinks: look at hpc-hess check."
+    )
+
+
+def caution_count(cautions: list[str]) -> str:
+    """Return the line that ends a run."""
+    if not cautions:
+        return "no cautions"
+    return "1 caution: see above" if len(cautions) == 1 else f"{len(cautions)} cautions: see above"

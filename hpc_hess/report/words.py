@@ -83,12 +83,14 @@ def count(value: int | None) -> str:
 
 
 def trace_text(trace: Mapping[str, Any] | None) -> str:
-    """Return the trace with its standard error, or say that one probe gives no estimate of it."""
+    """Return the trace with its 95 % interval, or say that one probe gives no estimate of it."""
     if not trace or trace.get("mean") is None:
         return NONE
     if trace.get("stderr") is None:
         return f"{number(trace['mean'])} (one probe: no error estimate)"
-    return f"{number(trace['mean'])} ± {number(trace['stderr'], 2)} (standard error over probes)"
+    if trace.get("half_width_95") is None:  # a run from before it was kept
+        return f"{number(trace['mean'])} ± {number(trace['stderr'], 2)} (standard error over probes)"
+    return f"{number(trace['mean'])} ± {number(trace['half_width_95'], 2)} (95 %, by the scatter of the probes)"
 
 
 def residual_text(residual: float | None, scale: float) -> str:
@@ -132,8 +134,13 @@ def printable(text: str, stream: IO[str]) -> str:
 ERROR_TERMS: dict[str, tuple[str, str]] = {
     "hvp_relative": (
         "Product, relative error",
-        "‖error of Hv‖ / ‖Hv‖, largest of those below; it widens every eigenvalue's interval",
+        "‖error of Hv‖ / ‖Hv‖, largest of those below",
     ),
+    "hvp_absolute": (
+        "Product, absolute error",
+        "largest measured |error of Hv| for |v| = 1; it widens every eigenvalue's interval",
+    ),
+    "ritz_ends": ("Ritz pair (θ, y) of each end", "yᵀHy and ‖Hy - θy‖ with the exact product"),
     "hvp_relative_is": (
         "How it is known",
         "measured against the exact product (of bfloat16: in float32), or predicted from measured noise",

@@ -12,7 +12,7 @@ from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.report.densities import Curve, draw_densities
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import CYCLE, INK, MUTED, label_powers
-from hpc_hess.report.words import number
+from hpc_hess.report.words import number, plural
 
 TITLE = "Class structure of the Gauss-Newton matrix"
 HEADERS = ["Class", "Share of the targets"]
@@ -24,8 +24,8 @@ def facts(found: Mapping[str, Any]) -> str:
     return (
         f"Targets in {count} classes: the {count - 1} most frequent tokens, and all others. With the means of their loss "
         f"gradients projected out (a space of dimension {found['rank']}), the largest eigenvalue falls from "
-        f"{number(found['lambda_max'])} to {number(found['lambda_max_without'])}; at least {found['outliers']} eigenvalues "
-        "of the whole lie above that."
+        f"{number(found['lambda_max'])} to {number(found['lambda_max_without'])}; at least "
+        f"{plural(found['outliers'], 'eigenvalue')} of the whole above that."
     )
 
 
@@ -60,5 +60,6 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Return one line."""
     return [
-        f"λ max {number(found['lambda_max'])}, without {found['rank']} class means {number(found['lambda_max_without'])}"
+        f"λ max {number(found['lambda_max'])}, without {plural(found['rank'], 'class mean')} "
+        f"(the last class is all other tokens) {number(found['lambda_max_without'])}"
     ]

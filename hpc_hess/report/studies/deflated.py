@@ -35,9 +35,9 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     inside = found["size"] * float(rest.weights @ rest.values)
     return [
         ["sum of the outliers", minus(number(float(outliers.sum()), 5))],
-        ["trace of the rest", minus(number(inside, 5))],
+        ["trace of the rest (one probe: no error)", minus(number(inside, 5))],
         ["sum of squares of the outliers", number(float((outliers**2).sum()), 5)],
-        ["sum of squares of the rest", number(found["size"] * float(rest.weights @ rest.values**2), 5)],
+        ["sum of squares of the rest (one probe: no error)", number(found["size"] * float(rest.weights @ rest.values**2), 5)],
     ]
 
 

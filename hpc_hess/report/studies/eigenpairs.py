@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from hpc_hess.report.style import NEGATIVE, POSITIVE
-from hpc_hess.report.words import minus, number
+from hpc_hess.report.words import minus, number, plural
 
 TITLE = "Where the eigenvectors live"
 HEADERS = ["Eigenvalue", "Residual", "Entries", "Parameters with the largest share"]
@@ -43,7 +43,7 @@ def facts(found: Mapping[str, Any]) -> str:
     done = sum(pair["converged"] for pair in found["pairs"])
     return (
         f"{done} of {len(found['pairs'])} pairs converged to {number(found['tolerance'])} of the largest |λ|, after "
-        f"{found['products']} products and {found['restarts']} restarts of a basis of {found['vectors']} vectors. The "
+        f"{plural(found['products'], 'product')} and {plural(found['restarts'], 'restart')} of a basis of {found['vectors']} vectors. The "
         f"eigenvectors are orthonormal to {number(found['orthogonality'], 2)} (a copy of one would show as 1); they are "
         f"rows of {found['store']}."
     )
