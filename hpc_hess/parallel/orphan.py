@@ -24,6 +24,11 @@ _MARKERS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "P
             "MV2_COMM_WORLD_RANK", "SLURM_STEP_ID")  # fmt: skip
 
 
+# what a rank whose launcher ended has for a parent, unless that is a launcher itself: in a container it may be process 1
+_REAPERS = ("systemd", "init")
+_LAUNCHERS = ("python", "torch", "mpi", "orte", "prte", "hydra", "pals", "jsm", "slurm")
+
+
 class Process(NamedTuple):
     """A process: its number, and when it started, since numbers are used again."""
 
@@ -32,21 +37,32 @@ class Process(NamedTuple):
 
 
 def find_launcher(env: Mapping[str, str]) -> Process | None:
-    """Return the process that started this rank, None where no launcher is known or the system does not tell. Collective: no."""
+    """Return the process that started this rank, None where no launcher is known or the system does not tell. Collective: no.
+
+    It may be gone already: then the rank has been given to another parent.
+    """
     marker = next((name for name in _MARKERS if name in env), "")
     number = os.getppid()
-    while marker and number > 1:
+    while marker and number > 0:
         try:
-            state, parent, started = _status(number)
+            _, parent, started = _status(number)
             variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
         except PermissionError:  # another user's, so not a wrapper of ours
             variables = []
         except (OSError, ValueError):
             return None
         if not any(variable.startswith(f"{marker}=".encode()) for variable in variables):
-            return Process(number, started)
+            return _GONE if _is_reaper(number) else Process(number, started)
         number = parent
     return None
+
+
+_GONE = Process(0, "")
+
+
+def _is_reaper(number: int) -> bool:
+    name = Path(f"/proc/{number}/comm").read_text().strip()
+    return name in _REAPERS or (number == 1 and not any(part in name for part in _LAUNCHERS))
 
 
 def is_gone(process: Process) -> bool:
@@ -79,7 +95,7 @@ def _watch(launcher: Process) -> None:
         time.sleep(_EVERY_S)
     _keep_writable()
     with contextlib.suppress(OSError, ValueError):
-        print(f"hpc-hess: the launcher (process {launcher.number}) is gone: stopping", file=sys.stderr, flush=True)
+        print("hpc-hess: the launcher is gone: stopping as at a signal", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
