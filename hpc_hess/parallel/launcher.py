@@ -52,6 +52,8 @@ _MPI = ("mpirun", "hydra", "pals", "jsrun", "mpirun_rsh")  # launchers of MPI pr
 # what launchers set that are not in the table, or that are but without their other variables
 _OTHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK", f"{_MV2}RANK", "OMPI_COMM_WORLD_RANK",
            "MPI_LOCALRANKID", "FLUX_TASK_RANK", "ALPS_APP_PE", "HOROVOD_RANK")  # fmt: skip
+# addresses of no host (for documentation), which the default route leads to
+_ROUTES = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 _SHELLS = ("interactive", "bash", "sh", "zsh", "tcsh", "csh", "ksh", "fish")
 _EXPORT = "export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each process"
 
@@ -69,8 +71,8 @@ def detect(env: Mapping[str, str]) -> Launch:
         if marker not in env:
             continue
         missing = [key for key in keys[:2] if key not in env]
-        if missing and launcher == "env":
-            continue  # a lone WORLD_SIZE is no launcher
+        if missing and (launcher == "env" or _torch_size(env)):
+            continue  # a lone WORLD_SIZE is no launcher; a wrapper says what the launcher did not
         if missing:
             raise LaunchError(f"{launcher} set {marker} but not {' and '.join(missing)}: unset {marker} to run alone")
         found = _read(launcher, keys, env)
@@ -78,17 +80,17 @@ def detect(env: Mapping[str, str]) -> Launch:
             return _read("env", _TORCH, env)  # started from a task of that launcher: accelerate, deepspeed
         if launcher == "srun" and found.size > 1 and (sign := _sign_of_a_shell(env)):
             raise LaunchError(
-                f"this shell is one of {found.size} tasks of a Slurm step ({sign}), of which the others start nothing: start "
-                "the ranks with launch/srun.sh or srun --overlap; srun --overlap -n 1 runs one alone"
+                f"this shell is one of {found.size} tasks of a Slurm step ({sign}), of which the others start nothing: "
+                "start the ranks with launch/srun.sh or srun --overlap; srun --overlap -n 1 runs one alone"
             )
         return found
-    sign = next((key for key in _OTHERS if key in env), "")
-    if not sign and env.get("SLURM_PROCID", "0") != "0":
-        sign = "SLURM_PROCID"  # a task of srun whose other variables were lost on the way
-    if sign and _count(env, "PMI_SIZE") != 1:
+    signs = [key for key in _OTHERS if key in env]
+    if env.get("SLURM_PROCID", "0") != "0":
+        signs.append("SLURM_PROCID")  # a task of srun whose other variables were lost on the way
+    if signs and _count(env, "PMI_SIZE") != 1:
         raise LaunchError(
-            f"{sign} = {env[sign]} is of a launcher that does not say how many ranks there are, and how many on this node: "
-            f"{_EXPORT}, or unset {sign} to run alone"
+            f"{', '.join(signs)}: of a launcher that does not say how many ranks there are, or how many on this node: "
+            f"{_EXPORT}, or unset these to run alone"
         )
     return Launch("alone", 0, 1, 0, 1, 0, 1)
 
@@ -250,7 +252,7 @@ def own_address() -> str:
     name = socket.gethostname()
     if (address := _address_of(name)) and not is_loopback(address):
         return address
-    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # for documentation: no host
+    for family, target in _ROUTES:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))  # sends nothing, but chooses the interface
             found = str(probe.getsockname()[0])

@@ -1,7 +1,7 @@
 """What ranks tell each other: values as JSON and raw arrays. Unlike a pickle, a message cannot run code where it is read.
 
-A message is the length of its JSON text (8 bytes), the text, and the bytes of its arrays. Numbers, strings and lists stand in
-the text as they are; everything else is {"kind": ...}.
+A message is the length of its JSON text (8 bytes), the text, and the bytes of its arrays. Numbers, strings and lists stand
+in the text as they are; everything else is {"kind": ...}.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ class Unsaid:
 
 
 def pack(value: Any) -> bytes:
-    """Return ``value`` as a message: plain values and collections, bytes, paths, arrays and CPU tensors of numbers, dataclasses,
-    named tuples, classes of this package's errors.
+    """Return ``value`` as a message.
+
+    It may hold plain values and collections, bytes, paths, arrays and tensors of numbers, dataclasses, named tuples, and
+    classes of this package's errors.
 
     Raises TypeError for anything else, ValueError for more than MOST_BYTES.
     """
@@ -143,7 +145,7 @@ def _class(found: dict[str, Any], base: type) -> Any:
     for part in found["name"].split("."):
         kind = vars(kind)[part]
     if not isinstance(kind, type) or not issubclass(kind, base):
-        raise ValueError(f"a message holds {found['module']}.{found['name']}")
+        raise ValueError(f"a message holds {found['module']}.{found['name']}")  # noqa: TRY004  # what arrived is no message
     return kind
 
 

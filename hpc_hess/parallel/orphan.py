@@ -1,8 +1,8 @@
 """A rank whose launcher is gone: it ends as by SIGTERM, instead of waiting for ranks that nobody starts or ends any more.
 
-The launcher of a rank is its nearest ancestor that does not have the launcher's variables itself: torchrun's agent, mpirun or
-its daemon, slurmstepd; shells that wrap the rank have them. It is looked at from a thread. (Linux can send a signal instead,
-PR_SET_PDEATHSIG, but does so when the parent's thread ends: some launchers start ranks from threads of their own.)
+The launcher of a rank is its nearest ancestor that does not have the launcher's variables itself: torchrun's agent, mpirun
+or its daemon, slurmstepd; shells that wrap the rank have them. It is looked at from a thread. (Linux can send a signal
+instead, PR_SET_PDEATHSIG, but does so when the parent's thread ends: some launchers start ranks from threads of their own.)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _EVERY_S = 1.0
+_TRIES = 10
 # what only a rank's own environment holds: by hand, nobody sets these
 _MARKERS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "JSM_NAMESPACE_RANK",
             "MV2_COMM_WORLD_RANK", "SLURM_STEP_ID")  # fmt: skip
@@ -37,20 +38,28 @@ class Process(NamedTuple):
 
 
 def find_launcher(env: Mapping[str, str]) -> Process | None:
-    """Return the process that started this rank, None where no launcher is known or the system does not tell. Collective: no.
+    """Return the process that started this rank, None where no launcher is known or the system does not tell.
 
-    It may be gone already: then the rank has been given to another parent.
+    It may be gone already: then the rank has been given to another parent. Collective: no.
     """
     marker = next((name for name in _MARKERS if name in env), "")
-    number = os.getppid()
-    while marker and number > 0:
+    for _ in range(_TRIES if marker else 0):
         try:
-            _, parent, started = _status(number)
+            return _nearest_without(marker)
+        except (OSError, ValueError):  # a process ended while it was looked at
+            time.sleep(0.01)
+    return None
+
+
+def _nearest_without(marker: str) -> Process | None:
+    """Return the nearest ancestor that was started without a variable. Raises OSError: one has ended."""
+    number = os.getppid()
+    while number > 0:
+        _, parent, started = _status(number)
+        try:
             variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
         except PermissionError:  # another user's, so not a wrapper of ours
             variables = []
-        except (OSError, ValueError):
-            return None
         if not any(variable.startswith(f"{marker}=".encode()) for variable in variables):
             return _GONE if _is_reaper(number) else Process(number, started)
         number = parent

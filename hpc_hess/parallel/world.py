@@ -141,8 +141,8 @@ class World:
         for rank, name in enumerate(everyone):
             if name and (first := everyone.index(name)) < rank:
                 raise LaunchError(
-                    f"ranks {first} and {rank} share the GPU {name}: start at most one rank per GPU, or let the launcher show "
-                    "each rank its own", shown_by_other=self.rank > 0,
+                    f"ranks {first} and {rank} share the GPU {name}: start at most one rank per GPU, or let the launcher "
+                    "show each rank its own", shown_by_other=self.rank > 0,
                 )  # fmt: skip
 
     def make_mesh(self, replicate: int = 1) -> None:
@@ -382,7 +382,8 @@ def _all_on_loopback(store: Any, launch: Launch, address: str) -> bool:
     On the first of several nodes alone a host name may be 127.0.1.1.
     """
     store.set(f"loopback/{launch.rank}", str(is_loopback(address)))
-    return is_loopback(address) and store.multi_get([f"loopback/{rank}" for rank in range(launch.size)]) == [b"True"] * launch.size
+    keys = [f"loopback/{rank}" for rank in range(launch.size)]
+    return is_loopback(address) and set(store.multi_get(keys)) == {b"True"}
 
 
 def _packed(value: Any) -> bytes:
