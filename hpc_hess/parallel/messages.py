@@ -65,7 +65,7 @@ def _encode(value: Any, arrays: list[bytes]) -> Any:
         return {"kind": kind, "dtype": value.dtype.str, "shape": list(value.shape), "bytes": value.nbytes}
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous()
-        arrays.append(flat.view(-1).view(torch.uint8).numpy().tobytes())
+        arrays.append(flat.view(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         return {"kind": "tensor", "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape),
                 "bytes": len(arrays[-1])}  # fmt: skip
     if isinstance(value, bytes):
@@ -118,8 +118,12 @@ def _decode(found: Any, arrays: _Arrays) -> Any:
         array: Any = np.ndarray(found["shape"], dtype, bytearray(arrays.take(found["bytes"])))
         return array if kind == "array" else array[()]
     if kind == "tensor":
-        raw = torch.from_numpy(np.ndarray(found["bytes"], np.uint8, bytearray(arrays.take(found["bytes"]))))
-        return raw.view(getattr(torch, found["dtype"])).view(found["shape"])
+        tensor = torch.empty(found["shape"], dtype=getattr(torch, found["dtype"]))
+        if tensor.nbytes != found["bytes"]:
+            raise ValueError("a tensor of another size")
+        if tensor.nbytes:
+            tensor.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(arrays.take(tensor.nbytes), np.uint8)
+        return tensor
     if kind == "bytes":
         return arrays.take(found["bytes"])
     if kind == "path":
