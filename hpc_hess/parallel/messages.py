@@ -159,7 +159,7 @@ def _with_fields(kind: Any, fields: dict[str, Any]) -> Any:
         return kind._make(fields[name] for name in kind._fields)
     if not dataclasses.is_dataclass(kind) or {field.name for field in dataclasses.fields(kind)} != set(fields):
         raise ValueError(f"a message holds a {kind.__name__} with other fields")
-    value = object.__new__(kind)
+    value: Any = object.__new__(kind)  # type: ignore[arg-type]
     for name, part in fields.items():
         object.__setattr__(value, name, part)
     return value

@@ -89,9 +89,9 @@ class World:
                 address, port = master_endpoint(launch, os.environ, mpi)
                 # torchrun's agent already serves a store on this port; elsewhere rank 0 does
                 agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                store = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not agent, timeout=timeout)
+                served: Any = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not agent, timeout=timeout)
                 prefix = f"hpc_hess/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-                store = dist.PrefixStore(prefix, store)
+                store = dist.PrefixStore(prefix, served)
                 if _all_on_loopback(store, launch, address):
                     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
                 dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
