@@ -4,6 +4,7 @@ import os
 import sys
 
 from hpc_hess.cli import main
+from hpc_hess.errors import EXIT_STOPPED
 from hpc_hess.parallel.launcher import leave_mpi
 
 
@@ -14,7 +15,8 @@ def entry() -> None:
     that wakes up while the interpreter is taken down aborts the process, now and then, after a run that went well.
     """
     code = main()
-    leave_mpi()
+    if code in (0, EXIT_STOPPED):  # after an error other ranks may never come to MPI's end
+        leave_mpi()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

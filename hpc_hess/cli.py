@@ -8,11 +8,13 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_hess.errors import HpcHessError
+from hpc_hess.errors import HpcHessError, LaunchError
+from hpc_hess.parallel.orphan import end_with_launcher
 
 _LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check", "intrinsic-dimension")
 
@@ -152,6 +154,7 @@ def _spmd(args: argparse.Namespace) -> int:
     # torch reads it once: large tensors in huge pages take a third of the page faults, and less memory at the peak
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # heavy imports only where they are needed: --help answers at once
+    end_with_launcher(os.environ)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop is heeded once there is something to commit
     from hpc_hess.config import Config, load_config
     from hpc_hess.parallel.world import World
@@ -171,7 +174,10 @@ def _spmd(args: argparse.Namespace) -> int:
     except HpcHessError as caught:
         if args.debug:
             raise
-        print(f"hpc-hess: error: {error or caught}", file=sys.stderr)
+        if error is None and isinstance(caught, LaunchError) and caught.shown_by_other:
+            time.sleep(1.0)  # the first rank to end makes the launcher end the others
+        else:
+            print(f"hpc-hess: error: {error or caught}", file=sys.stderr, flush=True)
         return (error or caught).exit_code
     try:
         world.raise_together(error, "read the configuration")

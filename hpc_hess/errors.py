@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: run the same command again to go on
+
 
 class HpcHessError(Exception):
     """Base of all errors shown to users as one sentence, without a traceback."""
@@ -36,7 +38,11 @@ class StoreError(ConfigError):
 
 
 class LaunchError(ConfigError):
-    """The launcher's environment is contradictory."""
+    """The launcher's environment is contradictory. ``shown_by_other``: of an error on all ranks, another one shows it."""
+
+    def __init__(self, text: str, *, shown_by_other: bool = False) -> None:
+        super().__init__(text)
+        self.shown_by_other = shown_by_other
 
 
 class NumericsError(HpcHessError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hpc_hess.config import Config
+from hpc_hess.config import Config, ModelSection
 from hpc_hess.errors import NumericsError
 from hpc_hess.intake.findings import Intake
 from hpc_hess.model.data import Samples, idle_ranks_note, load_samples, micro_batches
@@ -19,6 +20,7 @@ from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import Source, resolve_source
+from hpc_hess.model.tokenizer import LazyTokenizer
 from hpc_hess.model.weights import fill, open_reader
 from hpc_hess.parallel.memory import release_memory, used_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -71,8 +73,11 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     if config.parallel.deterministic:
         make_deterministic()
     with world.together("read the model's configuration and the data"):
-        source = resolve_source(config.model)
-        skeleton = build_skeleton(source, config.model)
+        with own_code_in_turn(config.model, world):
+            source = resolve_source(config.model)
+            skeleton = build_skeleton(source, config.model)
+            if config.model.trust_remote_code and not config.data.source.startswith("tokens:"):
+                LazyTokenizer(config.model, source).text(())  # its code; errors come with the first text
         samples = load_samples(config.data, config.model, source)
     if world.size > 1:
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
@@ -105,6 +110,14 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
     gradient = Gradient(model, objective, routing)
     return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
+
+
+def own_code_in_turn(section: ModelSection, world: World) -> contextlib.AbstractContextManager[None]:
+    """Return a block in which ranks load a model that may bring its own code: one first. Collective: yes, with such code.
+
+    transformers copies the code into a cache (HF_MODULES_CACHE), where a rank would find another's half-copied files.
+    """
+    return world.local_first("load the model's own code") if section.trust_remote_code else contextlib.nullcontext()
 
 
 def make_exact_float32() -> None:

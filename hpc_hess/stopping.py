@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 from hpc_hess.config import parse_time_limit
+from hpc_hess.errors import EXIT_STOPPED as EXIT_STOPPED
 from hpc_hess.parallel.launcher import job_end_time
 from hpc_hess.parallel.world import World
 
-EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: run the same command again to go on
 _TO_LEAVE_S = 20.0  # before Slurm ends the job: for closing the files and for the batch script to requeue it
 _REASONS = ["", "the time limit is near", "a signal asked for it"]
 

@@ -177,7 +177,8 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
         eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
         save_vectors=save_vectors, head_dim=_head_dim(loop.problem), target_counts=lambda: _target_counts(loop),
         group_weights=lambda groups: weights(
-            loop.problem.objective, loop.problem.model.module, groups, partial(world.sum_over_ranks, name="class weights")
+            loop.problem.objective, loop.problem.model.module, groups, partial(world.sum_over_ranks, name="class weights"),
+            world.guard,
         ),
         pull=lambda cotangent: Gradient(loop.problem.model, Pullback(loop.problem.objective, cotangent))()[1],
     )  # fmt: skip

@@ -1,5 +1,8 @@
 # Sourced by torchrun.sh, mpirun.sh and srun.sh: which Python, which options, how many threads. No site's facts: what a
-# cluster needs (modules, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, ...) is exported before, or at the top of a job script.
+# cluster needs (modules, NCCL_SOCKET_IFNAME, ...) is exported before, or at the top of a job script. Over several nodes:
+# where a node's own name leads to 127.0.0.1 or 127.0.1.1 (Debian), or to another network than that between the nodes, export
+# GLOO_SOCKET_IFNAME, the interface by which the others reach it (ip -brief address shows them), and MASTER_ADDR, rank 0's
+# address there.
 #
 # All three launchers take the same arguments, launcher options first:
 #
@@ -27,7 +30,7 @@ while [ $# -gt 0 ]; do
         [ "$1" = -n ] && ranks=$2 || nodes=$2
         shift 2
         ;;
-    -h | --help) sed -n '4,13s/^# \{0,1\}//p' "$root/launch/env.sh"; exit 0 ;;
+    -h | --help) sed -n '7,16s/^# \{0,1\}//p' "$root/launch/env.sh"; exit 0 ;;
     --) shift; break ;;
     -*) echo "${0##*/}: unknown option '$1' before the configuration: -n RANKS or --nodes NODES" >&2; exit 2 ;;
     *) break ;;

@@ -6,6 +6,7 @@ set -euo pipefail
 
 command -v srun >/dev/null || { echo "srun.sh: there is no srun: this is not a Slurm machine" >&2; exit 2; }
 arguments=(--kill-on-bad-exit=1 --export=ALL)
+[ -z "${SLURM_STEP_ID:-}" ] || arguments+=(--overlap) # in a shell that is a step itself, and holds what it was given
 [ -z "$nodes" ] || arguments+=(--nodes "$nodes")
 if [ -n "$ranks" ]; then
     arguments+=(--ntasks "$ranks")

@@ -7,15 +7,31 @@
 #
 # Each node is a slurmd with a host name, a PMIx directory and an /etc/hosts of its own, 8 GPUs that are only
 # counted, and as many CPUs as a script may ask for; all share this machine's cores. Nothing outside the state
-# directory is written.  HPC_HESS_SLURM_DIR and HPC_HESS_SLURM_PORT move the state and the ports.
+# directory is written.  HPC_HESS_SLURM_DIR and HPC_HESS_SLURM_PORT move the state and the ports. The directory holds the
+# cluster's key, and programs that root runs read it: it must be root's own, with mode 700, where no one else can replace it.
 set -euo pipefail
 
-dir=${HPC_HESS_SLURM_DIR:-/tmp/hpc-hess-slurm}
+dir=${HPC_HESS_SLURM_DIR:-/run/hpc-hess-slurm}
 port=${HPC_HESS_SLURM_PORT:-17000}
 export SLURM_CONF=$dir/etc/slurm.conf
 
 say() { echo "local_cluster: $*" >&2; }
 die() { say "$*"; exit 1; }
+
+# secure: end here unless the state directory is root's own alone, and so are those above it (but for those such as /tmp, in
+# which no one can move what is another's)
+secure() {
+    [[ $dir = /* && $dir != *[[:space:]]* ]] || die "HPC_HESS_SLURM_DIR should be an absolute path without blanks, not '$dir'"
+    [ -d "$dir" ] && [ ! -L "$dir" ] && [ "$(stat -c '%u %a' "$dir")" = '0 700' ] ||
+        die "$dir is not a directory of root's own with mode 700: remove it, or choose another HPC_HESS_SLURM_DIR"
+    local above=$dir mode
+    while [ "$above" != / ]; do
+        above=$(dirname "$above")
+        mode=$(stat -L -c '%a' "$above")
+        [ "$(stat -L -c '%u' "$above")" = 0 ] && { (( (8#$mode & 8#022) == 0 )) || (( 8#$mode & 8#1000 )); } ||
+            die "others than root can replace $dir, because of $above: choose another HPC_HESS_SLURM_DIR"
+    done
+}
 
 # is PID PROGRAM: that process runs and is that program (not another one that got its number, not a zombie)
 is() { [ "$(cat "/proc/${1:-none}/comm" 2>/dev/null)" = "$2" ] && ! grep -q '^State:.[ZX]' "/proc/$1/status" 2>/dev/null; }
@@ -46,7 +62,6 @@ write_configuration() {
     cpus=${HPC_HESS_SLURM_CPUS:-64} # more than there are, so that any script can be submitted
     memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
     mkdir -p "$dir"/{etc,log,run,munge,state,spool}
-    chmod 755 "$dir" "$dir"/{etc,log,run,munge,state,spool}
     if [ ! -s "$dir/munge/key" ]; then
         (umask 077; head -c 1024 /dev/urandom >"$dir/munge/key")
     fi
@@ -109,6 +124,9 @@ up() {
     local nodes=$1
     [[ $nodes =~ ^[1-9][0-9]?$ ]] || die "up N: N is a number of nodes from 1 to 99, not '$nodes'"
     need up "$nodes"
+    mkdir -p "$(dirname "$dir")"
+    mkdir -m 700 "$dir" 2>/dev/null || true # secure says what is wrong
+    secure
     if [ "$(cat "$dir/nodes" 2>/dev/null || echo 0)" != "$nodes" ]; then
         down
         rm -rf "$dir/state"
@@ -116,8 +134,9 @@ up() {
     alive slurmctld slurmctld || write_configuration "$nodes"
     if ! alive munged munged; then
         rm -f "$dir/munge/socket"*
-        munged --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/run/munged.pid" \
-            --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed" --num-threads=2 ||
+        # --force: everybody should reach the socket, it says; here all are root
+        munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/run/munged.pid" \
+            --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed" --num-threads=2 >>"$dir/log/munged.out" 2>&1 ||
             die "munged did not start: see $dir/log/munged.log"
     fi
     alive slurmctld slurmctld || slurmctld >>"$dir/log/slurmctld.out" 2>&1 ||
@@ -134,7 +153,8 @@ up() {
 }
 
 down() {
-    [ -d "$dir" ] || return 0
+    [ -e "$dir" ] || [ -L "$dir" ] || return 0
+    secure
     if alive slurmctld slurmctld; then
         timeout 10 scancel --user=root 2>/dev/null || true
         for _ in $(seq 50); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.2; done
@@ -152,10 +172,14 @@ case ${1:-} in
 up) up "${2:-2}" ;;
 down) down ;;
 status)
+    [ ! -e "$dir" ] || secure
     [ -e "$dir/nodes" ] && alive slurmctld slurmctld || die "not running"
     sinfo
     squeue
     ;;
-env) echo "export SLURM_CONF=$SLURM_CONF" ;;
+env)
+    [ ! -e "$dir" ] || secure
+    echo "export SLURM_CONF=$SLURM_CONF"
+    ;;
 *) die "usage: slurm/local_cluster.sh up N | down | status | env" ;;
 esac

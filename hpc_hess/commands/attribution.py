@@ -23,7 +23,7 @@ from hpc_hess.model.data import Samples, load_samples, one_example
 from hpc_hess.model.per_example import ExampleGradients
 from hpc_hess.model.tokenizer import LazyTokenizer
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
+from hpc_hess.problem import Problem, load_problem, own_code_in_turn
 from hpc_hess.products import build_operator, exact_operator, needs_gradient
 from hpc_hess.report.progress import Progress, make_progress
 from hpc_hess.report.rundir import write_aside
@@ -193,7 +193,7 @@ def query(config: Config, world: World, asked: Query) -> int:
         problem = load_problem(config, world, progress)
         remedy = "query with the configuration they were built with, or choose another run.out"
         must_match(attributes, _identity(config, problem), f"{out / NAME} holds sketches", remedy)
-        with world.together("read the query"):
+        with world.together("read the query"), own_code_in_turn(config.model, world):
             section = config.data.model_copy(
                 update={"source": asked.data or f"text:{out / 'query.txt'}", "sequences": asked.sequences, "rows": "pack"}
             )

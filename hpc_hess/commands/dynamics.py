@@ -21,6 +21,7 @@ from hpc_hess.errors import ConfigError
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.memory import release_memory
 from hpc_hess.parallel.world import World
+from hpc_hess.problem import own_code_in_turn
 from hpc_hess.report.rundir import read_run, write_aside
 from hpc_hess.run import run
 from hpc_hess.stopping import EXIT_STOPPED
@@ -52,7 +53,7 @@ def dynamics(config: Config, world: World, *, models: Sequence[str], sequences: 
     """
     began = time.monotonic()
     points: list[Point] = []
-    with world.together("read the models' configurations"):
+    with world.together("read the models' configurations"), own_code_in_turn(config.model, world):
         points = plan(config, models, sequences, out)
     for number, point in enumerate(points, 1):
         _say(world, f"\n== {point.name}: {number} of {len(points)}")

@@ -22,7 +22,7 @@ from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.model.data import objective_of
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
+from hpc_hess.problem import Problem, load_problem, own_code_in_turn
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.words import number
 from hpc_hess.saving import cut_like_selected, read_tensors, save_model
@@ -94,7 +94,7 @@ def finetune(config: Config, world: World, training: Training) -> int:
     out = training.out
     with working(config, world, out, training.steps) as work:
         progress = work.progress
-        with world.together("read the model's configuration"):
+        with world.together("read the model's configuration"), own_code_in_turn(config.model, world):
             source = resolve_source(config.model)
         bound_to = _identity(config, training, source)
         there: dict[int, dict[str, Any]] = {}

@@ -19,8 +19,9 @@ are those of the data, so classes need not be balanced.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -99,11 +100,17 @@ def most_frequent(counts: NDArray[np.int64], number: int) -> tuple[Groups, list[
     return Groups(of, len(order) + 1), order
 
 
-def weights(source: LogitSource, module: nn.Module, groups: Groups, total: Callable[[torch.Tensor], torch.Tensor]) -> Float:
-    """Return P_cc' (count, count): mean over all examples. Collective: as ``total``, which sums over ranks."""
+def weights(
+    source: LogitSource, module: nn.Module, groups: Groups, total: Callable[[torch.Tensor], torch.Tensor],
+    guard: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Float:  # fmt: skip
+    """Return P_cc' (count, count): mean over all examples.
+
+    ``total`` sums over ranks; ``guard`` is World.guard, for the collectives of each forward pass. Collective: as these.
+    """
     sums = torch.zeros(groups.count, groups.count, dtype=torch.float64)
     for index in range(source.num_micro_batches):
-        with torch.no_grad():
+        with torch.no_grad(), guard(f"weights of classes, micro-batch {index + 1} of {source.num_micro_batches}"):
             logits, targets = source.logits_and_targets(module, index)
             counted = targets != -100
             p = groups.probabilities(logits[counted].double().softmax(-1)).cpu()

@@ -88,7 +88,8 @@ class StreamedOperator:
 
             def fetch(names: list[str]) -> dict[str, torch.Tensor]:
                 agree_on(names)
-                return self._exchange.parameters(names)
+                with model.world.guard("preparing the exact product"):
+                    return self._exchange.parameters(names)
 
             self._split = SplitModel(module)
             boundaries = record(self._split, self._batches[0], fetch, self._batches[1:])

@@ -97,7 +97,9 @@ class WholeModel:
         """
         result = self.space.zeros()
         self._exchange.begin([v.data], [result.data])
-        full, stacked = self._exchange.fetch(self._names)
+        guard = self._model.world.guard
+        with guard("exact product, parameters of the whole model"):
+            full, stacked = self._exchange.fetch(self._names)
         W = {name: full[name] for name in stacked}
         V = {name: rows[0] for name, rows in stacked.items()}
         total = {name: torch.zeros(t.shape, dtype=self.space.dtype, device=t.device) for name, t in W.items()}
@@ -105,7 +107,8 @@ class WholeModel:
             for index in self._batches:
                 for name, tangent in self._tangents(index, W, V, self._way).items():
                     total[name].add_(tangent)
-        self._exchange.add({name: t[None] for name, t in total.items()})
+        with guard("exact product, tangents of the whole model"):
+            self._exchange.add({name: t[None] for name, t in total.items()})
         self._exchange.finish()
         self._require_finite(W, total)
         self.num_products += 1
@@ -177,7 +180,8 @@ class WholeModel:
             if not self._own_loss:
                 require_eval(self._module)
         self._require_memory(copied + work, "for its parameters and their tangents alone")
-        full = self._exchange.parameters(self._names)
+        with world.guard("preparing the exact product"):
+            full = self._exchange.parameters(self._names)
         with world.together("exact product of the whole model"):
             graph = self._try(full) if self._batches else 0
             if self._own_loss:

@@ -167,10 +167,11 @@ class Exchange:
 
     def finish(self) -> None:
         """Wait until every tangent has been added, of other replicas too. Collective: yes."""
-        self.settle()
-        if self._replicas is not None:
-            for result in self._results:
-                dist.all_reduce(result, group=self._replicas)
+        with self.world.guard("sum the tangents of all ranks"):
+            self.settle()
+            if self._replicas is not None:
+                for result in self._results:
+                    dist.all_reduce(result, group=self._replicas)
         self._directions, self._results = [], []
 
     def settle(self) -> None:

@@ -102,7 +102,8 @@ class _Streamed:
 
             def fetch(names: list[str]) -> Tensors:
                 agree_on(names)
-                return self._exchange.parameters(names)
+                with model.world.guard("preparing gradients of examples"):
+                    return self._exchange.parameters(names)
 
             record(self._split, first.to(self._device), fetch)
 

@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,23 @@ _LEAST_BYTES = 1 << 20
 _NONCE_BYTES = 16
 
 Address = tuple[int, int, bytes]  # process, file descriptor, what its window begins with
+Place = tuple[str, Address]  # machine(), and where there
 
 
 def half_bytes(ranks: int) -> int:
     """Return the bytes of half a window where so many ranks have one."""
     return max(_ALL_HALVES_BYTES // ranks, _LEAST_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def machine() -> str:
+    """Return what tells this system, since it was started, and its process numbers from all others; "" where unknown.
+
+    On another machine, or in another container, the same process number is a process that is none of ours.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 class Window:
@@ -67,7 +80,7 @@ class Window:
 
 
 def open_windows(
-    ranks: int, gather: Callable[[Address | None], list[Address | None]], all_true: Callable[[bool], bool]
+    ranks: int, gather: Callable[[Place | None], list[Place | None]], all_true: Callable[[bool], bool]
 ) -> list[torch.Tensor] | None:
     """Return the windows of ``ranks`` ranks, this one's among them; None where a rank does not see all of its own.
 
@@ -77,10 +90,10 @@ def open_windows(
     window, seen = None, None
     with contextlib.suppress(OSError, AttributeError):
         window = Window(ranks)
-    addresses = gather(window.address if window else None)
-    if window is not None:
+    places = gather((machine(), window.address) if window else None)
+    if window is not None and machine() and all(place is not None and place[0] == machine() for place in places):
         with contextlib.suppress(OSError, ValueError):
-            seen = [window.see(address) for address in addresses if address is not None]
+            seen = [window.see(address) for _, address in filter(None, places)]
     seen = seen if seen and len(seen) == ranks else None
     agreed = all_true(seen is not None)
     if window is not None:

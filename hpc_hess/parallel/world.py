@@ -14,13 +14,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
-from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world
+from hpc_hess.parallel import messages
+from hpc_hess.parallel.launcher import Launch, detect, is_loopback, master_endpoint, mpi_world
 from hpc_hess.parallel.shard_collectives import ShardCollectives, TorchCollectives
 from hpc_hess.parallel.shared_memory import SharedMemory, open_windows
 from hpc_hess.parallel.timers import Timers
@@ -73,18 +74,12 @@ class World:
         use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
         if use_cuda and not torch.cuda.is_available():
             raise LaunchError('parallel.device = "cuda" but torch sees no GPU; set parallel.device = "cpu"')
-        # srun --gpus-per-task shows each rank its own GPU alone, as number 0
-        alone = use_cuda and launch.launcher == "srun" and torch.cuda.device_count() == 1
-        gpu = 0 if alone else launch.local_rank
-        if use_cuda and gpu >= torch.cuda.device_count():
-            raise LaunchError(
-                f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start at "
-                "most one rank per GPU"
-            )
-        torch_device = torch.device("cuda", gpu) if use_cuda else torch.device("cpu")
+        torch_device = torch.device("cpu")
         if use_cuda:
+            # a launcher may show each rank GPUs of its own alone; that no two ranks have the same is seen below
+            torch_device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(torch_device)
-        mpi = mpi_world(launch) if want_mpi or launch.launcher in ("mpirun", "hydra") else None
+        mpi = mpi_world(launch, wanted=want_mpi)
         timeout, watchdog = timedelta(seconds=timeout_s), None
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         try:
@@ -92,16 +87,14 @@ class World:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
                 address, port = master_endpoint(launch, os.environ, mpi)
-                if address in ("127.0.0.1", "localhost", "::1"):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
                 # torchrun's agent already serves a store on this port; elsewhere rank 0 does
                 agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                store = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not agent, timeout=timeout)
+                served: Any = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not agent, timeout=timeout)
                 prefix = f"hpc_hess/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-                dist.init_process_group(
-                    backend, store=dist.PrefixStore(prefix, store), rank=launch.rank, world_size=launch.size,
-                    timeout=timeout,
-                )  # fmt: skip
+                store = dist.PrefixStore(prefix, served)
+                if _all_on_loopback(store, launch, address):
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
+                dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
 
                 def connect() -> Any:
                     wait = timedelta(seconds=min(10.0, timeout_s))
@@ -110,14 +103,47 @@ class World:
                 watchdog = Watchdog(launch.rank, launch.size, connect, timeout_s)
         except (RuntimeError, ValueError, OSError) as error:
             first = str(error).split("\n", 1)[0]
+            several = ", GLOO_SOCKET_IFNAME (the network between the nodes)" if launch.num_nodes > 1 else ""
             raise CollectiveError(
                 f"rank {launch.rank} of {launch.size} could not join the others ({first}); check MASTER_ADDR, "
-                "MASTER_PORT and that every rank was started"
+                f"MASTER_PORT{several} and that every rank was started"
             ) from error
         world = cls(launch, torch_device, connected=True, mpi=mpi)
         world._watchdog = watchdog
         world.barrier("join the world")
+        world.require_own_gpu(gpu_id(torch_device))
         return world
+
+    @contextlib.contextmanager
+    def local_first(self, name: str) -> Iterator[None]:
+        """Run a block on rank 0 first, then on one rank of each other node, then on all others. Collective: yes.
+
+        For blocks without collectives that fill a cache, of the node or of all nodes, in which ranks would meet.
+        """
+        turn = 0 if self.rank == 0 else 1 if self.launch.local_rank == 0 else 2
+        for _ in range(turn):
+            self.barrier(name)
+        try:
+            yield
+        finally:
+            for _ in range(turn, 2):
+                self.barrier(name)
+
+    def require_own_gpu(self, mine: str) -> None:
+        """Refuse two ranks with the same GPU. ``mine``: what gpu_id() says of this rank's. Collective: yes.
+
+        Raises
+        ------
+        LaunchError : on every rank; rank 0 is the one that shows it.
+
+        """
+        everyone = self.gather(mine, "compare the GPUs")
+        for rank, name in enumerate(everyone):
+            if name and (first := everyone.index(name)) < rank:
+                raise LaunchError(
+                    f"ranks {first} and {rank} share the GPU {name}: start at most one rank per GPU, or let the launcher "
+                    "show each rank its own", shown_by_other=self.rank > 0,
+                )  # fmt: skip
 
     def make_mesh(self, replicate: int = 1) -> None:
         """Arrange the ranks as replicate x shard and remember this rank's place. Collective: yes.
@@ -256,22 +282,29 @@ class World:
         return self.max_over_ranks(1.0 if flag else 0.0, name) == 1.0
 
     def broadcast(self, value: T, name: str) -> T:
-        """Return rank 0's ``value`` (any picklable object) on every rank. Collective: yes."""
+        """Return rank 0's ``value`` (of a kind that messages.pack takes) on every rank. Collective: yes."""
         if not self.connected or self.size == 1:
             return value
-        box = [value]
+        mine = _packed(value) if self.rank == 0 else b""
         with self._named(name):
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+            size = torch.tensor([len(mine)])
+            dist.broadcast(size, src=0)
+            buffer = _buffer(mine, int(size))
+            dist.broadcast(buffer, src=0)
+        return cast(T, _unpacked(buffer, int(size)))
 
     def gather(self, value: T, name: str) -> list[T]:
-        """Return every rank's ``value`` (any picklable object) in rank order, on every rank. Collective: yes."""
+        """Return every rank's ``value`` (of a kind that messages.pack takes) in rank order, everywhere. Collective: yes."""
         if not self.connected or self.size == 1:
             return [value]
-        box: list[Any] = [None] * self.size
+        mine = _packed(value)
         with self._named(name):
-            dist.all_gather_object(box, value)
-        return box
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(mine)]))
+            most = max(int(size) for size in sizes)
+            buffers = [torch.empty(most, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(buffers, _buffer(mine, most))
+        return [cast(T, _unpacked(buffer, int(size))) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def barrier(self, name: str) -> None:
         """Wait for every rank. Collective: yes."""
@@ -336,6 +369,47 @@ class World:
             while here < self.size and time.monotonic() < deadline:
                 time.sleep(0.05)
                 here = store.add(_FAILURE_KEY + "/here", 0)
+
+
+def gpu_id(device: torch.device) -> str:
+    """Return what tells a GPU from all others of all nodes, "" of a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _all_on_loopback(store: Any, launch: Launch, address: str) -> bool:
+    """Return whether every rank reaches rank 0 by the loopback interface, so that all are on one machine. Collective: yes.
+
+    On the first of several nodes alone a host name may be 127.0.1.1.
+    """
+    store.set(f"loopback/{launch.rank}", str(is_loopback(address)))
+    keys = [f"loopback/{rank}" for rank in range(launch.size)]
+    return is_loopback(address) and set(store.multi_get(keys)) == {b"True"}
+
+
+def _packed(value: Any) -> bytes:
+    """Return a message; where that is not possible, one that says so to the ranks that wait for it."""
+    try:
+        return messages.pack(value)
+    except (TypeError, ValueError) as error:
+        return messages.pack(messages.Unsaid(str(error)))
+
+
+def _unpacked(buffer: torch.Tensor, size: int) -> Any:
+    """Return the value of a message. Raises TypeError on every rank where one of them could not say it."""
+    value = messages.unpack(buffer[:size].numpy().tobytes())
+    if isinstance(value, messages.Unsaid):
+        raise TypeError(value.why)
+    return value
+
+
+def _buffer(mine: bytes, size: int) -> torch.Tensor:
+    """Return ``size`` bytes that begin with ``mine``. Raises ValueError where another rank wants to send too much."""
+    if not 0 <= size <= messages.MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if mine:
+        buffer[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    return buffer
 
 
 def describe(world: World) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from hpc_hess.errors import CollectiveError
 from hpc_hess.parallel.world import World
 
 _MAX_BYTES = 256 << 20
@@ -18,12 +17,7 @@ def share_with_replicas(world: World, values: NDArray) -> None:
         return
     group = world.mesh.get_group("replicate")
     flat = torch.from_numpy(values)
-    try:
-        for piece in flat.split(_MAX_BYTES // values.dtype.itemsize):
-            if piece.numel():
+    for piece in flat.split(_MAX_BYTES // values.dtype.itemsize):
+        if piece.numel():
+            with world.guard("share a basis row"):
                 dist.broadcast(piece, group_src=0, group=group)
-    except RuntimeError as error:
-        raise CollectiveError(
-            f"rank {world.rank}: the collective 'share a basis row' did not complete: another rank died, hangs, or was "
-            "stopped"
-        ) from error
