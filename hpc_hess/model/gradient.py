@@ -67,7 +67,7 @@ class Gradient:
                         with model.world.timers.phase("forward"):
                             contribution = self.objective.contribution(model.module, index)
                         with model.world.timers.phase("backward"):
-                            contribution.total.backward()
+                            model.backward(contribution.total)
                     parts.append(contribution.per_sample.double())
                     ids.extend(contribution.sample_ids)
                     if whole:

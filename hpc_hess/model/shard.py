@@ -42,6 +42,7 @@ class ShardedModel:
         self.sharded = sharded
         named = dict(module.named_parameters())
         self._parameters = [named[piece.parameter.name] for piece in self.shard.pieces]
+        self._grads_before: list[torch.Tensor | None] = []  # the module is the user's
 
     @property
     def local_parameters(self) -> list[torch.Tensor]:
@@ -88,6 +89,7 @@ class ShardedModel:
 
     def attach_gradients(self, flat: torch.Tensor) -> None:
         """Make backward accumulate into views of ``flat``."""
+        self._grads_before = [parameter.grad for parameter in self._parameters]
         for parameter, view in zip(self._parameters, self.pieces_of(flat), strict=True):
             if isinstance(parameter, DTensor):
                 parameter.grad = DTensor.from_local(  # type: ignore[assignment]
@@ -99,8 +101,17 @@ class ShardedModel:
 
     def detach_gradients(self) -> None:
         """Forget the views set by :meth:`attach_gradients`."""
-        for parameter in self._parameters:
-            parameter.grad = None
+        for parameter, before in zip(self._parameters, self._grads_before, strict=True):
+            parameter.grad = before
+        self._grads_before = []
+
+    def backward(self, total: torch.Tensor) -> None:
+        """Add the gradient of ``total`` to what is attached; other parameters' gradients stay. Collective: if sharded.
+
+        A total that depends on none of the selected parameters adds nothing.
+        """
+        if total.requires_grad:
+            total.backward(inputs=None if self.sharded else self._parameters)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -124,6 +135,25 @@ def select(names: list[str], include: list[str], exclude: list[str]) -> set[str]
     }  # fmt: skip
     if not chosen:
         raise LayoutError("parameters.exclude leaves no parameter")
+    return chosen
+
+
+def spanned(module: nn.Module, include: list[str], exclude: list[str]) -> set[str]:
+    """Return the names of the parameters that the matrix spans: selected, and requiring a gradient.
+
+    Raises
+    ------
+    LayoutError : a pattern of ``include`` matches nothing, or nothing is left.
+
+    """
+    named = dict(module.named_parameters())
+    selected = select(sorted(named), include, exclude)
+    chosen = {name for name in selected if named[name].requires_grad}
+    if not chosen:
+        raise LayoutError(
+            f"none of the {len(selected)} selected parameters requires a gradient (the first is '{min(selected)}'): call "
+            "requires_grad_(True) on those that the matrix should span"
+        )
     return chosen
 
 
@@ -151,7 +181,8 @@ def shard_model(
 ) -> ShardedModel:
     """Shard a module whose parameters are on the meta device; the shards are allocated, not filled. Collective: yes.
 
-    With one rank the parameters are allocated whole. Parameters that are not selected are sharded too, but frozen.
+    With one rank the parameters are allocated whole. The matrix spans the selected parameters that require a gradient; the
+    others are sharded too, but frozen.
 
     Raises
     ------
@@ -159,7 +190,7 @@ def shard_model(
 
     """
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    selected = select(sorted(shapes), include or ["*"], exclude or [])
+    selected = spanned(skeleton, include or ["*"], exclude or [])
     sharded = world.connected and world.size > 1
     dims = {name: choose_shard_dim(shape, world.shard_size) for name, shape in shapes.items()} if sharded else {}
     layout = Layout(shapes, world.shard_size, dims, selected if len(selected) < len(shapes) else None)
@@ -174,17 +205,29 @@ def shard_model(
 
 
 def whole_model(module: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> ShardedModel:
-    """Wrap an ordinary module of this process (notebooks): its parameters are used in place, nothing is copied."""
+    """Wrap an ordinary module of this process (notebooks): its parameters are used in place, nothing is copied.
+
+    The matrix spans the selected parameters that require a gradient; these share one dtype and device.
+
+    Raises
+    ------
+    LayoutError : nothing is left, or their dtypes or devices differ.
+
+    """
     named = dict(module.named_parameters())
-    selected = select(sorted(named), include or ["*"], exclude or [])
-    first = next(iter(named.values()))
-    world = World.alone(str(first.device))
+    selected = spanned(module, include or ["*"], exclude or [])
+    first = min(selected)
+    dtype, device = named[first].dtype, named[first].device
+    for name in sorted(selected):
+        if named[name].dtype != dtype or named[name].device != device:
+            raise LayoutError(
+                f"parameter '{name}' is {named[name].dtype} on {named[name].device}, '{first}' {dtype} on {device}: move "
+                "them together, or select parameters that agree by include and exclude"
+            )
     layout = Layout({n: tuple(p.shape) for n, p in named.items()}, 1, None,
                     selected if len(selected) < len(named) else None)  # fmt: skip
-    for name in selected:
-        if named[name].dtype != first.dtype or named[name].device != first.device:
-            raise LayoutError(f"parameter '{name}' has another dtype or device than the first: move them together")
-    return ShardedModel(module, world, VectorSpace(world, layout, first.dtype), sharded=False)
+    world = World.alone(str(device))
+    return ShardedModel(module, world, VectorSpace(world, layout, dtype), sharded=False)
 
 
 def _fully_shard(

@@ -20,7 +20,8 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     """Return the causal LM with meta parameters of the master dtype and real buffers on the CPU. Collective: no.
 
     Eval mode (dropout off), no KV cache, experts computed eagerly (the grouped kernels have no forward-mode
-    derivative), tied parameters tied (``named_parameters`` yields each once), every parameter requires a gradient.
+    derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
+    (tables of positions, routers' biases) require no gradient.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -61,7 +62,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
     _cast(model, _DTYPES[section.master_dtype])
-    model.eval().requires_grad_(True)
+    model.eval()
     return model
 
 
