@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
 from hpc_hess.errors import DataError
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.precision import honest_casts, whole_rows
 
 
 @dataclass
@@ -84,7 +84,7 @@ class CausalLMObjective:
     def _forward(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self.micro_batches[index]
         dtype = next(module.parameters()).dtype
-        with honest_casts(dtype):
+        with honest_casts(dtype), whole_rows(module):
             logits = module(
                 input_ids=batch.input_ids.to(self.device), attention_mask=batch.attention_mask.to(self.device),
                 use_cache=False,
@@ -120,7 +120,8 @@ class CallableObjective:
 
     def contribution(self, module: nn.Module, index: int) -> Contribution:
         """Return the batch's share of the weighted mean."""
-        value, _ = self._split(self.loss(module, self.batches[index]))
+        with whole_rows(module):
+            value, _ = self._split(self.loss(module, self.batches[index]))
         total = value / self.total_weight
         return Contribution(total, total.detach().reshape(1), [index])
 

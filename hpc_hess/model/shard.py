@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hpc_hess.errors import LayoutError
 from hpc_hess.model.blocklist import find_blocks
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.precision import honest_casts, whole_rows
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import VectorSpace
@@ -329,13 +329,18 @@ def checkpoint_blocks(module: nn.Module) -> None:
 
     Call it after Routing has wrapped the blocks, so that a recomputed router repeats its frozen choice.
     """
-    from contextlib import nullcontext
+    from contextlib import contextmanager, nullcontext
     from functools import partial
 
     from torch.utils.checkpoint import checkpoint
 
-    def contexts() -> tuple[Any, Any]:  # the backward pass has left the forward's casts
-        return nullcontext(), honest_casts(next(module.parameters()).dtype)
+    @contextmanager
+    def again() -> Iterator[None]:  # the backward pass has left the forward's contexts
+        with honest_casts(next(module.parameters()).dtype), whole_rows(module):
+            yield
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), again()
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
     for block in find_blocks(module) or []:
