@@ -29,6 +29,7 @@ from hpc_hess.curvature.decomposition import (
 from hpc_hess.errors import DataError
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.precision import whole_rows
 from hpc_hess.model.shard import ShardedModel, whole_model
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
@@ -48,7 +49,8 @@ class _Examples:
 
     def logits_and_targets(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.batches[index]
-        return module(inputs), targets
+        with whole_rows(module):
+            return module(inputs), targets
 
 
 class _GaussNewton:
@@ -70,7 +72,8 @@ class _GaussNewton:
         for inputs, _ in self._examples.batches:
 
             def logits(W: dict[str, torch.Tensor], inputs: torch.Tensor = inputs) -> torch.Tensor:
-                return functional_call(self._module, W, (inputs,))
+                with whole_rows(self._module):
+                    return functional_call(self._module, W, (inputs,))
 
             z, z_dot = jvp(logits, (W,), (V,))  # type: ignore[misc]  # a third value with has_aux only
             p = z.softmax(-1)

@@ -12,6 +12,7 @@ from torch import nn
 from hpc_hess.api import Operator
 from hpc_hess.errors import DataError
 from hpc_hess.model.loss import LossFunction, causal_lm_loss
+from hpc_hess.model.precision import whole_rows
 from hpc_hess.model.shard import whole_model
 from hpc_hess.sketch.kinds import Kind, SketchSettings
 from hpc_hess.sketch.sketch import Sketch, SketchedOperator
@@ -52,9 +53,11 @@ def gradient_sketches(
     sketch = Sketch(space.layout.num_params_full, SketchSettings(kind, dimension, preconditioner, seed))
     rows = []
     for batch in batches:
-        value = (loss or causal_lm_loss)(model, batch)
+        with whole_rows(model):
+            value = (loss or causal_lm_loss)(model, batch)
         mean = value[0] / value[1] if isinstance(value, tuple) else value
-        found = torch.autograd.grad(mean, [named[p.name] for p in space.layout.parameters], allow_unused=True)
+        wanted = [named[p.name] for p in space.layout.parameters]
+        found = torch.autograd.grad(mean, wanted, allow_unused=True) if mean.requires_grad else [None] * len(wanted)
         collection = sketch.begin(space.device)
         for parameter, gradient in zip(space.layout.parameters, found, strict=True):
             if gradient is not None:

@@ -66,9 +66,14 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     return model
 
 
+def text_config(hf_config: Any) -> Any:
+    """Return the configuration of the language model, also where it is a part of a composite one."""
+    return hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+
+
 def max_positions(hf_config: Any) -> int | None:
     """Return the longest sequence the configuration allows, None when it sets no limit (ALiBi, state space models)."""
-    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    config = text_config(hf_config)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -78,8 +83,7 @@ def max_positions(hf_config: Any) -> int | None:
 
 def vocabulary_size(hf_config: Any) -> int:
     """Return the number of rows of the token embedding."""
-    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    return int(config.vocab_size)
+    return int(text_config(hf_config).vocab_size)
 
 
 def _configs(config: Any) -> Iterator[Any]:
