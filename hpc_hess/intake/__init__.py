@@ -1,1 +1,1 @@
-"""What comes in, looked at before anything is computed: weights, configuration, data, the model itself, the API's arguments."""
+"""What comes in, looked at before anything is computed: weights, configuration, data, the model, the API's arguments."""

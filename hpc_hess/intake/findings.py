@@ -15,6 +15,7 @@ CHECKS: dict[str, str] = {
     "data.source": "where the tokens come from, and how many there are",
     "model.causal": "no logit depends on a later token",
     "model.writes": "a forward pass leaves parameters and buffers as they were",
+    "model.padding": "a padded row has the loss of the row alone",
     "model.frozen": "which parameters the matrix spans",
     "model.reached": "parameters that the loss does not depend on",
 }

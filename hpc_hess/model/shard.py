@@ -52,7 +52,7 @@ class ShardedModel:
 
         Writing to them changes the model: call :meth:`written` afterwards.
         """
-        return [_local(p.detach()) for p in self._parameters]
+        return [local_part(p.detach()) for p in self._parameters]
 
     def pieces_of(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield views of a flat local vector, one per selected parameter, in the local parameters' shapes."""
@@ -135,7 +135,8 @@ class ShardedModel:
             total.backward(inputs=None if self.sharded else self._parameters)
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a parameter, as a plain tensor. Collective: no."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -21,7 +21,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
 
     Eval mode (dropout off), no KV cache, experts computed eagerly (the grouped kernels have no forward-mode
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
-    (tables of positions, routers' biases) require no gradient.
+    (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -63,6 +63,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
     _cast(model, _DTYPES[section.master_dtype])
     model.eval()
+    model.frozen_by_itself = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return model
 
 

@@ -84,8 +84,8 @@ def _every_pair(world: World) -> list[tuple[str, str, Any]]:
             forward(model, gradient)
             write(model, target)
             found.append((forward.__name__, write.__name__, send(gradient()[1])))
-            forward(model, gradient)
             model.write_parameters(theta)
+            gradient()  # so that the next forward pass gathers theta, not what is written next
     return found
 
 
