@@ -44,6 +44,7 @@ def cut_over_ranks(
         "mesh": world.mesh,
         "mp_policy": policy,
         "shard_placement_fn": lambda p: ShardPlacement(by_identity[id(p)]),
+        "ignored_params": {p for p in module.parameters() if not p.numel()},  # nothing to cut
     }
     shared = _shared_parameters(module, blocks)
     for block in blocks or []:

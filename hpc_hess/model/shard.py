@@ -161,7 +161,7 @@ def select(names: list[str], include: list[str], exclude: list[str]) -> set[str]
 
 
 def spanned(module: nn.Module, include: list[str], exclude: list[str]) -> set[str]:
-    """Return the names of the parameters that the matrix spans: selected, and requiring a gradient.
+    """Return the names of the parameters that the matrix spans: selected, not empty, and requiring a gradient.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def spanned(module: nn.Module, include: list[str], exclude: list[str]) -> set[st
     """
     named = dict(module.named_parameters())
     selected = select(sorted(named), include, exclude)
-    chosen = {name for name in selected if named[name].requires_grad}
+    chosen = {name for name in selected if named[name].requires_grad and named[name].numel()}
     if not chosen:
         raise LayoutError(
             f"none of the {len(selected)} selected parameters requires a gradient (the first is '{min(selected)}'): call "

@@ -11,6 +11,7 @@ from torch import nn
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.model.initial import InitialWatch
+from hpc_hess.model.scalars import vectors_for_scalars
 from hpc_hess.model.source import Source
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -22,6 +23,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     Eval mode (dropout off), no KV cache, experts computed eagerly (the grouped kernels have no forward-mode
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
     (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
+    Scalar parameters have the shape (1,) here; ``skeleton.scalars`` names them.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -61,9 +63,10 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
         raise ModelError(f"cannot build the model of {source.path}: {_line(error)}") from None
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
+    vectors_for_scalars(model)
     _cast(model, _DTYPES[section.master_dtype])
     model.eval()
-    model.frozen_by_itself = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    model.frozen_by_itself = [name for name, p in model.named_parameters() if p.numel() and not p.requires_grad]
     return model
 
 
