@@ -31,6 +31,7 @@ from hpc_hess.intake import given
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.precision import whole_rows
 from hpc_hess.model.shard import ShardedModel, whole_model
 from hpc_hess.model.splice import differentiable_kernels
 from hpc_hess.model.undisturbed import undisturbed
@@ -59,7 +60,8 @@ class _Examples:
 
     def logits_and_targets(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self.batches[index]
-        return _logits(module, inputs), targets
+        with whole_rows(module):
+            return _logits(module, inputs), targets
 
 
 class _GaussNewton:
@@ -83,7 +85,8 @@ class _GaussNewton:
 
             def logits(W: dict[str, torch.Tensor], inputs: torch.Tensor = inputs) -> torch.Tensor:
                 buffers = {name: b.clone() for name, b in self._module.named_buffers()}  # which the forward may write
-                out = functional_call(self._module, {**buffers, **W}, (inputs,))
+                with whole_rows(self._module):
+                    out = functional_call(self._module, {**buffers, **W}, (inputs,))
                 return out if isinstance(out, torch.Tensor) else out.logits
 
             with differentiable_kernels(self._module):

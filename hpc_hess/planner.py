@@ -26,7 +26,7 @@ from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.routing import Routing
 from hpc_hess.model.shard import checkpoint_blocks, shard_model
-from hpc_hess.model.skeleton import build_skeleton, vocabulary_size
+from hpc_hess.model.skeleton import build_skeleton, text_config, vocabulary_size
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.pretend import pretending
@@ -57,7 +57,7 @@ def _calibrates(config: Config) -> bool:
 
 def num_experts(hf_config: Any) -> int:
     """Return the experts of each layer, 1 for a dense model."""
-    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    text = text_config(hf_config)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     return next((n for n in (getattr(text, name, None) for name in names) if isinstance(n, int) and n > 0), 1)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from hpc_hess.config import Config, ModelSection
 from hpc_hess.errors import NumericsError
-from hpc_hess.intake.findings import Intake
+from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.loss import CausalLMObjective
@@ -21,6 +21,7 @@ from hpc_hess.model.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.skeleton import build_skeleton
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.model.tokenizer import LazyTokenizer
+from hpc_hess.model.trial import spanned_finding, try_forward
 from hpc_hess.model.weights import fill, open_reader
 from hpc_hess.parallel.memory import release_memory, used_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -92,13 +93,21 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
         skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
         master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
     )  # fmt: skip
-    with world.together("read the weights"):
-        reader = open_reader(source, config.model, skeleton)
-        fill(model.module, reader, world.shard_rank, world.shard_size)
-        found = reader.findings
-        reader.close()
-        release_memory()
+
+    def read_weights() -> list[Finding]:
+        with world.together("read the weights"):
+            reader = open_reader(source, config.model, skeleton)
+            fill(model.module, reader, world.shard_rank, world.shard_size)
+            found = reader.findings
+            reader.close()
+            release_memory()
+        return found
+
+    intake.add(*read_weights(), spanned_finding(model))
+    computes_in = dtype_of(config.model.compute_dtype if model.sharded else config.model.master_dtype)
+    found, alone = try_forward(model, plain, samples, world.rank % len(samples), read_weights, computes_in)
     intake.add(*found)
+    samples = replace(samples, alone=alone)
     routing = Routing(model.module, config.operator.routing)
     routing.attach()
     if config.model.activation_checkpointing:

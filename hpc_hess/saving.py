@@ -57,12 +57,14 @@ def cut_parameters(model: ShardedModel) -> list[Cut]:
     world = model.world
     count, index = (world.shard_size, world.shard_rank) if model.sharded else (1, 0)
     shard = Layout({name: tuple(p.shape) for name, p in named.items()}, count, dims).shard(index)
+    scalars = getattr(model.module, "scalars", ())
     cuts = []
     for piece in shard.pieces:
         name = piece.parameter.name
         whole = named[name].detach()
         local = whole.to_local() if isinstance(whole, DTensor) else whole
-        cuts.append(Cut(name, piece.parameter.shape, local.reshape(-1), piece.interval_starts, piece.interval_length))
+        shape = () if name in scalars else piece.parameter.shape
+        cuts.append(Cut(name, shape, local.reshape(-1), piece.interval_starts, piece.interval_length))
     return cuts
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from hpc_hess.api import Operator
 from hpc_hess.intake import given
 from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.precision import whole_rows
 from hpc_hess.model.undisturbed import undisturbed
 from hpc_hess.model.users import of_user, user_objective
 from hpc_hess.sketch.kinds import Kind, SketchSettings
@@ -59,7 +60,8 @@ def gradient_sketches(
             user_objective(batches, loss, model) if loss is not None else own_objective(batches, model, space.device)[0]
         )
         for index in range(objective.num_micro_batches):
-            mean = objective.mean(model, index)
+            with whole_rows(model):
+                mean = objective.mean(model, index)
             found: Sequence[torch.Tensor | None] = torch.autograd.grad(
                 mean, [named[p.name] for p in space.layout.parameters], allow_unused=True
             ) if mean.requires_grad else [None] * len(space.layout.parameters)  # fmt: skip

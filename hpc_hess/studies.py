@@ -21,11 +21,12 @@ from hpc_hess.analysis.partition import check_heads
 from hpc_hess.analysis.study import Bench, Study
 from hpc_hess.analysis.sub_block import select, sub_block_study
 from hpc_hess.config import AnalysisSection
-from hpc_hess.curvature.decomposition import Pullback, weights
+from hpc_hess.curvature.decomposition import Groups, Pullback, weights
 from hpc_hess.eigen_loop import read_eigenvectors
 from hpc_hess.kept import EXTRA_BYTES, Kept
 from hpc_hess.loop import Loop
 from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.skeleton import text_config, vocabulary_size
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.placement import exact_product_bytes, room_for_rows
@@ -176,24 +177,29 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
         gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
         eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
         save_vectors=save_vectors, head_dim=_head_dim(loop.problem), target_counts=lambda: _target_counts(loop),
-        group_weights=lambda groups: weights(
-            loop.problem.objective, loop.problem.model.module, groups, partial(world.sum_over_ranks, name="class weights"),
-            world.guard,
-        ),
+        group_weights=lambda groups: _group_weights(loop, groups),
         pull=lambda cotangent: Gradient(loop.problem.model, Pullback(loop.problem.objective, cotangent))()[1],
     )  # fmt: skip
+
+
+def _group_weights(loop: Loop, groups: Groups) -> np.ndarray:
+    """Return the weight of each pair of groups, (count, count). Collective: yes."""
+    problem = loop.problem
+    with problem.model.measuring():
+        total = partial(loop.world.sum_over_ranks, name="class weights")
+        return weights(problem.objective, problem.model.module, groups, total, loop.world.guard)
 
 
 def _target_counts(loop: Loop) -> np.ndarray:
     """Count the targets of all samples, which every rank knows."""
     targets = loop.problem.samples.labels[:, 1:]
-    size = int(loop.problem.model.module.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    size = vocabulary_size(loop.problem.source.hf_config)
     return np.bincount(targets[targets >= 0].numpy().ravel(), minlength=size)
 
 
 def _head_dim(problem: Problem) -> int:
     """Return the width of an attention head, 0 where the model does not tell."""
-    config: Any = getattr(problem.model.module, "config", None)
+    config = text_config(problem.source.hf_config)
     if width := getattr(config, "head_dim", None):
         return int(width)
     hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)

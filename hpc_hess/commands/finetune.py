@@ -176,6 +176,7 @@ class _Loop:
             raise NumericsError(f"in step {step + 1} {error}; or {rate} is too large") from None
         norm = gradient.norm()
         self._optimizer.step()
+        problem.model.written()
         seconds = self._world.max_over_ranks(time.perf_counter() - began, "step time")
         self.slowest_s = max(self.slowest_s, seconds)
         if self._log is not None:

@@ -278,9 +278,10 @@ class _Job:
         objective, module = self._objective(self._test), self._problem.model.module
         found = torch.zeros(2, dtype=torch.float64, device=self._problem.model.space.device)
         count = objective.num_micro_batches
-        for index in range(count):  # each has the time that a collective may take
-            with torch.no_grad(), self._world.guard(f"measuring, micro-batch {index + 1} of {count}"):
-                logits, targets = objective.logits_and_targets(module, index)
+        with self._problem.model.measuring():
+            for index in range(count):
+                with self._world.guard(f"measuring, micro-batch {index + 1} of {count}"):
+                    logits, targets = objective.logits_and_targets(module, index)
                 predicted = targets >= 0
                 found[0] += (logits.argmax(1)[predicted] == targets[predicted]).sum()
                 found[1] += torch.nn.functional.cross_entropy(

@@ -46,6 +46,7 @@ class Whole:
         """Take one update. Collective: yes."""
         gradient(self._gradient)
         self._optimizer.step()
+        self._model.written()
         self.steps += 1
 
     def write(self, path: Path) -> None:
@@ -59,6 +60,7 @@ class Whole:
             self._optimizer.state[parameter] = optimizer_state(steps, parameter)
         with attempt(self._model.world, path, "take up the training"):
             read_tensors(path, self._cuts())
+        self._model.written()
 
     def _cuts(self) -> list[Cut]:
         states = [self._optimizer.state[parameter] for parameter in self._parameters]

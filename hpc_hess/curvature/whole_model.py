@@ -23,7 +23,7 @@ from hpc_hess.errors import ModelError, NumericsError, SplitError
 from hpc_hess.model.blocks import require_eval
 from hpc_hess.model.exchange import Exchange
 from hpc_hess.model.loss import CallableObjective, CausalLMObjective, shifted_targets
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.precision import honest_casts, whole_rows
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.model.splice import (
     differentiable_kernels,
@@ -145,7 +145,7 @@ class WholeModel:
     def _logits(self, index: int, W: Tensors) -> torch.Tensor:
         assert isinstance(self._objective, CausalLMObjective)
         batch = self._objective.micro_batches[index].to(self.space.device)
-        with substituted(self._places, W):
+        with substituted(self._places, W), whole_rows(self._module):
             out = self._module(**batch.arguments())
         return out.logits.flatten(0, 1)
 

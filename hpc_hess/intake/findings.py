@@ -19,6 +19,7 @@ CHECKS: dict[str, str] = {
     "data.tokenizer": "the tokenizer gives the ids of tokenizer.json",
     "model.causal": "no logit depends on a later token",
     "model.writes": "a forward pass leaves parameters and buffers as they were",
+    "model.padding": "a padded row has the loss of the row alone",
     "model.frozen": "which parameters the matrix spans",
     "given.positions": "positions of left-padded and packed rows of batches",
     "given.precision": "in which precision a user's model is multiplied",

@@ -6,6 +6,22 @@ from torch import nn
 
 
 def find_blocks(module: nn.Module) -> nn.ModuleList | None:
-    """Return the list of repeated blocks: the ModuleList with the most parameters. None where there is none."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+    """Return the list of repeated blocks: the ModuleList with the most parameters. None where there is none.
+
+    Of a composite model (text and images), those of its language model, also where another part is larger.
+    """
+    language = _language_model(module)
+    for part in (language, module) if language is not None else (module,):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        if lists:
+            return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return None
+
+
+def _language_model(module: nn.Module) -> nn.Module | None:
+    """Return the part of a composite Hugging Face model that its text configuration describes."""
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config:
+        return None
+    return next((m for m in module.modules() if getattr(m, "config", None) is text), None)

@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from hpc_hess.errors import ModelError, SplitError
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.loss import MicroBatch
+from hpc_hess.model.precision import whole_rows
 from hpc_hess.model.splice import Forward, Places, parameter_places, plain_forward, replaced_forwards, substituted
 
 Tensors = Mapping[str, torch.Tensor]
@@ -159,7 +160,7 @@ class SplitModel:
         for leaf, extra in call.extras.items():
             leaves[leaf] = tensors[1 + extras.index(extra)]
         args, kwargs = tree_unflatten(leaves, call.structure)
-        with substituted(self.places, parameters):
+        with substituted(self.places, parameters), whole_rows(self.blocks[call.block]):
             out = plain_forward(self.blocks[call.block])(*args, **kwargs)
         return tree_flatten(out)[0][call.out_boundary]
 
@@ -238,7 +239,7 @@ class SplitModel:
             for name in self.names_outside if name not in parameters
         }  # fmt: skip
         replacements = [*zip(self.blocks, forwards, strict=True), (self.head, on_head)]
-        with substituted(self.places, {**rest, **parameters}), replaced_forwards(replacements):
+        with substituted(self.places, {**rest, **parameters}), replaced_forwards(replacements), whole_rows(self.module):
             try:
                 return plain_forward(self.module)(**batch.arguments()).logits
             except Finished:

@@ -52,7 +52,8 @@ class SafetensorsReader:
         if box:
             box[dim] = (low, high)
         try:
-            return tensor.read(tuple(box))
+            found = tensor.read(tuple(box))
+            return found if box else found.reshape(1)  # a scalar, held as a vector: see model.scalars
         except Exception as error:
             raise ModelError(f"cannot read tensor '{name}' of {self._directory}: {error}") from None
 
@@ -90,7 +91,7 @@ class SafetensorsReader:
             raise ModelError(f"{self._directory} has no tensor for parameter '{missing[0]}'{more}")
         for name, parameter in skeleton.named_parameters():
             tensor = self._tensors[name]
-            if not isinstance(tensor, Computed) and tensor.shape != tuple(parameter.shape):
+            if not isinstance(tensor, Computed) and (tensor.shape or (1,)) != tuple(parameter.shape):
                 raise ModelError(
                     f"parameter '{name}' has shape {tuple(parameter.shape)} by config.json but {tensor.shape} in "
                     f"{self._directory}: the configuration belongs to another checkpoint"

@@ -30,6 +30,7 @@ class Samples:
     ``places`` : the line or row of the source that each row comes from; empty where rows are packed.
     ``num_tokens`` : predicted tokens in the whole set. ``fingerprint`` : sha256 of rows and masks.
     ``notes`` : what a user should know (fewer rows than asked for, a padded last row). ``findings`` : of the intake.
+    ``alone`` : the model minds padding, so micro-batches have one row each, at its own length.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class Samples:
     notes: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    alone: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -175,8 +177,11 @@ def micro_batches(samples: Samples, rank: int, size: int, micro_batch: int) -> l
     """Return rank ``rank``'s micro-batches: sample i belongs to rank i % size. Collective: no.
 
     Every rank gets the same number of micro-batches with the same number of rows; where it has no sample left, a
-    dummy row stands in (id -1, sample 0's tokens, all labels -100, so it weighs nothing).
+    dummy row stands in (id -1, sample 0's tokens, all labels -100, so it weighs nothing). Samples that must stay ``alone``
+    come one by one, without padding.
     """
+    if samples.alone:
+        micro_batch = 1
     per_rank = -(-len(samples) // size)
     ids = [rank + k * size if rank + k * size < len(samples) else -1 for k in range(per_rank)]
     return [_micro_batch(samples, ids[start : start + micro_batch]) for start in range(0, per_rank, micro_batch)]
@@ -186,7 +191,10 @@ def _micro_batch(samples: Samples, ids: list[int]) -> MicroBatch:
     rows = torch.tensor([max(i, 0) for i in ids])
     labels = samples.labels[rows].clone()
     labels[torch.tensor([i < 0 for i in ids])] = IGNORED
-    return MicroBatch(ids, samples.input_ids[rows], samples.attention_mask[rows], labels)
+    length = int(samples.attention_mask[rows].sum(1).max()) if samples.alone else samples.input_ids.shape[1]
+    return MicroBatch(
+        ids, samples.input_ids[rows, :length], samples.attention_mask[rows, :length], labels[:, :length]
+    )
 
 
 def objective_of(

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from hpc_hess.errors import DataError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.precision import honest_casts, whole_rows
 
 
 @dataclass
@@ -115,7 +115,7 @@ class CausalLMObjective:
     def _forward(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self.micro_batches[index].to(self.device)
         dtype = next(module.parameters()).dtype
-        with honest_casts(dtype):
+        with honest_casts(dtype), whole_rows(module):
             logits = module(**batch.arguments()).logits
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
@@ -153,7 +153,8 @@ class CallableObjective:
 
     def contribution(self, module: nn.Module, index: int) -> Contribution:
         """Return the batch's share of the weighted mean."""
-        value, _ = self._evaluate(module, index)
+        with whole_rows(module):
+            value, _ = self._evaluate(module, index)
         total = value / self.total_weight
         return Contribution(total, total.detach().reshape(1), [index])
 

@@ -66,7 +66,8 @@ class ExampleGradients:
         named = {n: p for n, p in model.module.named_parameters() if n in self._places}
         with torch.enable_grad():
             loss = objective.contribution(model.module, 0).total
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            wanted = list(named.values())
+            found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
         self._give({n: g for n, g in zip(named, found, strict=True) if g is not None}, sink)
         return float(loss.detach())
 
@@ -163,6 +164,8 @@ class _Streamed:
     def _differentiate(
         self, outputs: Several, bars: Several, W: Tensors, x: Several, give: Callable[[Tensors], None]
     ) -> list[torch.Tensor]:  # fmt: skip
+        if not any(y.requires_grad for y in outputs):
+            return [torch.zeros_like(t) for t in x]
         found = torch.autograd.grad(outputs, [*W.values(), *x], bars, allow_unused=True)
         give({n: g for n, g in zip(W, found, strict=False) if g is not None})
         return [torch.zeros_like(t) if g is None else g for t, g in zip(x, found[len(W) :], strict=True)]

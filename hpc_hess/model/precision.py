@@ -1,12 +1,13 @@
-"""Precisions: float64 throughout although libraries cast to float32, and what a cast to fewer bits loses."""
+"""The function that a forward pass stands for: float64 throughout, whole embeddings; what a cast to fewer bits loses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,28 @@ class _Float64Casts(TorchFunctionMode):
         args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*args, **kwargs)
+
+
+class _WholeRows(TorchFunctionMode):
+    """Derivatives of embeddings as of any other function: of the padding row too, and not divided by frequencies.
+
+    ``padding_idx`` only makes autograd leave out a row: the loss depends on it like on any other.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return func(**{**given, "padding_idx": None, "scale_grad_by_freq": False, "sparse": False})
+        return func(*args, **kwargs)
+
+
+def whole_rows(module: nn.Module) -> AbstractContextManager[object]:
+    """Return a context for forward passes of ``module`` in which its embeddings have all their derivatives."""
+    embeddings = (m for m in module.modules() if isinstance(m, nn.Embedding))
+    cut = any(m.padding_idx is not None or m.scale_grad_by_freq or m.sparse for m in embeddings)
+    return _WholeRows() if cut else nullcontext()
 
 
 @contextmanager

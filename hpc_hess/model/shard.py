@@ -8,7 +8,8 @@ One process needs no FSDP: its parameters are the shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from hpc_hess.errors import LayoutError
 from hpc_hess.intake.given import walked
 from hpc_hess.model.blocklist import find_blocks
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.fsdp import cut_over_ranks, free_gathered
+from hpc_hess.model.precision import honest_casts, whole_rows
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import VectorSpace
@@ -48,8 +50,11 @@ class ShardedModel:
 
     @property
     def local_parameters(self) -> list[torch.Tensor]:
-        """Return this rank's part of each selected parameter. Writing to them changes the model."""
-        return [_local(p.detach()) for p in self._parameters]
+        """Return this rank's part of each selected parameter.
+
+        Writing to them changes the model: call :meth:`written` afterwards.
+        """
+        return [local_part(p.detach()) for p in self._parameters]
 
     def pieces_of(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield views of a flat local vector, one per selected parameter, in the local parameters' shapes."""
@@ -65,6 +70,7 @@ class ShardedModel:
     def write_parameters(self, flat: torch.Tensor) -> None:
         """Set the parameters to ``flat``."""
         self._foreach(torch._foreach_copy_, self.local_parameters, list(self.pieces_of(flat)))
+        self.written()
 
     def move_parameters(
         self, flat: torch.Tensor, direction: torch.Tensor, step: float, *, dither: bool = False
@@ -82,7 +88,22 @@ class ShardedModel:
                 along += kernels.displace(target, base.reshape(-1), piece.reshape(-1), step, dither=dither)
                 if not parameter.is_contiguous():
                     parameter.copy_(target.view_as(parameter))
+        self.written()
         return along
+
+    def written(self) -> None:
+        """Say that parameters were written: what was gathered of them is dropped. Collective: no."""
+        if self.sharded:
+            free_gathered(self.module)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Context for forward passes without a backward pass: no graph, and nothing stays gathered. Collective: no."""
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.written()
 
     @staticmethod
     def _foreach(function: Any, out: list[torch.Tensor], values: list[torch.Tensor]) -> None:
@@ -119,7 +140,8 @@ class ShardedModel:
             total.backward(inputs=None if self._hidden else self._parameters)
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a parameter, as a plain tensor. Collective: no."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -144,7 +166,7 @@ def select(names: list[str], include: list[str], exclude: list[str]) -> set[str]
 
 
 def spanned(module: nn.Module, include: list[str], exclude: list[str]) -> set[str]:
-    """Return the names of the parameters that the matrix spans: selected, and requiring a gradient.
+    """Return the names of the parameters that the matrix spans: selected, not empty, and requiring a gradient.
 
     Raises
     ------
@@ -153,7 +175,7 @@ def spanned(module: nn.Module, include: list[str], exclude: list[str]) -> set[st
     """
     named = dict(module.named_parameters())
     selected = select(sorted(named), include, exclude)
-    chosen = {name for name in selected if named[name].requires_grad}
+    chosen = {name for name in selected if named[name].requires_grad and named[name].numel()}
     if not chosen:
         raise LayoutError(
             f"none of the {len(selected)} selected parameters requires a gradient (the first is '{min(selected)}'): call "
@@ -204,7 +226,7 @@ def shard_model(
     skeleton.to(dtype=master_dtype)
     blocks = find_blocks(skeleton)
     if sharded:
-        _fully_shard(skeleton, blocks, world, dims, master_dtype, compute_dtype)
+        cut_over_ranks(skeleton, blocks, world, dims, master_dtype, compute_dtype)
     _allocate(skeleton, world.device)
     return ShardedModel(skeleton, world, VectorSpace(world, layout, master_dtype), sharded=sharded)
 
@@ -235,82 +257,6 @@ def whole_model(module: nn.Module, include: list[str] | None = None, exclude: li
     return ShardedModel(module, world, VectorSpace(world, layout, dtype), sharded=False)
 
 
-def _fully_shard(
-    module: nn.Module, blocks: nn.ModuleList | None, world: World, dims: dict[str, int],
-    master_dtype: torch.dtype, compute_dtype: torch.dtype,
-) -> None:  # fmt: skip
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Shard as ShardPlacement
-
-    by_identity = {id(p): dims[name] for name, p in module.named_parameters()}
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype
-    )
-    options: dict[str, Any] = {
-        "mesh": world.mesh,
-        "mp_policy": policy,
-        "shard_placement_fn": lambda p: ShardPlacement(by_identity[id(p)]),
-    }
-    for block in blocks or []:
-        fully_shard(block, reshard_after_forward=True, **options)
-    # the embedding and the head are as large as several blocks: groups of their own, unless they are tied
-    counts: dict[int, int] = {}
-    for m in module.modules():
-        for p in m._parameters.values():
-            counts[id(p)] = counts.get(id(p), 0) + 1
-    for m in module.modules():
-        if isinstance(m, nn.Embedding | nn.Linear) and not isinstance(m, FSDPModule) and _outside(m, blocks):
-            own = [p for p in m._parameters.values() if p is not None]
-            if m is not module and all(counts[id(p)] == 1 for p in own) and sum(p.numel() for p in own) > 1 << 20:
-                fully_shard(m, reshard_after_forward=True, **options)
-    fully_shard(module, reshard_after_forward=False, **options)
-    for m in module.modules():
-        if isinstance(m, FSDPModule):
-            if world.gloo and hasattr(m, "set_custom_reduce_scatter"):
-                m.set_custom_reduce_scatter(_ReduceScatter(world))  # type: ignore[arg-type]
-            if hasattr(m, "set_custom_all_gather"):
-                m.set_custom_all_gather(_AllGather(world))  # type: ignore[arg-type]
-            # the loss is already divided by the tokens of the whole set: plain sums over ranks
-            m.set_gradient_divide_factor(1.0)
-            m.set_force_sum_reduction_for_comms(True)
-    root: Any = module
-    if hasattr(root, "set_reduce_scatter_unused_params"):  # an expert no token was sent to, on this rank only
-        root.set_reduce_scatter_unused_params(True)
-
-
-class _Through:
-    """What FSDP2 asks of collectives that are not its own: here, those of the world."""
-
-    def __init__(self, world: World) -> None:
-        self._collectives, self._timers = world.collectives, world.timers
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _ReduceScatter(_Through):
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> None:
-        with self._timers.phase("reduce-scatter"):  # op is a sum: see _fully_shard
-            self._collectives.start_reduce_scatter(output_tensor, input_tensor).wait()
-
-
-class _AllGather(_Through):
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
-    ) -> Any:
-        with self._timers.phase("all-gather"):
-            work = self._collectives.start_all_gather(output_tensor, input_tensor)
-            if not async_op:
-                work.wait()
-            return work
-
-
-def _outside(module: nn.Module, blocks: nn.ModuleList | None) -> bool:
-    return blocks is None or all(module is not inner for inner in blocks.modules())
-
-
 def _allocate(module: nn.Module, device: torch.device) -> None:
     """Give meta parameters memory (ties kept, buffers untouched)."""
     if not any(p.is_meta for p in module.parameters()):
@@ -334,13 +280,18 @@ def checkpoint_blocks(module: nn.Module) -> None:
 
     Call it after Routing has wrapped the blocks, so that a recomputed router repeats its frozen choice.
     """
-    from contextlib import nullcontext
+    from contextlib import contextmanager, nullcontext
     from functools import partial
 
     from torch.utils.checkpoint import checkpoint
 
-    def contexts() -> tuple[Any, Any]:  # the backward pass has left the forward's casts
-        return nullcontext(), honest_casts(next(module.parameters()).dtype)
+    @contextmanager
+    def again() -> Iterator[None]:  # the backward pass has left the forward's contexts
+        with honest_casts(next(module.parameters()).dtype), whole_rows(module):
+            yield
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), again()
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
     for block in find_blocks(module) or []:

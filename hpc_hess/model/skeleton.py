@@ -11,6 +11,7 @@ from torch import nn
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.model.initial import InitialWatch
+from hpc_hess.model.scalars import vectors_for_scalars
 from hpc_hess.model.source import Source
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -21,7 +22,8 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
 
     Eval mode (dropout off), no KV cache, experts computed eagerly (the grouped kernels have no forward-mode
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
-    (tables of positions, routers' biases) require no gradient.
+    (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
+    Scalar parameters have the shape (1,) here; ``skeleton.scalars`` names them.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -61,14 +63,21 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
         raise ModelError(f"cannot build the model of {source.path}: {_line(error)}") from None
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
+    vectors_for_scalars(model)
     _cast(model, _DTYPES[section.master_dtype])
     model.eval()
+    model.frozen_by_itself = [name for name, p in model.named_parameters() if p.numel() and not p.requires_grad]
     return model
+
+
+def text_config(hf_config: Any) -> Any:
+    """Return the configuration of the language model, also where it is a part of a composite one."""
+    return hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
 
 
 def max_positions(hf_config: Any) -> int | None:
     """Return the longest sequence the configuration allows, None when it sets no limit (ALiBi, state space models)."""
-    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    config = text_config(hf_config)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -78,8 +87,7 @@ def max_positions(hf_config: Any) -> int | None:
 
 def vocabulary_size(hf_config: Any) -> int:
     """Return the number of rows of the token embedding."""
-    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    return int(config.vocab_size)
+    return int(text_config(hf_config).vocab_size)
 
 
 def _configs(config: Any) -> Iterator[Any]:

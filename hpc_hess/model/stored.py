@@ -45,8 +45,9 @@ class SafetensorsFiles:
 
     def read(self, file: str, key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
         """Return a box of a tensor, possibly as a view of the mapped file."""
-        stored = self._open(file).get_slice(key)
-        tensor: torch.Tensor = stored[tuple(slice(low, high) for low, high in box)] if box else stored[:]
+        whole = not math.prod(shape) or not box  # nothing to cut: a scalar, an empty tensor
+        stored = self._open(file).get_tensor(key) if whole else self._open(file).get_slice(key)
+        tensor: torch.Tensor = stored if whole else stored[tuple(slice(low, high) for low, high in box)]
         rows = box[0][1] - box[0][0] if box else 1
         self._mapped += rows * math.prod(shape[1:]) * tensor.element_size()
         if self._mapped > _MAPPED:
