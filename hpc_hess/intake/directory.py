@@ -104,9 +104,12 @@ def weight_like(directory: Path) -> list[str]:
     for below in here:
         if below.is_dir() and not (below / "krylov.h5").exists():  # a run directory of this program
             found += [p for p in _listed(below) if _looks_like_weights(p)]
-    downloads = directory / ".cache" / "huggingface" / "download"  # where `hf download --local-dir` keeps what is not whole
-    found += downloads.rglob("*.incomplete") if downloads.is_dir() else []
-    return sorted((str(p.relative_to(directory)) for p in found), key=lambda name: (name.count("/"), name))
+    names = [str(p.relative_to(directory)) for p in found]
+    # where downloads that are not whole lie: of `hf download --local-dir`, and of the Hub's cache
+    for folder, most in ((".cache/huggingface/download", "**/*.incomplete"), ("../../blobs", "*.incomplete")):
+        if not folder.startswith("..") or directory.resolve().parent.name == "snapshots":
+            names += [f"{folder}/{p.name}" for p in (directory.resolve() / folder).glob(most)]
+    return sorted(names, key=lambda name: (name.count("/"), name))
 
 
 def _listed(directory: Path) -> list[Path]:

@@ -51,9 +51,11 @@ class SafetensorsFiles:
 
     def read(self, file: str, key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
         """Return a box of a tensor, possibly as a view of the mapped file."""
-        stored = self._open(file).get_slice(key)
-        tensor: torch.Tensor = stored[tuple(slice(low, high) for low, high in box)] if box else stored[:]
-        rows = box[0][1] - box[0][0] if box else 1
+        if not box:  # a scalar has no slices
+            scalar: torch.Tensor = self._open(file).get_tensor(key)
+            return scalar
+        tensor: torch.Tensor = self._open(file).get_slice(key)[tuple(slice(low, high) for low, high in box)]
+        rows = box[0][1] - box[0][0]
         self._mapped += rows * math.prod(shape[1:]) * tensor.element_size()
         if self._mapped > _MAPPED:
             self.close()  # the view keeps its own file mapped until it is copied

@@ -32,6 +32,7 @@ from tests.faults.support import (
     settings_b,
     tokens_b,
 )
+from tests.quick import run_quickly
 
 
 @pytest.fixture(scope="module")
@@ -597,3 +598,37 @@ def test_b_itself_still_gives_its_numbers(tmp_path: Path, world: World) -> None:
     assert result["lambda_min"] == pytest.approx(LOWEST_B, rel=1e-3)
     assert result["lambda_max"] == pytest.approx(HIGHEST_B, rel=1e-3)
     assert [f["verdict"] for f in result["intake"] if f["check"].startswith("weights")] == ["passed", "passed"]
+
+
+# -- on two ranks ------------------------------------------------------------------------------------------------------
+
+
+def loaded_on_ranks(world: World, values: dict[str, Any]) -> tuple[str, list[str]]:
+    """Load the problem; return what was refused, and the checks that found something."""
+    from hpc_hess.problem import load_problem
+    from hpc_hess.report.progress import make_progress
+
+    world.make_mesh(1)
+    try:
+        with make_progress(world.rank == 0, 1) as progress:
+            problem = load_problem(make_config(values), world, progress)
+            loss, _ = problem.gradient()
+    except ModelError as error:
+        return str(error), []
+    return f"{loss:.5f}", [f.check for f in problem.intake.findings]
+
+
+def test_two_ranks_refuse_and_accept_as_one_does(tmp_path: Path) -> None:
+    tokens = tokens_b(tmp_path / "tokens.npy")
+    for name in ("fp8", "biased", "good"):
+        save_b(tmp_path / name) if name != "biased" else save_biased(tmp_path / name)
+    rewrite(tmp_path / "fp8", lambda old: scaled(old, torch.float8_e4m3fn, "_scale"))
+    edit_config(tmp_path / "biased", attention_bias=False, mlp_bias=False)
+    config_b(num_key_value_heads=3).save_pretrained(tmp_path / "unrunnable")
+    expected = {"fp8": "stored as float8_e4m3fn", "biased": "does not take", "unrunnable": "cannot compute a forward pass",
+                "good": f"{LOSS_B:.5f}"}  # fmt: skip
+    for name, text in expected.items():
+        answers = run_quickly(loaded_on_ranks, 2, settings_b(tmp_path / name, tokens, tmp_path / "run"))
+        assert all(text in answer for answer, _ in answers), (name, answers)
+    assert answers[0] == answers[1]
+    assert "weights.unused" in answers[0][1]

@@ -136,3 +136,14 @@ def test_g4_without_own_code_none_is_written(tmp_path: Path, world: World) -> No
     assert not list(saved.glob("*.py"))
     assert "auto_map" not in json.loads((saved / "config.json").read_text())
     assert loss_of(saved) == pytest.approx(LOSS_B, abs=1e-6)
+
+
+def test_a3_a_download_into_the_hubs_cache_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--someone--b" / "snapshots" / "0123abc"
+    save_b(snapshot)
+    (tmp_path / "models--someone--b" / "blobs").mkdir()
+    (tmp_path / "models--someone--b" / "blobs" / "abc.1f.incomplete").write_bytes(b"x")
+    assert resolve_source(ModelSection(source=str(snapshot))).kind == "safetensors"
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="the download was not finished"):
+        resolve_source(ModelSection(source=str(snapshot)))
