@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+ROTARY = "rotary frequencies"
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _SPELLED = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
@@ -30,7 +31,7 @@ _COMPANION = re.compile(
 _WITH_WEIGHT = re.compile(r"(?:\.|_)(?:scale|zeros?|zero_point|scb|meta)$")  # of X.weight, where that is stored too
 _ROTARY = re.compile(r"(?:^|[._])(?:inv_freq|(?:cos|sin)_cached|freqs_cis)$")
 _POSITIONS = re.compile(r"(?:^|\.)position_ids$")
-_MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn|crossattention)\.(?:masked_)?bias$")
+_MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn|crossattention)\.(?:(?:masked_)?bias|causal_mask)$")
 _HEAD = re.compile(
     r"^(?:score|classifier|classification_head|qa_outputs|v_head|value_head|reward_head|cls\.seq_relationship)\."
 )
@@ -38,7 +39,7 @@ _POOLER = re.compile(r"(?:^|\.)pooler\.")
 _MTP = re.compile(r"(?:^|\.)(?:mtp|mtp_\w+|nextn)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _OTHER_SENSES = re.compile(
-    r"^(?:model\.|thinker\.)?(?:visual|vision_\w+|audio_\w+|image_\w+|multi_modal_projector|mm_projector|embed_vision|embed_audio|"
+    r"^(?:model\.|thinker\.)?(?:visual|vision_\w+|vqmodel|audio_\w+|image_\w+|multi_modal_projector|mm_projector|embed_vision|embed_audio|"
     r"speech_\w+|talker|token2wav|code2wav)(?:\.|$)"
 )
 _ENCODER = re.compile(r"^(?:model\.)?encoder\.")
@@ -112,7 +113,7 @@ def sort_unused(
 
 def _kind(key: str, shape: tuple[int, ...], model: Architecture, mtp_layers: set[str]) -> str | None:
     if _ROTARY.search(key):
-        return "rotary frequencies"
+        return ROTARY
     if _POSITIONS.search(key) and len(shape) <= 2:
         return "position numbers"
     if _MASK.search(key) and (len(shape) == 4 or math.prod(shape) == 1):

@@ -12,7 +12,7 @@ from torch import nn
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.directory import WeightFiles
 from hpc_hess.intake.findings import Finding, noted, passed
-from hpc_hess.intake.tensors import Architecture, companion, names, sort_unused, wrong_type
+from hpc_hess.intake.tensors import ROTARY, Architecture, companion, names, sort_unused, wrong_type
 from hpc_hess.model.conversion import Mapped, model_tensors
 from hpc_hess.model.lazy import Computed, Lazy
 from hpc_hess.model.stored import SafetensorsFiles, Stored
@@ -152,9 +152,23 @@ def unused_findings(
             'model.unused = "ignore" to compute without them'
         )
     findings = [noted("weights.unused", f"{kind}, not taken: {names(keys)}") for kind, keys in found.known.items()]
+    if differ := _other_frequencies(found.known.get(ROTARY, []), stored, skeleton):
+        findings.append(noted("weights.unused", f"rotary frequencies are those of config.json; {differ} holds other ones"))
     if found.others:
         findings.append(noted("weights.unused", f'ignored, as model.unused = "ignore" asks: {names(found.others, 8)}'))
     return findings
+
+
+def _other_frequencies(keys: list[str], stored: Mapping[str, Lazy], skeleton: nn.Module) -> str | None:
+    """Return a stored vector of rotary frequencies that is more than two per cent off every one of the model's."""
+    own = [b.float().cpu() for name, b in skeleton.named_buffers() if name.endswith("inv_freq") and not b.is_meta]
+    for key in keys:
+        shape = stored[key].shape
+        if own and key.endswith("inv_freq") and len(shape) == 1:
+            value = stored[key].read(((0, shape[0]),)).float()
+            if not any(value.shape == b.shape and torch.allclose(value, b, rtol=0.02, atol=1e-9) for b in own):
+                return key
+    return None
 
 
 def _architecture(skeleton: nn.Module) -> Architecture:

@@ -227,7 +227,7 @@ def test_a2_known_leftovers_are_noted_and_not_refused(name: str, tensor: torch.T
     save_b(tmp_path)
     rewrite(tmp_path, lambda old: old | {name: tensor})
     _, reader, _ = load(tmp_path)
-    (found,) = [f for f in reader.findings if f.check == "weights.unused"]
+    found = next(f for f in reader.findings if f.check == "weights.unused")
     assert found.verdict == "noted"
     assert kind in found.text
     assert name in found.text
@@ -248,6 +248,15 @@ def test_a2_what_could_change_the_model_is_refused(name: str, tensor: torch.Tens
     with pytest.raises(ModelError, match=f"does not take.*{name}"):
         load(tmp_path)
     load(tmp_path, unused="ignore")
+
+
+def test_a2_other_rotary_frequencies_than_those_of_config_json_are_said(tmp_path: Path) -> None:
+    model = save_b(tmp_path)
+    key, right = "model.layers.0.self_attn.rotary_emb.inv_freq", model.model.rotary_emb.inv_freq.clone()
+    for value, told in ((right.half(), False), (right * 1.5, True)):
+        rewrite(tmp_path, lambda old, value=value: old | {key: value})
+        texts = [f.text for f in load(tmp_path)[1].findings if f.check == "weights.unused"]
+        assert any("holds other ones" in text for text in texts) == told
 
 
 def test_fewer_layers_than_stored_are_refused(tmp_path: Path) -> None:
