@@ -35,7 +35,7 @@ def why(error: BaseException, values: Mapping[str, Any]) -> str:
     text = " ".join(" ".join(str(error).split()).split(" ", 60)[:60]) or type(error).__name__
     if isinstance(error, KeyError | AttributeError | ZeroDivisionError | AssertionError | IndexError) and ":" not in text:
         text = f"{type(error).__name__}: {text}"
-    keys = suspects(text, values)
+    keys = [] if isinstance(error, OSError) or "transformers_modules" in text else suspects(text, values)
     return text.rstrip(".") + (f" (config.json has {', '.join(f'{k} = {values[k]!r}' for k in keys)})" if keys else "")
 
 
@@ -95,14 +95,17 @@ def refuse_code(error: BaseException, path: Path) -> None:
     """Raise ModelError where an error comes from a model's own code, or from a package that is not installed."""
     own = code_at_fault(error)
     text = " ".join(str(error).split()[:60])
+    remedy = "where transformers has a class of its own, model.trust_remote_code = false takes that"
     if isinstance(error, ImportError):
         if (error.name or "").split(".")[0] == "transformers":
             of = f" ({own.name})" if own else ""
-            raise ModelError(f"the code of {path}{of} was written for another version of transformers: {text}") from None
+            raise ModelError(
+                f"the code of {path}{of} was written for another version of transformers ({text}): {remedy}"
+            ) from None
         raise ModelError(f"{path} needs a package that is not installed: {text}") from None
     if own is not None:
-        raise ModelError(f"the code of {path} ({own.name}) failed, perhaps written for another version of "
-                         f"transformers: {type(error).__name__}: {text}") from None  # fmt: skip
+        raise ModelError(f"the code of {path} ({own.name}) failed, perhaps written for another version of transformers "
+                         f"({type(error).__name__}: {text}): {remedy}") from None  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -70,13 +70,17 @@ def fingerprint(
     stored = [entry for file in weights for entry in (gguf_table if kind == "gguf" else safetensors_table)(file)]
     everything = sum(size for *_, size in stored) <= _READ
     most = max(1, _READ // _BLOCK // max(len(stored), 1))
-    for file in dict.fromkeys(file for _, file, *_ in stored):
+    seen: dict[str, bytes] = {}  # by name: the same tensors in other files are the same model
+    for file, entries in itertools.groupby(stored, lambda entry: entry[1]):
         with file.open("rb") as handle:
-            for what, _, start, size in sorted(entry for entry in stored if entry[1] == file):
-                digest.update(f"{what}:{size};".encode())
+            for what, _, start, size in entries:
+                tensor = hashlib.sha256(str(size).encode())
                 for low, high in _blocks(size, None if everything else most):
                     handle.seek(start + low)
-                    digest.update(handle.read(high - low))
+                    tensor.update(handle.read(high - low))
+                seen[what] = tensor.digest()
+    for what in sorted(seen):
+        digest.update(what.encode() + b"\0" + seen[what])
     for file in code:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return Fingerprint.of(digest.hexdigest(), lambda: _earlier(kind, path, kept, seed))

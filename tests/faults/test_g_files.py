@@ -15,7 +15,7 @@ from hpc_hess.errors import ModelError
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.world import World
 from tests.faults.support import LOSS_B, edit_config, save_b, settings_b, tokens_b
-from tests.faults.test_a_weights import double, loss_of, own_model
+from tests.faults.weights import double, loss_of, own_model
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,10 @@ def test_an_index_that_makes_no_sense_is_named(text: str, outside: Path) -> None
         resolve_source(ModelSection(source=str(outside / "model")))
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", b"\xff" * 64], ids=["empty", "pointer", "noise"])
+@pytest.mark.parametrize(
+    "content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", b"\xff" * 64],
+    ids=["empty", "pointer", "noise"],
+)  # fmt: skip
 def test_a_damaged_file_is_named(content: bytes, outside: Path) -> None:
     (outside / "model" / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors is not a valid safetensors file"):
