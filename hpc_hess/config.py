@@ -30,6 +30,7 @@ class ModelSection(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
+    unused: Literal["refuse", "ignore"] = "refuse"
     tokenizer: str = ""
 
 
@@ -190,7 +191,8 @@ class Config(_Section):
 # Keys a resumed run may change: they move work around without changing the function or the vectors (a group of probes
 # that is going on keeps its width, for the rounding).
 _NOT_IDENTITY = [
-    ("model", "activation_checkpointing"), ("data", "micro_batch"), ("parallel", "device"), ("parallel", "timeout_s"),
+    ("model", "activation_checkpointing"), ("model", "unused"), ("data", "micro_batch"), ("parallel", "device"),
+    ("parallel", "timeout_s"),
     ("parallel", "deterministic"), ("parallel", "replicate"), ("operator", "check"), ("operator", "keep_state"),
     ("operator", "boundaries"), ("lanczos", "basis_memory"), ("lanczos", "probes"), ("lanczos", "lock_step"),
 ]  # fmt: skip

@@ -6,12 +6,14 @@ import contextlib
 import copy
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from hpc_hess.config import Config, ModelSection
 from hpc_hess.errors import NumericsError
+from hpc_hess.intake.configuration import running
 from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.gradient import Gradient
@@ -118,6 +120,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     if config.operator.sketched:
         sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
     gradient = Gradient(model, objective, routing)
+    gradient.explained = partial(running, source.path, source.hf_config.get_text_config().to_dict())
     return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
 
 

@@ -31,6 +31,7 @@ from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
 from hpc_hess.storage.events import EventLog
+from hpc_hess.storage.identity import same
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
@@ -255,5 +256,5 @@ def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
             if old != value:
                 raise StoreError(f"{out} holds a run with {section}.{key} = {old!r}, not {value!r}: {remedy}")
     for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):
-        if found[key] != wanted[key]:
+        if not same(found[key], wanted[key]):
             raise StoreError(f"{out} holds a run of another {key.split('_')[0]} ({key} differs): {remedy}")

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from hpc_hess.errors import HpcHessError, StoreError
+from hpc_hess.intake.own_code import code_files
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.model.source import Source
 from hpc_hess.parallel.layout import Int64, Layout
@@ -227,6 +228,8 @@ def _write_config(folder: Path, model: ShardedModel, source: Source) -> None:
     hf_config.architectures = [type(model.module).__name__.removeprefix("FSDP")]
     if getattr(hf_config, "quantization_config", None):
         del hf_config.quantization_config  # of a .gguf file: the weights are written as they are computed with
+    if not source.own_code and hasattr(hf_config, "auto_map"):
+        del hf_config.auto_map  # transformers' own class was taken: the weights are written by its names
     hf_config.save_pretrained(folder)
     if source.kind == "gguf":
         from transformers import AutoTokenizer
@@ -240,5 +243,16 @@ def _write_config(folder: Path, model: ShardedModel, source: Source) -> None:
     for name in _TOKENIZER_FILES:
         if (origin / name).is_file():
             shutil.copy(origin / name, folder / name)
-    for code in origin.glob("*.py") if hasattr(hf_config, "auto_map") else []:
-        shutil.copy(code, folder / code.name)
+    for name, code in _code_of(source, origin).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(code, folder / name)
+
+
+def _code_of(source: Source, origin: Path) -> dict[str, Path]:
+    """Return the Python files that the model (where its own code is run) and its tokenizer consist of."""
+    config = source.path if source.path.is_file() else origin / "config.json"
+    tables = []
+    for file in [config] * source.own_code + [origin / "tokenizer_config.json"]:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            tables.append(json.loads(file.read_text(encoding="utf-8")).get("auto_map"))
+    return code_files(origin, tables)

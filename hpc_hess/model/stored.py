@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpc_hess.errors import ModelError
-from hpc_hess.model.lazy import Box, Lazy
+from hpc_hess.intake.directory import WeightFiles
+from hpc_hess.model.lazy import Box
 
 _MAPPED = 1 << 26  # bytes read through one mapping before it is dropped: mapped pages count as this process's memory
 
@@ -21,26 +20,33 @@ class SafetensorsFiles:
 
     Raises
     ------
-    ModelError : the index is unreadable, or a file it names is missing, damaged or lacks a tensor.
+    ModelError : a file is damaged, lacks a tensor that the index promises, or holds one that another holds too.
 
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, files: WeightFiles) -> None:
+        self._files = files
+        self._directory = files.directory
         self._handles: dict[str, Any] = {}
         self._mapped = 0
 
-    def tensors(self) -> dict[str, Lazy]:
-        """Return every tensor by its name in the checkpoint; reads file headers only."""
-        found: dict[str, Lazy] = {}
-        for file, keys in self._table().items():
+    def tensors(self) -> dict[str, Stored]:
+        """Return every tensor by its name in the checkpoint, as from_pretrained reads them; reads file headers only."""
+        found: dict[str, Stored] = {}
+        for file in self._files.names:
             handle = self._open(file)
-            present = set(handle.keys())
-            for key in present if keys is None else keys:
-                if key not in present:
-                    raise ModelError(f"{self._directory / file} has no tensor '{key}', which the index says it holds")
-                found[key] = _Stored(self, file, key, tuple(handle.get_slice(key).get_shape()))
+            for key in sorted(handle.keys()):
+                if key in found:
+                    raise ModelError(
+                        f"{self._directory / file} and {found[key].file} both hold the tensor '{key}': remove the file that "
+                        "does not belong to the model"
+                    )
+                part = handle.get_slice(key)
+                found[key] = Stored(self, file, key, tuple(part.get_shape()), part.get_dtype())
             self.close()
+        for key, file in self._files.indexed.items():
+            if key not in found:
+                raise ModelError(f"{self._directory / file} has no tensor '{key}', which the index says it holds")
         return found
 
     def read(self, file: str, key: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
@@ -59,31 +65,11 @@ class SafetensorsFiles:
         self._handles.clear()
         self._mapped = 0
 
-    def _table(self) -> dict[str, list[str] | None]:
-        """Return file name -> its tensors by the index, or None for all of them."""
-        index = self._directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"cannot read {index}: {error}") from None
-            files: dict[str, list[str] | None] = {}
-            for key, file in table.items():
-                tensors = files.setdefault(file, [])
-                assert tensors is not None
-                tensors.append(key)
-            return files
-        if (self._directory / "model.safetensors").is_file():
-            return {"model.safetensors": None}
-        return {file.name: None for file in sorted(self._directory.glob("*.safetensors"))}
-
     def _open(self, file: str) -> Any:
         from safetensors import safe_open
 
         if file not in self._handles:
             path = self._directory / file
-            if not path.is_file():
-                raise ModelError(f"{path} is missing, although the index of the checkpoint names it")
             try:
                 self._handles[file] = safe_open(str(path), framework="pt", device="cpu")
             except Exception as error:
@@ -92,13 +78,14 @@ class SafetensorsFiles:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """One tensor of a file."""
+class Stored:
+    """One tensor of a file; ``dtype`` as safetensors writes it ("F32", "F8_E4M3", ...)."""
 
     files: SafetensorsFiles
     file: str
     key: str
     shape: tuple[int, ...]
+    dtype: str
 
     def read(self, box: Box) -> torch.Tensor:
         """Read the box and nothing else."""

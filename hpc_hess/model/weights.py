@@ -47,9 +47,10 @@ def open_reader(source: Source, section: ModelSection, skeleton: nn.Module) -> W
 
     """
     if source.kind == "safetensors":
-        return SafetensorsReader(source.path, skeleton)
+        assert source.files is not None
+        return SafetensorsReader(source.files, skeleton, section.unused == "ignore")
     if source.kind == "gguf":
-        return GgufReader(source.path, skeleton)
+        return GgufReader(source.path, skeleton, section.unused == "ignore")
     return RandomWeights(section.seed, skeleton)
 
 

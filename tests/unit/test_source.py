@@ -97,6 +97,8 @@ def test_own_code_is_off_unless_asked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values, default=str))
     marker = tmp_path / "ran"
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('x')")
+    assert resolve(tmp_path).hf_config.__module__.startswith("transformers.")
+    (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": "evil"}, default=str))
     with pytest.raises(ModelError, match="trust_remote_code"):
         resolve(tmp_path)
     assert not marker.exists()
