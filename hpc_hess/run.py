@@ -85,7 +85,7 @@ def run(config: Config, world: World) -> int:
             write_aside(out / "config.toml", config.to_toml())
         if note := place.note(config.lanczos):
             progress.note(note)
-        events = EventLog(out if world.rank == 0 else None)
+        events = EventLog(out, world)
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
             loop = Loop(
                 config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,

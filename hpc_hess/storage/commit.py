@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_hess.errors import StoreError
+from hpc_hess.storage.checksum import ZERO
 
 _MAGIC = b"HHCOMMIT"
 _HEAD = struct.Struct("<8sQqqQ32s")  # magic, sequence, first probe, width, extra length, data digest
@@ -114,6 +115,10 @@ class Ledger:
             checksum=np.zeros((slots.probes, slots.rows), np.uint64),
             commit=np.zeros((2, slots.commit_stride), np.uint8), extra=np.zeros((2, slots.extra_stride), np.uint8),
         )  # fmt: skip
+
+    def row_checksum(self, probe: int, row: int) -> int:
+        """Return the checksum that a row's data should have. Earlier versions kept the 0 of a row of zeros as it is."""
+        return int(self.checksum[probe, row]) or ZERO
 
     def digest(self, state: Committed) -> bytes:
         """Return the checksum over the data that ``state`` covers: earlier probes whole, its own as far as they are."""

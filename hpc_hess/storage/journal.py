@@ -87,7 +87,7 @@ class Journal:
 
     def checksum(self, probe: int, row: int) -> int:
         """Return the checksum that a row's data should have."""
-        return self._pending.get((probe, row), int(self.ledger.checksum[probe, row]))
+        return self._pending.get((probe, row), self.ledger.row_checksum(probe, row))
 
     # -- commits -------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class Journal:
 
     def _rows_needed(self, probe: int, member: Member, released: bool) -> tuple[int, ...]:
         known = {row for p, row in self._pending if p == probe}
-        known |= set(np.flatnonzero(self.ledger.checksum[probe]).tolist())
+        known |= {*np.flatnonzero(self.ledger.checksum[probe]).tolist(), *self.state.rows_of(probe)}
         if member.rows is not None:
             rows = sorted(set(member.rows))
         elif released:

@@ -110,7 +110,7 @@ class StoreView:
             basis = self.schema.basis_index(probe)
             try:
                 sums = [self._partial(dataset(basis), row, *where) for dataset, *where in parts]
-                if combine(sums) != int(self._header.ledger.checksum[probe, row]) and not self._given_up(probe, row):
+                if combine(sums) != self._header.ledger.row_checksum(probe, row) and not self._given_up(probe, row):
                     problems.append(f"basis row {row} of probe {probe} does not match its checksum")
             except (OSError, RuntimeError) as error:
                 problems.append(str(explain(error, self.path, f"read basis row {row} of probe {probe}")))
