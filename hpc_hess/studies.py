@@ -33,7 +33,7 @@ from hpc_hess.problem import Problem
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.disk import remove
+from hpc_hess.storage.disk import remove, rename_durably
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store, store_exists
@@ -159,7 +159,7 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
             if world.rank == 0:
                 partial_file = folder / f"{name}.part.npy"
                 np.save(partial_file, array)
-                partial_file.replace(folder / f"{name}.npy")
+                rename_durably(partial_file, folder / f"{name}.npy")  # the pieces that it came from will be removed
 
     def save_vectors(name: str, vectors: Sequence[Vector]) -> None:
         with Store.create(

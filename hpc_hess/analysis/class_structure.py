@@ -1,7 +1,7 @@
 """Whether the outliers of a language model's Gauss-Newton matrix are its classes (Papyan 2019): tokens grouped into classes.
 
-The most frequent target tokens are a class each, all others that occur one more. Their class means are projected out, and the spectrum
-of what is left is compared with the whole's.
+The most frequent target tokens are a class each, all others that occur one more. Their class means are projected out, and
+the spectrum of what is left is compared with the whole's.
 """
 
 from __future__ import annotations

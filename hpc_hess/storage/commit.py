@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_hess.errors import StoreError
 from hpc_hess.storage.checksum import ZERO
+from hpc_hess.storage.disk import remedy
 
 _MAGIC = b"HHCOMMIT"
 _HEAD = struct.Struct("<8sQqqQ32s")  # magic, sequence, first probe, width, extra length, data digest
@@ -162,7 +163,7 @@ def decode(record: bytes, extra_area: bytes, slots: Slots, ledger: Ledger) -> Co
     return state if ledger.digest(state) == data_digest else None
 
 
-def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
+def newest(slots: Slots, ledger: Ledger, where: Path | str) -> Committed:
     """Return the newest state that holds. A store that was never committed has sequence 0.
 
     Raises
@@ -175,10 +176,7 @@ def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
     if valid:
         return max(valid, key=lambda state: state.sequence)
     if ledger.commit[0].any() and ledger.commit[1].any():
-        raise StoreError(
-            f"{where} is damaged: neither of its two commit records matches the data; restore it from a copy, or start "
-            'anew in another run.out or with run.resume = "never"'
-        )
+        raise StoreError(f"{where} is damaged: neither of its two commit records matches the data: {remedy(Path(where))}")
     return Committed(lengths=(0,) * slots.probes)  # nothing, or a first record that was torn
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Plan:
 class Journal:
     """The ledger as it is on disk, the checksums of rows written since the last commit, the newest state."""
 
-    def __init__(self, schema: Schema, ledger: Ledger, where: Any) -> None:
+    def __init__(self, schema: Schema, ledger: Ledger, where: Path) -> None:
         self.schema, self.ledger = schema, ledger
         self.state = newest(schema.slots, ledger, where)
         self._pending: dict[tuple[int, int], int] = {}
