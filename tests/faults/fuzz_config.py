@@ -29,30 +29,35 @@ class Case(NamedTuple):
     overrides: list[str]
 
 
-def _keys() -> list[tuple[str, str]]:
-    return [(section, key) for section, values in Config().model_dump().items() for key in values]
+_DEFAULTS: dict[str, dict[str, Any]] = Config().model_dump()
+_KEYS = [(section, key) for section, values in _DEFAULTS.items() for key in values]
 
 
 def _value(rng: random.Random, section: str, key: str) -> Any:
-    """A value from the list, or one near the default."""
-    default = Config().model_dump()[section][key]
-    if isinstance(default, int | float) and not isinstance(default, bool) and rng.random() < 0.4:
+    """A value near the default, one of its type, or any."""
+    default, what = _DEFAULTS[section][key], rng.random()
+    if what < 0.4 and isinstance(default, bool):
+        return not default
+    if what < 0.4 and isinstance(default, int | float):
         return rng.choice([default + 1, -default, default * 1000, float(default), str(default), [default]])
+    if what < 0.7:
+        same = [v for v in VALUES if type(v) is type(default)]
+        return rng.choice(same or VALUES)
     return rng.choice(VALUES)
 
 
 def _keys_changed(rng: random.Random, values: dict[str, Any]) -> None:
-    for _ in range(rng.choice([1, 1, 2, 4])):
-        section, key = rng.choice(_keys())
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        section, key = rng.choice(_KEYS)
         what = rng.random()
-        if what < 0.75:
+        if what < 0.85:
             table = values.setdefault(section, {})
             if isinstance(table, dict):
                 table[key] = _value(rng, section, key)
-        elif what < 0.85:
+        elif what < 0.92:
             values[section] = rng.choice(VALUES)  # a value in place of a section
         else:  # a key that is misspelt, or in another section
-            other = rng.choice([key + "s", key[:-1] or "k", key.upper(), "", "\u00e9", rng.choice(_keys())[1]])
+            other = rng.choice([key + "s", key[:-1] or "k", key.upper(), "", "\u00e9", rng.choice(_KEYS)[1]])
             table = values.setdefault(rng.choice([section, section[:-1], "extra"]), {})
             if isinstance(table, dict):
                 table[other] = rng.choice(VALUES)
@@ -80,7 +85,7 @@ def _spoilt(rng: random.Random, text: bytes) -> bytes:
 
 
 def _option(rng: random.Random) -> str:
-    section, key = rng.choice(_keys())
+    section, key = rng.choice(_KEYS)
     value = _value(rng, section, key)
     text = rng.choice([json.dumps(value), str(value), f"{value!r}"])
     return rng.choice([f"{section}.{key}={text}"] * 6 + [f"{section}={text}", f"{key}={text}", f"{section}.{key}", text,
@@ -96,9 +101,9 @@ def cases(base: dict[str, Any], seed: int, count: int) -> Iterator[Case]:
         if kind < 0.7:
             _keys_changed(rng, values)
         text = tomli_w.dumps(values).encode()
-        if kind > 0.6:
+        if kind > 0.65:
             text = _spoilt(rng, text)
-        yield Case(text, [_option(rng) for _ in range(rng.choice([0, 0, 1, 2]))])
+        yield Case(text, [_option(rng) for _ in range(rng.choice([0, 0, 0, 0, 1, 2]))])
 
 
 def toy_base(folder: Path) -> dict[str, Any]:

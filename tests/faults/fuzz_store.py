@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import h5py
+import numpy as np
+
+from hpc_hess.config import Config, make_config
+from hpc_hess.parallel.world import World
+from hpc_hess.report.page import rewrite_report
+from hpc_hess.report.screen import inspect_run
+from hpc_hess.run import run
+from hpc_hess.stopping import Stopper
+from tests.faults.trying import Ended, try_apart
+from tests.toys import toy_directory
 
 _HEAD = 1 << 14  # where HDF5 files keep what they say about themselves
 
@@ -86,3 +100,81 @@ def damages(seed: int, count: int) -> Iterator[random.Random]:
     """Yield one source of chance for each damaged directory, the same ones for the same seed."""
     for number in range(count):
         yield random.Random(f"{seed} {number}")
+
+
+# -- what is damaged, and what a user then does ------------------------------------------------------------------------
+
+
+class Base(NamedTuple):
+    """A run directory, the configuration that goes on with it, and what its result says in the end."""
+
+    run_dir: Path
+    config: Config
+    result: dict[str, Any]
+
+
+def compared(run_dir: Path) -> dict[str, Any]:
+    """Return what of a result must not depend on damage: all numbers that are not times."""
+    result = json.loads((run_dir / "result.json").read_text())
+    return {key: result.get(key) for key in ("probes", "eigenpairs", "studies", "lambda_max", "lambda_min", "trace", "loss")}
+
+
+def bases(folder: Path, world: World) -> list[Base]:
+    """Make run directories of a toy in ``folder``: finished; stopped in the second probe, one file; stopped in a study."""
+    toy_directory("llama", folder / "model")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
+    found = []
+    for name, steps, driver in (("finished", 1000, "files"), ("probe", 6, "mpio"), ("study", 16, "files")):
+        config = make_config({
+            "model": {"source": str(folder / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
+            "parameters": {"include": ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]},
+            "operator": {"step": 1e-3, "check": False}, "lanczos": {"steps": 4, "probes": 2},
+            "data": {"source": f"tokens:{folder / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
+            "analysis": {"eigenpairs": 1, "tolerance": 1e-2, "most_products": 5, "trace": "hutchinson", "samples": 6},
+            "store": {"keep_basis": name == "probe"}, "run": {"out": str(folder / name), "report": False},
+        })  # fmt: skip
+        # one process can write one file without MPI, but creates rank files unless told
+        with mock.patch("hpc_hess.storage.store.choose_driver", lambda *_, driver=driver: driver):
+            code = stopped_after(config, world, steps)
+        assert (code == 0) == (name == "finished")
+        whole = folder / f"{name}-whole"
+        shutil.copytree(folder / name, whole)
+        assert run(moved(config, whole), world) == 0
+        found.append(Base(folder / name, config, compared(whole)))
+    assert list((folder / "study" / "studies").glob("*/pieces"))
+    return found
+
+
+def moved(config: Config, out: Path) -> Config:
+    """Return the configuration with another run directory."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"out": str(out)})})
+
+
+def stopped_after(config: Config, world: World, steps: int) -> int:
+    """Run, but stop when so many steps and products have been begun."""
+    asked = [0]
+
+    def agreed(self: Stopper, next_step_s: float) -> str:
+        asked[0] += 1
+        return "a test asks for it" if asked[0] > steps else ""
+
+    with mock.patch.object(Stopper, "agreed", agreed), mock.patch("hpc_hess.run._limits", lambda *_: [1e9, 1e9]):
+        return run(config, world)
+
+
+def tried(base: Base, rng: random.Random, out: Path, world: World) -> tuple[str, dict[str, Ended]]:
+    """Damage a copy of a run directory; return what was done, and how inspect, report and a resume ended."""
+    shutil.copytree(base.run_dir, out)
+    what = f"{base.run_dir.name}/{damage(rng, out)}"
+
+    def resume() -> str:
+        with mock.patch("hpc_hess.run._limits", lambda *_: [1e9, 1e9]):
+            code = run(moved(base.config, out), world)
+        return str(code) if compared(out) == base.result else "another result"
+
+    commands: dict[str, Callable[[], object]] = {
+        "inspect --verify": lambda: inspect_run(out, verify=True), "report": lambda: rewrite_report(out), "run": resume
+    }  # fmt: skip
+    ends = {name: try_apart(call) for name, call in commands.items()}
+    shutil.rmtree(out)
+    return what, ends

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.screen import inspect_run
 from hpc_hess.run import run
 from hpc_hess.scaling.study import measured
-from hpc_hess.stopping import Stopper
 from hpc_hess.storage import events as events_module
 from hpc_hess.storage import examples
 from hpc_hess.storage.events import EventLog, append_lines, read_events
@@ -44,6 +44,7 @@ from hpc_hess.storage.journal import Member
 from hpc_hess.storage.lock import NAME, RunLock
 from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.reader import read_store
+from tests.faults.fuzz_store import stopped_after
 from tests.parallel.test_store_faults import small_disk  # noqa: F401 (a fixture)
 from tests.quick import run_quickly, start_ranks
 from tests.store_toys import create, fill, reopen
@@ -68,12 +69,19 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def speed() -> Iterator[None]:
+    """How fast this machine is takes a second to measure and concerns nothing here."""
+    with mock.patch("hpc_hess.run._limits", lambda config, world: [1e9, 1e9]):
+        yield
+
+
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
     """A run of seconds in double precision, over a few of the parameters."""
     only = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
     return make_config({
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "parameters": {"include": only}, "operator": {"method": "exact"},
+        "parameters": {"include": only}, "operator": {"step": 1e-3, "check": False},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
         "lanczos": {"steps": 4}, "run": {"out": str(out), "report": False},
     }, list(overrides))  # fmt: skip
@@ -92,18 +100,6 @@ def finished(world: World, toy: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 MORE = ["analysis.eigenpairs=1", "analysis.tolerance=1e-2", "analysis.trace=hutchinson", "analysis.samples=6"]
-
-
-def stopped_after(config: Config, world: World, steps: int) -> int:
-    """Run, but stop when so many steps have been taken."""
-    asked = [0]
-
-    def agreed(self: Stopper, next_step_s: float) -> str:
-        asked[0] += 1
-        return "a test asks for it" if asked[0] > steps else ""
-
-    with mock.patch.object(Stopper, "agreed", agreed):
-        return run(config, world)
 
 
 # -- D1: the window ----------------------------------------------------------------------------------------------------
@@ -208,7 +204,7 @@ def test_more_classes_than_there_are(world: World, toy: Path, tmp_path: Path) ->
     """Every token that occurs is a class: there are no others, and their mean, which would be zero, is not computed."""
     out = tmp_path / "run"
     config = settings(
-        toy, out, "operator.kind=gauss_newton", "data.sequences=2", "lanczos.steps=3", "analysis.class_groups=40",
+        toy, out, "operator.kind=gauss_newton", "operator.method=exact", "operator.step=auto", "data.sequences=2", "lanczos.steps=3", "analysis.class_groups=40",
         "analysis.class_steps=3",
     )  # fmt: skip
     assert run(config, world) == 0
@@ -272,7 +268,7 @@ def hold_and_put_aside(world: World, run_dir: str, notes: str) -> str:
     lock = RunLock.acquire(Path(run_dir), world)
     (Path(notes) / "held").touch()
     while not (Path(notes) / "waits").exists():
-        pass
+        time.sleep(0.05)
     aside = put_aside(Path(run_dir))
     lock.release()
     return str(aside)
@@ -284,6 +280,7 @@ def test_a_job_that_waits_locks_the_new_directory(tmp_path: Path) -> None:
     try:
         while not (tmp_path / "held").exists():
             assert processes[0].is_alive()
+            time.sleep(0.05)
         original = RunLock._take
 
         def take(self: RunLock, *arguments: Any) -> None:
