@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import tomli_w
 
-from hpc_hess.config import Config
+from hpc_hess.config import Config, load_config
+from hpc_hess.errors import HpcHessError
+from hpc_hess.parallel.world import World
+from hpc_hess.run import run
+from tests.faults.trying import Ended, try_apart
 
 _NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e308, 2**31, 2**32, 2**63 - 1, float("inf"),
                        float("-inf"), float("nan")]  # fmt: skip
-_TEXTS = ["", " ", "auto", "full", "none", "never", "must", "both", "x" * 300, "\u00e9\u4e2d\U0001f600", "a\nb", "../..", "/",
-          "~", "%s", "{}", "tokens:", "text:", "tokens:/nowhere.npy", "datasets:", "00:00:00", "99:99:99", "1-00:00:01",
-          "9" * 30 + ":00:00", "float16", "bfloat16", "float64", "cuda", "exact", "*", "[", "\\", "model.*[", "null"]  # fmt: skip
+_TEXTS = [
+    "", " ", "auto", "full", "none", "never", "must", "both", "x" * 300, "\u00e9\u4e2d\U0001f600", "a\nb", "../..", "/", "~",
+    "%s", "{}", "tokens:", "text:", "tokens:/nowhere.npy", "datasets:", "00:00:00", "99:99:99", "1-00:00:01",
+    "9" * 30 + ":00:00", "float16", "bfloat16", "float64", "cuda", "exact", "*", "[", "\\", "model.*[", "null",
+]  # fmt: skip
 _LISTS: list[Any] = [[], [""], ["*"], [1], [[]], ["a", 2], ["layer", "head"], ["model.norm.weight[0]"], ["x[1:2, :]"], ["["]]
 _OTHERS: list[Any] = [True, False, {}, {"a": 1}, {"step": {"a": 1}}]
 VALUES = [*_NUMBERS, *_TEXTS, *_LISTS, *_OTHERS]
@@ -114,3 +122,38 @@ def toy_base(folder: Path) -> dict[str, Any]:
         "operator": {"method": "exact", "check": False}, "lanczos": {"steps": 2, "probes": 1},
         "parallel": {"device": "cpu"}, "run": {"out": str(folder / "run"), "report": False},
     }  # fmt: skip
+
+
+def read(path: Path, case: Case) -> Config | None:
+    """Write a case to ``path`` and load it; return None where it was refused with a sentence."""
+    path.write_bytes(case.text)
+    try:
+        config = load_config(path, case.overrides)
+    except HpcHessError as error:
+        assert str(error).strip()  # noqa: PT017
+        return None
+    tomllib.loads(config.to_toml())
+    return config
+
+
+def try_run(config: Config, out: Path, world: World, limit_s: float = 60.0) -> Ended:
+    """Run what was accepted, in a process and a directory of its own: for so many steps and sequences as are few."""
+    few = {"lanczos": {"steps": 4, "probes": 3}, "data": {"sequences": 8, "sequence_length": 32},
+           "analysis": {"eigenpairs": 3, "samples": 8, "inverse_products": 8, "deflated_steps": 8, "block_samples": 4,
+                        "block_steps": 4, "class_steps": 4, "most_products": 20}}  # fmt: skip
+    sections: dict[str, Any] = {"run": config.run.model_copy(update={"out": str(out), "report": False})}
+    for name, limits in few.items():
+        section = getattr(config, name)
+        sections[name] = section.model_copy(update={k: min(getattr(section, k), most) for k, most in limits.items()})
+    config = config.model_copy(update=sections)
+
+    def call() -> int:
+        with mock.patch("hpc_hess.run._limits", return_value=[1e9, 1e9]):
+            return run(config, world)
+
+    return try_apart(call, limit_s)
+
+
+def mutated_by(base: dict[str, Any], *overrides: str) -> Case:
+    """Return ``base`` itself with options."""
+    return Case(tomli_w.dumps(base).encode(), list(overrides))

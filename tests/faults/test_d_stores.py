@@ -72,7 +72,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def speed() -> Iterator[None]:
     """How fast this machine is takes a second to measure and concerns nothing here."""
-    with mock.patch("hpc_hess.run._limits", lambda config, world: [1e9, 1e9]):
+    with mock.patch("hpc_hess.run._limits", return_value=[1e9, 1e9]):
         yield
 
 
@@ -204,8 +204,8 @@ def test_more_classes_than_there_are(world: World, toy: Path, tmp_path: Path) ->
     """Every token that occurs is a class: there are no others, and their mean, which would be zero, is not computed."""
     out = tmp_path / "run"
     config = settings(
-        toy, out, "operator.kind=gauss_newton", "operator.method=exact", "operator.step=auto", "data.sequences=2", "lanczos.steps=3", "analysis.class_groups=40",
-        "analysis.class_steps=3",
+        toy, out, "operator.kind=gauss_newton", "operator.method=exact", "operator.step=auto", "data.sequences=2",
+        "lanczos.steps=3", "analysis.class_groups=40", "analysis.class_steps=3",
     )  # fmt: skip
     assert run(config, world) == 0
     found = result_of(out)["studies"]["class_structure"]
@@ -521,7 +521,7 @@ def test_a_signal_between_two_models_is_heeded(world: World, toy: Path, tmp_path
     config = settings(toy, tmp_path / "unused", "analysis.eigenpairs=1", "analysis.most_products=2", "lanczos.steps=2")
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as the command line sets it
     try:
-        with mock.patch.object(dynamics_module, "release_memory", lambda: os.kill(os.getpid(), signal.SIGUSR1)):
+        with mock.patch.object(dynamics_module, "release_memory", side_effect=lambda: os.kill(os.getpid(), signal.SIGUSR1)):
             assert dynamics(config, world, models=models, sequences=[], out=tmp_path / "out") == 75
         assert (tmp_path / "out" / "first" / "result.json").exists()
         assert not (tmp_path / "out" / "second").exists()

@@ -41,7 +41,8 @@ def try_apart(call: Callable[[], object], limit_s: float = 60.0) -> Ended:
         except HpcHessError as error:
             answer = ("refused", f"{error.exit_code}: {error}")
         except BaseException as error:
-            answer = ("traceback", f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}")
+            where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+            answer = ("traceback", f"{type(error).__name__}: {error}\n{where}")
         with os.fdopen(send, "wb") as pipe:
             pipe.write("\0".join(answer).encode("utf-8", "backslashreplace"))
         os._exit(0)
