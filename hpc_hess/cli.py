@@ -274,7 +274,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hpc_hess.report.page import write_report
+    from hpc_hess.report.page import rewrite_report
 
-    print(write_report(args.run))
+    print(rewrite_report(args.run))
     return 0

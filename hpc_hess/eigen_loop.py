@@ -17,6 +17,7 @@ import torch
 
 from hpc_hess.analysis.localisation import localise
 from hpc_hess.config import Config
+from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import Pairs, ThickRestart
 from hpc_hess.parallel.basis import Basis
@@ -142,15 +143,20 @@ class EigenLoop:
         self._slowest_s = max(
             self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time")
         )
-        self._report(hvp_s)
+        try:
+            self._report(hvp_s)
+        except StoreError:  # no room for an event, on every rank; the step itself has its place
+            self._settle()
+            raise
 
     def _report(self, hvp_s: float) -> None:
         search, pairs = self._search, self._search.pairs()
         converged = int((pairs.residuals <= search.tolerance * pairs.scale).sum())
-        self._events.write(
-            "eigenpairs", product=search.num_products, restarts=search.num_restarts, converged=converged, hvp_s=hvp_s,
-            values=pairs.values.tolist(), residuals=pairs.residuals.tolist(),
-        )  # fmt: skip
+        self._events.write({
+            "event": "eigenpairs", "product": search.num_products, "restarts": search.num_restarts,
+            "converged": converged, "hvp_s": hvp_s, "values": pairs.values.tolist(),
+            "residuals": pairs.residuals.tolist(),
+        })  # fmt: skip
         self._progress.status(
             f"eigenpairs: product {search.num_products} of at most {self._config.analysis.most_products}, "
             f"{converged} of {search.num_wanted} converged | λ in [{number(pairs.values[0])}, {number(pairs.values[-1])}]"

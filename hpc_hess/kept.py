@@ -133,6 +133,8 @@ class _Followed:
         seconds = loop.world.max_over_ranks(time.perf_counter() - began, "product time")
         self._slowest_s = max(self._slowest_s, seconds)
         self.num_products += len(vectors)
-        loop.events.write("study", name=self._name, product=self.num_products, columns=len(vectors), hvp_s=seconds)
+        loop.events.write({
+            "event": "study", "name": self._name, "product": self.num_products, "columns": len(vectors), "hvp_s": seconds,
+        })  # fmt: skip
         loop.progress.status(f"{self._name.replace('_', ' ')}: product {self.num_products}")
         return found

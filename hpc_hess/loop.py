@@ -15,7 +15,7 @@ import numpy as np
 from hpc_hess.check import check_ends, relative_difference
 from hpc_hess.config import Config
 from hpc_hess.curvature.whole_model import ExactOperator
-from hpc_hess.errors import ModelError, NumericsError
+from hpc_hess.errors import ModelError, NumericsError, StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, next_products
 from hpc_hess.linalg.quadrature import ritz
@@ -128,7 +128,7 @@ class Loop:
         norm = gradient.norm()
         seconds = self.world.max_over_ranks(time.perf_counter() - began, "gradient time")
         self.progress.note(f"loss {loss:.6f}, |gradient| {norm:.4g}, one gradient {seconds:.1f} s")
-        self.events.write("gradient", seconds=seconds, loss=loss, norm=norm)
+        self.events.write({"event": "gradient", "seconds": seconds, "loss": loss, "norm": norm})
         self.tally.loss, self.tally.gradient_norm, self.tally.gradient_s = loss, norm, seconds
         self.tally.gradient_flops = int(self.world.max_over_ranks(counter.flops, "operations of a gradient"))
         self.tally.routed = self.world.any_true(self.problem.gradient.routing.has_router, "routing")
@@ -152,8 +152,7 @@ class Loop:
             self._write_row(probe, process)
         self._commit(processes)
         self._settle()
-        for probe in processes:
-            self.events.write("start", probe=probe)
+        self.events.write(*({"event": "start", "probe": probe} for probe in processes))
         return processes
 
     def _resumed(self) -> Group:
@@ -165,9 +164,10 @@ class Loop:
             process.resume(alpha.tolist(), beta.tolist(), state.over(probe))
             for vector in [] if process.finished else process.rows_needed():
                 process.basis.load(vector, self.store.read_row(probe, vector % process.basis.capacity))
-        self.events.write(
-            "resume", probe=state.probe, step=state.step, lock_step=state.width, world_size=self.world.size
-        )
+        self.events.write({
+            "event": "resume", "probe": state.probe, "step": state.step, "lock_step": state.width,
+            "world_size": self.world.size,
+        })  # fmt: skip
         self.progress.note(f"going on with {probes_text(state.group)} after step {state.step}")
         return processes
 
@@ -232,7 +232,11 @@ class Loop:
         phases = self._phases()
         self.tally.note_times(*spans)
         self.tally.note_phases(phases)
-        self._report(running, spans, phases)
+        try:
+            self._report(running, spans, phases)
+        except StoreError:  # no room for an event, on every rank; the step itself has its place
+            self._settle()
+            raise
 
     def _phases(self) -> dict[str, list[float]]:
         """Return the largest and the mean seconds over the ranks of each phase of the step. Collective: yes."""
@@ -245,14 +249,13 @@ class Loop:
         """Write one event for each probe that made the step, with its share of the seconds in ``spans``."""
         hvp_s, lanczos_s, checkpoint_s = (span / len(running) for span in spans)
         record = self.operator.last_record()
-        for probe, process in running.items():
-            self.events.write(
-                "step", probe=probe, step=process.step_count, lock_step=len(running), hvp_s=hvp_s, lanczos_s=lanczos_s,
-                checkpoint_s=checkpoint_s, alpha=process.alpha[-1], beta=process.beta[-1], eps=record.step,
-                realised=record.realised, predicted_error=record.predicted_error,
-                calibration_gradients=record.calibration, calibration_s=record.calibration_s, flips=record.flips,
-                phases=phases,
-            )  # fmt: skip
+        self.events.write(*({
+            "event": "step", "probe": probe, "step": process.step_count, "lock_step": len(running), "hvp_s": hvp_s,
+            "lanczos_s": lanczos_s, "checkpoint_s": checkpoint_s, "alpha": process.alpha[-1], "beta": process.beta[-1],
+            "eps": record.step, "realised": record.realised, "predicted_error": record.predicted_error,
+            "calibration_gradients": record.calibration, "calibration_s": record.calibration_s, "flips": record.flips,
+            "phases": phases,
+        } for probe, process in running.items()))  # fmt: skip
         values = [ritz(process.alpha, process.beta).values for process in running.values()]
         self.progress.step(
             probes=list(running), step=max(process.step_count for process in running.values()), hvp_s=hvp_s,

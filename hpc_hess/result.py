@@ -18,7 +18,7 @@ from hpc_hess.check import RitzCheck
 from hpc_hess.config import Config
 from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.errors import NumericsError
-from hpc_hess.linalg.lanczos import basis_rows
+from hpc_hess.linalg.lanczos import Window
 from hpc_hess.linalg.quadrature import ritz, trace
 from hpc_hess.parallel.world import World, describe
 from hpc_hess.placement import basis_dtype
@@ -174,10 +174,10 @@ def _rates(config: Config, tally: Tally, size_local: int) -> dict[str, Any]:
     if largest_s:
         itemsize = dtype_of(config.model.master_dtype).itemsize
         row_bytes = size_local * basis_dtype(config.lanczos, dtype_of(config.model.master_dtype)).itemsize
-        most = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
+        window = Window(config.lanczos.reorthogonalise, config.lanczos.steps)
         moved = sum(
-            orthogonalisation_bytes(min(step, most), row_bytes, size_local * itemsize)
-            for step in range(1, config.lanczos.steps + 1)
+            orthogonalisation_bytes(len(window.reads(j)), row_bytes, size_local * itemsize)
+            for j in range(config.lanczos.steps)
         )
         rates["orthogonalisation_bytes_per_s"] = moved * tally.products / config.lanczos.steps / largest_s
     return rates

@@ -30,9 +30,10 @@ from hpc_hess.scaling.counter import measure_limits
 from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
-from hpc_hess.storage.events import EventLog
+from hpc_hess.storage.events import EVENTS_NAME, EventLog
 from hpc_hess.storage.identity import same
 from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
 from hpc_hess.studies import asked_for, check_studies, run_study
@@ -46,8 +47,10 @@ class _Existing(NamedTuple):
     state: Committed
 
 
-def run(config: Config, world: World) -> int:
+def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
     """Compute what the configuration asks for, or go on with it. Returns the exit code. Collective: yes.
+
+    ``stopper`` : of a command that runs more than this; else signals and run.time_limit count from here on.
 
     Raises
     ------
@@ -57,20 +60,21 @@ def run(config: Config, world: World) -> int:
     world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
     total = config.lanczos.steps * config.lanczos.probes
-    with (
-        make_progress(world.rank == 0, total) as progress,
-        Stopper(world, config.run.time_limit, config.run.grace_s) as stopper,
-        contextlib.ExitStack() as held,
-    ):
-        existing = world.broadcast((out / FILE).exists(), "run directory")
-        _check_resume(out, existing, config.run.resume)
+    with make_progress(world.rank == 0, total) as progress, contextlib.ExitStack() as held:
+        stopper = stopper or held.enter_context(Stopper(world, config.run.time_limit, config.run.grace_s))
         lock = RunLock.acquire(out, world)
-        held.callback(lock.release)
+        held.callback(lambda: lock.release())  # the one that it is by then
+        there = world.broadcast((out / FILE).exists(), "run directory")  # nobody else changes it from here on
+        existing = there and config.run.resume != "never"
+        if config.run.resume == "must" and not there:
+            raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
         limits = [] if existing else _limits(config, world)
         problem = load_problem(config, world, progress)
         check_studies(config.analysis, problem)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
+        if config.run.resume == "never":
+            lock = _put_aside(out, world, lock, progress)
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
         studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
@@ -83,11 +87,12 @@ def run(config: Config, world: World) -> int:
             world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
         store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock))
-        if world.rank == 0:
-            write_aside(out / "config.toml", config.to_toml())
+        with attempt(world, out / "config.toml", "write the configuration"):
+            if world.rank == 0:
+                write_aside(out / "config.toml", _to_go_on(config).to_toml())
         if note := place.note(config.lanczos):
             progress.note(note)
-        events = EventLog(out if world.rank == 0 else None)
+        events = EventLog(out, world)
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
             loop = Loop(
                 config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
@@ -115,26 +120,58 @@ def run(config: Config, world: World) -> int:
                 done = "in the search for eigenpairs"
             elif state.width:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
-            progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
+            again = "" if config.run.resume != "never" else ' with run.resume = "auto"'
+            progress.note(f"stopped early {done}{part}: {reason}; run the same command{again} to go on")
         else:
             remove_product_store(world, out)
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
             result |= searched | ({"studies": studies} if studies else {})
             refuse_meaningless(result)
             result["cautions"] = warnings(result)
+            report = _write_result(config, world, out, result)  # under the lock: another job may wait for it
     if reason:
         world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
         return EXIT_STOPPED
     if world.rank == 0:
-        write_aside(out / RESULT_NAME, to_json(result))
-        report = None
-        if config.run.report:
-            from hpc_hess.report.page import write_report  # matplotlib: not on the other ranks
-
-            report = write_report(out)
         print_summary(result, out, report)
     world.barrier("finish")
     return 0
+
+
+def _write_result(config: Config, world: World, out: Path, result: dict[str, Any]) -> Path | None:
+    """Write result.json and the report; return the report's path on rank 0. Collective: yes. Raises StoreError."""
+    with attempt(world, out / RESULT_NAME, "write the result"):
+        if world.rank == 0:
+            write_aside(out / RESULT_NAME, to_json(result))
+    report = None
+    if config.run.report:
+        with attempt(world, out / "report.html", "write the report", of=OSError):
+            if world.rank == 0:
+                from hpc_hess.report.page import write_report  # matplotlib: not on the other ranks
+
+                report = write_report(out)
+    return report
+
+
+def _put_aside(out: Path, world: World, lock: RunLock, progress: Progress) -> RunLock:
+    """Put what ``out`` holds aside, where it holds a run; return the lock of an empty ``out``. Collective: yes."""
+    aside = ""
+    with attempt(world, out, "put the old run aside"):
+        if world.rank == 0 and any((out / name).exists() for name in (FILE, EVENTS_NAME, RESULT_NAME)):
+            aside = str(put_aside(out))
+    aside = world.broadcast(aside, "put the old run aside")
+    if not aside:
+        return lock
+    progress.note(f"the run that {out} held is {aside} from now on")
+    lock.release()
+    return RunLock.acquire(out, world)
+
+
+def _to_go_on(config: Config) -> Config:
+    """Return the configuration by which the run is gone on with."""
+    if config.run.resume != "never":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
 
 
 def _limits(config: Config, world: World) -> list[float]:
@@ -190,15 +227,6 @@ def _search(
         return "", pairs_found(store)
 
 
-def _check_resume(out: Path, existing: bool, resume: str) -> None:
-    if existing and resume == "never":
-        raise StoreError(
-            f"{out} already holds a run; go on with it by run.resume = \"auto\", or choose another run.out"
-        )
-    if not existing and resume == "must":
-        raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
-
-
 def _identity(config: Config, problem: Problem) -> dict[str, Any]:
     """What a run directory is bound to: settings that change the numbers, and fingerprints of model and data."""
     return {
@@ -218,7 +246,8 @@ def _look(out: Path, world: World, attributes: dict[str, Any]) -> _Existing:
             state = newest(header.schema.slots, header.ledger, out / FILE)
             found = _Existing(header.attributes, header.schema, state)
     found = world.broadcast(found, "read the store's settings")
-    _compare(out, found.attributes, attributes)
+    with attempt(world, out / FILE, "read the store's settings"):
+        _compare(out, found.attributes, attributes)
     return found
 
 

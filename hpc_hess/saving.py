@@ -23,7 +23,7 @@ from hpc_hess.model.source import Source
 from hpc_hess.parallel.layout import Int64, Layout
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.agree import attempt, explained
-from hpc_hess.storage.disk import sync_directory
+from hpc_hess.storage.disk import sync_directory, sync_file
 
 _BLOCK = 1 << 24  # bytes that every rank holds at a time
 _NAMES = {
@@ -187,6 +187,9 @@ def _aside(path: Path, world: World) -> Iterator[Path]:
     yield partial
     with attempt(world, path, "write the checkpoint"):
         if world.rank == 0:
+            for file in partial.iterdir():
+                if file.is_file():
+                    sync_file(file)
             sync_directory(partial)
             partial.replace(path)
             sync_directory(path.parent)

@@ -5,6 +5,7 @@ RUN/studies/NAME holds the store while the study is on its way, and found.json w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +35,7 @@ from hpc_hess.problem import Problem
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.disk import remove
+from hpc_hess.storage.disk import remove, rename_durably
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store, store_exists
@@ -107,6 +108,8 @@ def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> t
     with attempt(world, folder, "look for a study"):
         if world.rank == 0 and (folder / FOUND).exists():
             kept = json.loads((folder / FOUND).read_text())
+            if kept.get("digest", digest := _digest(kept["asked"], kept["found"])) != digest:
+                raise ValueError(f"{FOUND} does not match its checksum")
             _compare(folder, kept["asked"], asked)
             found = kept["found"]
     found = world.broadcast(found, "what a study found")
@@ -122,9 +125,16 @@ def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> t
             return str(interrupted), {}
     with attempt(world, folder, "end a study"):
         if world.rank == 0:
-            write_aside(folder / FOUND, json.dumps({"asked": asked, "found": found}))
+            record = {"asked": asked, "found": found, "digest": _digest(asked, found)}
+            write_aside(folder / FOUND, json.dumps(record))
             remove(folder / "pieces")
     return "", found
+
+
+def _digest(asked: Any, found: Any) -> str:
+    """Return a checksum of a study: earlier versions kept none."""
+    text = json.dumps([asked, found], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], entry: Entry) -> Store:
@@ -160,7 +170,7 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
             if world.rank == 0:
                 partial_file = folder / f"{name}.part.npy"
                 np.save(partial_file, array)
-                partial_file.replace(folder / f"{name}.npy")
+                rename_durably(partial_file, folder / f"{name}.npy")  # the pieces that it came from will be removed
 
     def save_vectors(name: str, vectors: Sequence[Vector]) -> None:
         with Store.create(

@@ -1,7 +1,7 @@
 """Whether the outliers of a language model's Gauss-Newton matrix are its classes (Papyan 2019): tokens grouped into classes.
 
-The most frequent target tokens are a class each, all others one more. Their class means are projected out, and the spectrum
-of what is left is compared with the whole's.
+The most frequent target tokens are a class each, all others that occur one more. Their class means are projected out, and
+the spectrum of what is left is compared with the whole's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def class_structure(bench: Bench) -> dict[str, Any]:
     """Knock the class means out of G. Costs a backward pass for each class and class_steps products. Collective: yes."""
     settings, space, keep = bench.settings, bench.operator.space, bench.keep
     groups, tokens = most_frequent(bench.target_counts(), settings.class_groups)
-    pairs = np.array(keep.numbers(lambda: bench.group_weights(groups).flatten().tolist())).reshape(groups.count, -1)
+    pairs = np.array(keep.numbers(lambda: bench.group_weights(groups).flatten().tolist())).reshape(groups.of_examples, -1)
 
     def pull(cotangent: Cotangent) -> Vector:
         return keep.vector(partial(bench.pull, cotangent))
 
-    means = class_means(pull, groups, pairs, bench.basis(groups.count))
-    span = bench.basis(groups.count)
-    rank = orthonormal(span, [means.a1.basis[k] for k in range(groups.count)])
+    means = class_means(pull, groups, pairs, bench.basis(groups.of_examples))
+    span = bench.basis(groups.of_examples)
+    rank = orthonormal(span, [means.a1.basis[k] for k in range(groups.of_examples)])
     without = Deflated(bench.operator, span, rank)
     steps = min(settings.class_steps, space.size - rank)
     kept = FunctionOperator(space, lambda v: keep.vector(lambda: without.matvec(v)))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_hess.commands.finetune import STATE_NAME
-from hpc_hess.config import Config, parse_time_limit
+from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError
 from hpc_hess.model.source import resolve_source
 from hpc_hess.parallel.memory import release_memory
@@ -24,7 +23,9 @@ from hpc_hess.parallel.world import World
 from hpc_hess.problem import own_code_in_turn
 from hpc_hess.report.rundir import read_run, write_aside
 from hpc_hess.run import run
-from hpc_hess.stopping import EXIT_STOPPED
+from hpc_hess.stopping import EXIT_STOPPED, Stopper
+from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.lock import RunLock
 
 RECORD_NAME, FORMAT = "dynamics.json", 1
 OUTLIER = 0.2  # share of the largest eigenvalue
@@ -51,29 +52,27 @@ def dynamics(config: Config, world: World, *, models: Sequence[str], sequences: 
     HpcHessError : as one sentence for the user; runs keep every committed step.
 
     """
-    began = time.monotonic()
     points: list[Point] = []
     with world.together("read the models' configurations"), own_code_in_turn(config.model, world):
         points = plan(config, models, sequences, out)
-    for number, point in enumerate(points, 1):
-        _say(world, f"\n== {point.name}: {number} of {len(points)}")
-        limited = world.broadcast(_time_left(config.run.time_limit, time.monotonic() - began), "time left")
-        if limited is None:
-            _say(world, f"stopped early before {point.name}: the time limit is near; run the same command to go on")
-            return EXIT_STOPPED
-        settings = point.config.run.model_copy(update={"time_limit": limited})
-        code = run(point.config.model_copy(update={"run": settings}), world)
-        release_memory()  # of this model, before the next one is loaded
-        if code:
-            return code
-    if world.rank == 0:
-        from hpc_hess.report.dynamics import write_page  # matplotlib: not on the other ranks
+    with Stopper(world, config.run.time_limit, config.run.grace_s) as stopper:
+        for number, point in enumerate(points, 1):
+            _say(world, f"\n== {point.name}: {number} of {len(points)}")
+            if reason := stopper.agreed(0.0):
+                _say(world, f"stopped early before {point.name}: {reason}; run the same command to go on")
+                return EXIT_STOPPED
+            if code := run(point.config, world, stopper):
+                return code
+            release_memory()  # of this model, before the next one is loaded
+        with RunLock.acquire(out, world), attempt(world, out / RECORD_NAME, "compare the spectra", of=OSError):
+            if world.rank == 0:
+                from hpc_hess.report.dynamics import write_page  # matplotlib: not on the other ranks
 
-        results = [read_run(point.config.run.out).result for point in points]
-        record = {"format": FORMAT, "notes": _notes(config, points, results), "outlier_above": OUTLIER,
-                  "runs": [_row(point, result) for point, result in zip(points, results, strict=True)]}  # fmt: skip
-        write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
-        print(f"\n{len(points)} spectra compared: {write_page(out, record, results)}")
+                results = [read_run(point.config.run.out).result for point in points]
+                record = {"format": FORMAT, "notes": _notes(config, points, results), "outlier_above": OUTLIER,
+                          "runs": [_row(point, result) for point, result in zip(points, results, strict=True)]}  # fmt: skip
+                write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
+                print(f"\n{len(points)} spectra compared: {write_page(out, record, results)}")
     world.barrier("finish")
     return 0
 
@@ -128,14 +127,6 @@ def _step(model: Path) -> int | None:
         return int(json.loads((model / STATE_NAME).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _time_left(limit: str, spent_s: float) -> str | None:
-    """Return what is left of a run.time_limit in its own form, None where nothing is; "" stays without limit."""
-    if not limit:
-        return ""
-    left = math.floor(parse_time_limit(limit) - spent_s)
-    return f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}" if left > 0 else None
 
 
 def _say(world: World, text: str) -> None:

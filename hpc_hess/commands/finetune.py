@@ -18,7 +18,7 @@ import torch
 from hpc_hess.commands.trainers import MOMENTS, optimizer_state
 from hpc_hess.commands.working import working
 from hpc_hess.config import Config
-from hpc_hess.errors import ConfigError, NumericsError
+from hpc_hess.errors import ConfigError, NumericsError, StoreError
 from hpc_hess.model.data import objective_of
 from hpc_hess.model.source import Source, resolve_source
 from hpc_hess.parallel.world import World
@@ -27,6 +27,8 @@ from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.words import number
 from hpc_hess.saving import cut_like_selected, read_tensors, save_model
 from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.disk import explaining
+from hpc_hess.storage.events import append_lines
 from hpc_hess.storage.identity import must_match
 
 LOG_NAME = "training.jsonl"
@@ -179,8 +181,9 @@ class _Loop:
         problem.model.written()
         seconds = self._world.max_over_ranks(time.perf_counter() - began, "step time")
         self.slowest_s = max(self.slowest_s, seconds)
-        if self._log is not None:
-            self._log.write(step, loss=loss, gradient_norm=norm, seconds=seconds)
+        with attempt(self._world, training.out / LOG_NAME, "write the log"):
+            if self._log is not None:
+                self._log.write(step, loss=loss, gradient_norm=norm, seconds=seconds)
         return loss
 
     def save(self, step: int) -> None:
@@ -219,14 +222,14 @@ class _Log:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("}\n")]  # a kill can cut the last one short
-            self._written = {json.loads(line)["step"] for line in whole}
+            with explaining(path, "read the log"):
+                self._written = {json.loads(line)["step"] for line in whole}
             write_aside(path, "".join(whole))
 
     def write(self, step: int, **values: float) -> None:
         """Append what the update number ``step`` + 1 measured at the parameters after ``step`` updates."""
         if step not in self._written:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            append_lines(self._path, [json.dumps({"step": step, **values})])
 
 
 def batch_rows(num_samples: int, batch: int, step: int, seed: int) -> list[int]:
@@ -249,8 +252,16 @@ def _starting_from(config: Config, out: Path, step: int | None) -> Config:
 
 def _checkpoints(out: Path) -> dict[int, dict[str, Any]]:
     """Return the state of each checkpoint that is there, by step."""
-    states = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob(f"step-*[0-9]/{STATE_NAME}"))]
-    return {state["step"]: state for state in states}
+    states = {}
+    for file in sorted(out.glob(f"step-*[0-9]/{STATE_NAME}")):
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            states[int(state["step"])] = state
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{file} cannot be read ({error}): remove {file.parent} and start the same command again"
+            ) from error
+    return states
 
 
 def _identity(config: Config, training: Training, source: Source) -> dict[str, Any]:

@@ -126,11 +126,15 @@ def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
             job.run()
         except InterruptedProductError as interrupted:
             return work.stopped(str(interrupted))
-    if world.rank == 0:
-        from hpc_hess.report.intrinsic import result_text, write_page  # matplotlib: not on the other ranks
+        page = None
+        with attempt(world, out / RECORD_NAME, "write the page", of=OSError):
+            if world.rank == 0:
+                from hpc_hess.report.intrinsic import result_text, write_page  # matplotlib: not on the other ranks
 
+                page = write_page(out, job.record())
+    if page is not None:
         print(result_text(job.record()))
-        print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, job.record())}")
+        print(f"\nwritten to {out / RECORD_NAME} and {page}")
     world.barrier("finish")
     return 0
 
@@ -316,8 +320,8 @@ class _Job:
 
         """
         known, kept = Progressed(), ""
-        with attempt(self._world, self._out, "take up the search"):
-            path = self._out / RECORD_NAME
+        path = self._out / RECORD_NAME
+        with attempt(self._world, path, "take up the search"):
             if self._world.rank == 0 and path.exists():
                 record = json.loads(path.read_text())
                 must_match(

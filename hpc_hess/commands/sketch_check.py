@@ -93,13 +93,16 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
                     write_aside(out / RECORD_NAME, json.dumps(record) + "\n")
             progress.resume_at(asked.queries + index + 1)
             progress.status(f"example {index + 1} of {examples}")
-    if world.rank == 0:
-        from hpc_hess.report.sketches import check_text, write_page  # matplotlib: not on the other ranks
+        page, found = None, summary(record)
+        with attempt(world, out / RECORD_NAME, "write the comparison", of=OSError):
+            if world.rank == 0:
+                from hpc_hess.report.sketches import check_text, write_page  # matplotlib: not on the other ranks
 
-        found = summary(record)
-        write_aside(out / RECORD_NAME, json.dumps(record | {"found": found}) + "\n")
+                write_aside(out / RECORD_NAME, json.dumps(record | {"found": found}) + "\n")
+                page = write_page(out, found)
+    if page is not None:
         print(check_text(found))
-        print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, found)}")
+        print(f"\nwritten to {out / RECORD_NAME} and {page}")
     world.barrier("finish")
     return 0
 
@@ -209,7 +212,7 @@ def _identity(config: Config, problem: Problem, asked: Comparison) -> dict[str, 
 def _take_up(out: Path, world: World, identity: dict[str, Any]) -> dict[str, Any]:
     """Return the record of an earlier run of the same comparison, or an empty one. Collective: yes. Raises StoreError."""
     record: dict[str, Any] = {"format": 1, "identity": identity, "rows": []}
-    with attempt(world, out, "take up the comparison"):
+    with attempt(world, out / RECORD_NAME, "take up the comparison"):
         path = out / RECORD_NAME
         if world.rank == 0 and path.exists():
             found = json.loads(path.read_text())

@@ -67,10 +67,19 @@ class Pullback:
 
 @dataclass(frozen=True)
 class Groups:
-    """``of``: the group of each of the V classes, int64 (V,); 0..count-1."""
+    """``of``: the group of each of the V classes, int64 (V,); 0..count-1.
+
+    ``without_examples``: so many of the last groups are of candidates only: no example belongs to their classes.
+    """
 
     of: torch.Tensor
     count: int
+    without_examples: int = 0
+
+    @property
+    def of_examples(self) -> int:
+        """Number of groups that examples may belong to, the first ones."""
+        return self.count - self.without_examples
 
     def probabilities(self, p: torch.Tensor) -> torch.Tensor:
         """Return the probability of each group, (n, count), from those of the classes, (n, V)."""
@@ -93,22 +102,26 @@ class Groups:
 
 
 def most_frequent(counts: NDArray[np.int64], number: int) -> tuple[Groups, list[int]]:
-    """Group V tokens: each of the ``number`` most frequent ones alone, and all others together, as the last group."""
+    """Group V tokens: each of the ``number`` most frequent ones alone, and all others together, as the last group.
+
+    Tokens that do not occur are among the others; where only those are left, the last group is without examples.
+    """
     order = [int(k) for k in np.argsort(-counts, kind="stable")[:number] if counts[k] > 0]
     of = torch.full((len(counts),), len(order), dtype=torch.int64)
     of[order] = torch.arange(len(order))
-    return Groups(of, len(order) + 1), order
+    everything = int(np.count_nonzero(counts)) == len(order)
+    return Groups(of, len(order) + 1, without_examples=int(everything)), order
 
 
 def weights(
     source: LogitSource, module: nn.Module, groups: Groups, total: Callable[[torch.Tensor], torch.Tensor],
     guard: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Float:  # fmt: skip
-    """Return P_cc' (count, count): mean over all examples.
+    """Return P_cc' (of_examples, count): mean over all examples.
 
     ``total`` sums over ranks; ``guard`` is World.guard, for the collectives of each forward pass. Collective: as these.
     """
-    sums = torch.zeros(groups.count, groups.count, dtype=torch.float64)
+    sums = torch.zeros(groups.of_examples, groups.count, dtype=torch.float64)
     for index in range(source.num_micro_batches):
         with torch.no_grad(), guard(f"weights of classes, micro-batch {index + 1} of {source.num_micro_batches}"):
             logits, targets = source.logits_and_targets(module, index)
@@ -162,8 +175,8 @@ class ClassMeans:
 
 
 def class_means(pull: Callable[[Cotangent], Vector], groups: Groups, pairs: Float, basis: Basis) -> ClassMeans:
-    """Fill ``basis`` (a row a group) with s_c, by one backward pass each, and return A1 and A2. Collective: yes."""
-    for c in range(groups.count):
+    """Fill ``basis`` (a row a group of examples) with s_c, by one backward pass each; return A1 and A2. Collective: yes."""
+    for c in range(groups.of_examples):
         basis[c] = pull(groups.pair(c, c)).scale_(-1.0)
     own = np.diag(pairs)
     others = pairs.sum(1) - own
@@ -182,13 +195,13 @@ def cross_class(
     Parameters
     ----------
     rows : the basis of ``means``.
-    basis : count * (count - 1) rows, filled here with P_cc' (g_cc' - g_c) and divided by P_cc' in the product.
+    basis : of_examples * (count - 1) rows, filled here with P_cc' (g_cc' - g_c) and divided by P_cc' in the product.
 
     """
     pairs, own = means.pairs, np.diag(means.pairs)
     others = pairs.sum(1) - own
     scale: list[float] = []
-    for c in range(groups.count):
+    for c in range(groups.of_examples):
         for other in range(groups.count):
             if other == c:
                 continue

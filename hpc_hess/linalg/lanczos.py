@@ -20,15 +20,33 @@ from hpc_hess.parallel.vector import Vector
 Reorthogonalise = int | str  # "full", "none" or a window
 
 
-def basis_rows(reorthogonalise: Reorthogonalise, steps: int) -> int:
-    """Return how many basis rows a process of ``steps`` steps keeps.
+@dataclass(frozen=True)
+class Window:
+    """Which of its vectors v_0, v_1, ... a process of ``steps`` steps reads and keeps."""
 
-    A ring keeps one vector more than the window, so that the newest never overwrites what a resume needs.
-    """
-    if reorthogonalise == "full":
-        return steps
-    window = 2 if reorthogonalise == "none" else max(2, int(reorthogonalise))
-    return min(steps, window + 1)
+    rule: Reorthogonalise
+    steps: int
+
+    @property
+    def length(self) -> int:
+        """The most vectors that a step reads; at least two, for the three-term recurrence."""
+        if self.rule == "full":
+            return self.steps
+        return 2 if self.rule == "none" else max(2, int(self.rule))
+
+    def reads(self, j: int) -> range:
+        """Return the vectors that step ``j`` (0, 1, ...) reads; v_j is the last one."""
+        return range(max(0, j + 1 - self.length), j + 1)
+
+    @property
+    def rows(self) -> int:
+        """Basis rows: one more than a step reads, so that v_{j+1} never overwrites what a resume of step j needs."""
+        return min(self.steps, self.length + 1)
+
+
+def basis_rows(reorthogonalise: Reorthogonalise, steps: int) -> int:
+    """Return how many basis rows a process of ``steps`` steps keeps."""
+    return Window(reorthogonalise, steps).rows
 
 
 @dataclass
@@ -64,6 +82,11 @@ class Lanczos:
         return len(self.alpha)
 
     @property
+    def window(self) -> Window:
+        """Which vectors the steps read."""
+        return Window(self.reorthogonalise, self.steps)
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are done or the Krylov space is exhausted (a breakdown: every Ritz value is exact)."""
         return self.broke_down or self.step_count >= self.steps
@@ -84,9 +107,7 @@ class Lanczos:
 
     def rows_needed(self) -> list[int]:
         """Vectors that the next step reads: what a resume must find in the store."""
-        last = min(self.step_count, self.steps - 1)
-        window = last + 1 if self.reorthogonalise == "full" else basis_rows(self.reorthogonalise, self.steps) - 1
-        return list(range(max(0, last - max(window, 1) + 1), last + 1))
+        return list(self.window.reads(min(self.step_count, self.steps - 1)))
 
     def resume(self, alpha: Sequence[float], beta: Sequence[float], ended: bool) -> None:
         """Take up a process after ``len(alpha)`` steps; the basis must hold :meth:`rows_needed` unless it has ended."""
@@ -108,8 +129,8 @@ class Lanczos:
             alpha = w.dot(self.basis[j])
             beta = w.axpy_(-alpha, self.basis[j]).norm()
         else:
-            window = j + 1 if self.reorthogonalise == "full" else max(2, int(self.reorthogonalise))
-            coefficients, beta = self.basis.orthogonalise_(w, max(0, j + 1 - window), j + 1)
+            read = self.window.reads(j)
+            coefficients, beta = self.basis.orthogonalise_(w, read.start, read.stop)
             alpha = float(coefficients[-1])
             if j > 0:  # <v_{j-1}, A v_j> against <v_j, A v_{j-1}>: symmetry for free
                 self.asymmetry = max(self.asymmetry, abs(float(coefficients[-2]) - self.beta[-1]))

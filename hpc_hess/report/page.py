@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.measure import Interval
 from hpc_hess.report import cumulative, studies
 from hpc_hess.report.figures import Plot, write_figures
-from hpc_hess.report.rundir import RunFiles, read_run, step_events, write_aside
+from hpc_hess.report.rundir import WRITE_ANEW, RunFiles, read_run, step_events, write_aside
 from hpc_hess.report.spectrum import (
     extreme_residuals,
     extremes,
@@ -60,6 +61,17 @@ def write_report(run_dir: str | Path) -> Path:
     page = run.path / "report.html"
     write_aside(page, render(run, plots))
     return page
+
+
+def rewrite_report(run_dir: str | Path) -> Path:
+    """As :func:`write_report`, for what another process or version wrote: what it does not hold is a ConfigError."""
+    try:
+        return write_report(run_dir)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{Path(run_dir) / 'result.json'} does not hold what a report shows ({type(error).__name__}: {error}): "
+            f"{WRITE_ANEW}"
+        ) from error
 
 
 def render(run: RunFiles, plots: Sequence[Plot]) -> str:

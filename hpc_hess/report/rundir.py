@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.storage.disk import rename_durably
 from hpc_hess.storage.events import read_events
+
+WRITE_ANEW = "start the same run again, which writes it anew from what the store holds"
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,13 @@ class RunFiles:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place: a reader sees the old one or the new one. Local."""
+    """Write a file aside and rename it into place: a reader sees the old one or the new one. Local.
+
+    On return it is on disk, after a power cut too: what it replaces or makes needless may be removed.
+    """
     partial = path.with_name(path.name + ".part")
     partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    rename_durably(partial, path)
 
 
 def read_run(run_dir: str | Path, need_result: bool = True) -> RunFiles:
@@ -43,7 +49,7 @@ def read_run(run_dir: str | Path, need_result: bool = True) -> RunFiles:
         path,
         _result(path, need_result),
         _text(path / "config.toml"),
-        [e for e in read_events(path) if isinstance(e, dict)],
+        read_events(path),
     )
 
 
@@ -58,10 +64,10 @@ def _result(path: Path, needed: bool) -> dict[str, Any]:
         return {}
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {file}: {error}; {WRITE_ANEW}") from None
     if not isinstance(result, dict):
-        raise ConfigError(f"cannot read {file}: it should hold one JSON object")
+        raise ConfigError(f"cannot read {file}: it should hold one JSON object; {WRITE_ANEW}")
     return result
 
 

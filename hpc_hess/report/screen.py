@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.report.rundir import RunFiles, read_run
+from hpc_hess.report.rundir import WRITE_ANEW, RunFiles, read_run
 from hpc_hess.report.spectrum import (
     caution_count,
     extreme_residuals,
@@ -111,9 +111,7 @@ def inspect_text(run_dir: str | Path) -> str:
         with read_store(run.path) as store:
             lines += _progress(store) + _store(store)
     if run.result:
-        low, high = extremes(run.result)
-        lines.append(_line("result", f"eigenvalues in [{number(low, 6)}, {number(high, 6)}], "
-                                     f"trace {trace_text(run.result.get('trace'))}"))  # fmt: skip
+        lines.append(_line("result", _result(run)))
     lines.append(_line("files", ""))
     return "\n".join([*lines, *_files(run.path)])
 
@@ -201,6 +199,14 @@ def _store(store: StoreView) -> list[str]:
         _line("parameters", f"{count(schema.num_params)} in {plural(len(store.layout), 'tensor')}"),
         _line("store", f"{kind}; {kept}: {schema.rows} rows of {schema.dtype}, {size(schema.basis_bytes)}"),
     ]
+
+
+def _result(run: RunFiles) -> str:
+    try:
+        low, high = extremes(run.result)
+        return f"eigenvalues in [{number(low, 6)}, {number(high, 6)}], trace {trace_text(run.result.get('trace'))}"
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"result.json does not hold one ({type(error).__name__}: {error}): {WRITE_ANEW}"
 
 
 def _sketches(path: Path) -> str:

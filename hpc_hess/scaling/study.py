@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.linalg.lanczos import Window
+from hpc_hess.storage.events import EVENTS_NAME, read_events
 
 Value = str | int | float | bool | list[str]
 
@@ -119,13 +121,14 @@ def measured(folder: Path) -> Measured:
     try:
         result = json.loads((folder / "result.json").read_text())
         config = tomllib.loads((folder / "config.toml").read_text())
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        events = read_events(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({type(error).__name__}): run it to its end first") from None
     lanczos, data, ranks = config["lanczos"], result["data"], result["world_size"]
-    rule = lanczos["reorthogonalise"]
-    most = {"full": lanczos["steps"], "none": 0}.get(rule, rule)
-    steps = [e for e in events if e["event"] == "step" and e["probe"] == 0]
+    window = Window(lanczos["reorthogonalise"], lanczos["steps"])
+    steps = [e for e in events if e.get("event") == "step" and e["probe"] == 0]
+    if not steps:
+        raise ConfigError(f"{folder / EVENTS_NAME} holds no step of a run: leave this directory out, or run it anew")
     width = max((e.get("lock_step", 1) for e in steps), default=1)
     per_rank = -(-data["sequences"] // ranks)
     batch = min(config["data"]["micro_batch"], per_rank)
@@ -134,7 +137,8 @@ def measured(folder: Path) -> Measured:
     return Measured(
         folder.name, f"{operator['name']}, {kind}, {operator['dtype']}", result["num_params"], ranks, data["tokens"],
         -(-per_rank // batch), batch * data["sequence_length"],
-        lanczos["steps"] if rule == "full" else min(lanczos["steps"], max(2, most) + 1), width,
+        window.rows, width,
         result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"],
-        [(min(e["step"], most), e["lock_step"] * e["hvp_s"], e["lock_step"] * e["lanczos_s"]) for e in steps],
+        [(0 if window.rule == "none" else len(window.reads(e["step"] - 1)),
+          e["lock_step"] * e["hvp_s"], e["lock_step"] * e["lanczos_s"]) for e in steps],
     )  # fmt: skip

@@ -12,11 +12,13 @@ from hpc_hess.storage.disk import explain
 
 
 @contextlib.contextmanager
-def attempt(world: World, path: Path, doing: str, *, meet: bool = False) -> Iterator[None]:
+def attempt(
+    world: World, path: Path, doing: str, *, meet: bool = False, of: type[Exception] = Exception
+) -> Iterator[None]:
     """Run a block; if it fails on some rank, every rank raises StoreError with that rank's reason. Collective: yes.
 
     The block may hold HDF5's own collectives only where a failure before them cannot keep a rank from them. Success
-    costs one reduction of one number. ``meet``: see :func:`met`.
+    costs one reduction of one number. ``meet``: see :func:`met`. ``of``: the errors that are the disk's; others pass.
     """
     error: HpcHessError | None = None
     try:
@@ -24,7 +26,7 @@ def attempt(world: World, path: Path, doing: str, *, meet: bool = False) -> Iter
             yield
     except CollectiveError:
         raise
-    except Exception as caught:
+    except (HpcHessError, of) as caught:
         error = explained(caught, path, doing)
     if not world.all_true(error is None, doing):
         world.raise_together(error, doing)
@@ -39,7 +41,7 @@ def met(world: World, doing: str) -> Iterator[None]:
 
 
 def explained(error: Exception, path: Path, doing: str) -> HpcHessError:
-    """Return ``error`` as one sentence for the user: h5py raises OSError, RuntimeError, ValueError and KeyError."""
+    """Return ``error`` as one sentence for the user: h5py and HDF5 raise nearly everything."""
     if isinstance(error, HpcHessError):
         return error
     sentence = explain(error, path, doing)

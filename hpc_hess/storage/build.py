@@ -185,7 +185,7 @@ def _copy_rows(
                     part = partial_checksum(values, *shard.file_intervals)
                     new.write_row(schema.basis_index(probe), row, values)
             (total,), _ = sum_checksums(world, [part], False, name)
-            if total != int(source.ledger.checksum[probe, row]):
+            if total != source.ledger.row_checksum(probe, row):
                 raise damaged_row(run_dir / FILE, probe, row)
         with attempt(world, run_dir, name, meet=comm is not None):
             if new is not None:

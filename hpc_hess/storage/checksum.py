@@ -4,6 +4,7 @@ A row is read as a sequence of little-endian words (32 bits; 16 for 2-byte types
 rank. Its checksum is ``sum_w word[w] * multiplier(w) mod 2**64`` with an odd multiplier hashed from w: every rank sums
 its own words, one exact integer reduction joins the parts. A changed word always changes the sum, exchanged words and
 blocks do with probability 1 - 2**-32 or better. Words of 64 bits would not do: the signs of two doubles would cancel.
+A sum of 0, such as of a row of zeros, is kept as ``ZERO``: in a file 0 stands for a row that was never written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from hpc_hess.parallel.layout import Int64
 
 _MASK = (1 << 64) - 1
+ZERO = _MASK
 _BLOCK = 1 << 15  # words per table: 256 KiB of multipliers, which stay in cache
 _GOLDEN = 0x9E3779B97F4A7C15
 _SHORT = 2048  # words of an interval below which multipliers are looked up instead of sliced from the table
@@ -67,8 +69,8 @@ def partial_checksum(values: NDArray, starts: Int64, lengths: Int64) -> int:
 
 
 def combine(parts: list[int]) -> int:
-    """Return a row's checksum from the ranks' parts. Local, no communication."""
-    return sum(parts) & _MASK
+    """Return a row's checksum, never 0, from the ranks' parts. Local, no communication."""
+    return (sum(parts) & _MASK) or ZERO
 
 
 def _sum_interval(words: NDArray, start: int) -> int:

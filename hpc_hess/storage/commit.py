@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_hess.errors import StoreError
+from hpc_hess.storage.checksum import ZERO
+from hpc_hess.storage.disk import remedy
 
 _MAGIC = b"HHCOMMIT"
 _HEAD = struct.Struct("<8sQqqQ32s")  # magic, sequence, first probe, width, extra length, data digest
@@ -115,6 +117,10 @@ class Ledger:
             commit=np.zeros((2, slots.commit_stride), np.uint8), extra=np.zeros((2, slots.extra_stride), np.uint8),
         )  # fmt: skip
 
+    def row_checksum(self, probe: int, row: int) -> int:
+        """Return the checksum that a row's data should have. Earlier versions kept the 0 of a row of zeros as it is."""
+        return int(self.checksum[probe, row]) or ZERO
+
     def digest(self, state: Committed) -> bytes:
         """Return the checksum over the data that ``state`` covers: earlier probes whole, its own as far as they are."""
         h = hashlib.blake2b(digest_size=32)
@@ -157,7 +163,7 @@ def decode(record: bytes, extra_area: bytes, slots: Slots, ledger: Ledger) -> Co
     return state if ledger.digest(state) == data_digest else None
 
 
-def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
+def newest(slots: Slots, ledger: Ledger, where: Path | str) -> Committed:
     """Return the newest state that holds. A store that was never committed has sequence 0.
 
     Raises
@@ -170,10 +176,7 @@ def newest(slots: Slots, ledger: Ledger, where: Any) -> Committed:
     if valid:
         return max(valid, key=lambda state: state.sequence)
     if ledger.commit[0].any() and ledger.commit[1].any():
-        raise StoreError(
-            f"{where} is damaged: neither of its two commit records matches the data; restore it from a copy, or start "
-            'anew in another run.out or with run.resume = "never"'
-        )
+        raise StoreError(f"{where} is damaged: neither of its two commit records matches the data: {remedy(Path(where))}")
     return Committed(lengths=(0,) * slots.probes)  # nothing, or a first record that was torn
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hpc_hess.errors import StoreError
+from hpc_hess.errors import HpcHessError, StoreError
 
+FILE, RANKS = "krylov.h5", "krylov.ranks"  # of every store: see schema
 SAVE_SPACE = (
     "lower lanczos.steps or lanczos.lock_step, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or "
     "put run.out on a larger disk"
@@ -84,6 +86,12 @@ def give_back(path: Path, parts: Iterable[tuple[int, int]]) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Make what a closed file holds durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Make the entries of ``directory`` durable."""
     handle = os.open(directory, os.O_RDONLY)
@@ -95,8 +103,7 @@ def sync_directory(directory: Path) -> None:
 
 def rename_durably(source: Path, target: Path) -> None:
     """Replace ``target`` by ``source`` atomically: after a crash one of the two states is found, never a mixture."""
-    with open(source, "rb") as file:
-        os.fsync(file.fileno())
+    sync_file(source)
     os.replace(source, target)
     sync_directory(target.parent)
 
@@ -109,10 +116,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remedy(path: Path) -> str:
+    """Return what to do about a damaged file, or one of a directory's: what a test has tried."""
+    directory = path if path.is_dir() else path.parent
+    of_store = path.name == FILE or path.is_dir()
+    for parent in directory.parents if RANKS in directory.parts else ():
+        if parent.name == RANKS:
+            directory, of_store = parent.parent, True
+    if any((parent / FILE).exists() for parent in list(directory.parents)[:3]):  # RUN/studies/NAME/pieces
+        return f"restore it from a copy, or remove {directory} and start the same command again"
+    if of_store and (directory / FILE).exists():
+        return 'restore it from a copy, or start anew in another run.out or with run.resume = "never"'
+    if path.is_dir():
+        return "choose another directory"
+    return "restore it from a copy, or remove it and start the same command again"
+
+
 def explain(error: BaseException, path: Path, doing: str) -> StoreError:
     """Turn an error of the operating system or of HDF5 into one sentence with the remedy."""
     code = getattr(error, "errno", None)
-    text = str(error)
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "errno = 28" in text
     if not full and isinstance(error, OSError | RuntimeError) and code is None:
         try:  # HDF5 over MPI does not say why it failed
@@ -127,15 +150,22 @@ def explain(error: BaseException, path: Path, doing: str) -> StoreError:
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StoreError(f"cannot write in {path} ({os.strerror(code)}): make it writable or choose another run.out")
     reason = text.split("\n", 1)[0].rstrip(". ") or type(error).__name__
-    return StoreError(
-        f"{path} cannot be used ({doing}: {reason}): restore it from a copy, or start anew in another run.out or with "
-        'run.resume = "never"'
-    )
+    return StoreError(f"{path} cannot be used ({doing}: {reason}): {remedy(path)}")
+
+
+@contextlib.contextmanager
+def explaining(path: Path, doing: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a file in the block into a StoreError: h5py and HDF5 raise nearly everything."""
+    try:
+        yield
+    except HpcHessError:
+        raise
+    except Exception as error:
+        raise explain(error, path, doing) from error
 
 
 def damaged_row(path: Path, probe: int, row: int) -> StoreError:
     """Return the error for a row whose data is not what was written."""
     return StoreError(
-        f"basis row {row} of probe {probe} in {path} is damaged (its checksum does not match): restore the run from a "
-        'copy, or start anew in another run.out or with run.resume = "never"'
+        f"basis row {row} of probe {probe} in {path} is damaged (its checksum does not match): {remedy(path)}"
     )

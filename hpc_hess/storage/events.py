@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+from hpc_hess.parallel.world import World
+from hpc_hess.storage.agree import attempt
 
 EVENTS_NAME = "events.jsonl"
 
 
 class EventLog:
-    """Appends events; does nothing where ``run_dir`` is None (every rank but 0)."""
+    """Appends the events of a run. Every rank has one, rank 0 writes."""
 
-    def __init__(self, run_dir: Path | None) -> None:
-        self._path = run_dir / EVENTS_NAME if run_dir else None
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self._path, self._world = run_dir / EVENTS_NAME, world
 
-    def write(self, event: str, **values: Any) -> None:
-        """Append one event with the wall-clock time. A kill can at most cut the last line short."""
-        if self._path is None:
-            return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def write(self, *events: dict[str, Any]) -> None:
+        """Append events, a dictionary with the key "event" each, with the wall-clock time. Collective: yes.
+
+        Raises
+        ------
+        StoreError : the disk is full; what the file held before is whole.
+
+        """
+        with attempt(self._world, self._path, "write an event"):
+            if self._world.rank == 0:
+                now = round(time.time(), 3)
+                append_lines(self._path, [json.dumps({"event": e["event"], "time": now, **e}) for e in events])
+
+
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Append lines to a text file, all or, where the disk is full (OSError), none. Local.
+
+    A line that a kill cut short is ended first, so that it spoils no other one.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        data = "".join(["\n" * torn, *(line + "\n" for line in lines)]).encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the events of a run, skipping a line that a kill cut short."""
+    """Return the events of a run, skipping lines that a kill cut short."""
     path = run_dir / EVENTS_NAME
-    if not path.exists():
-        return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict):
+            events.append(event)
     return events

@@ -8,6 +8,7 @@ One process writes (rank 0).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_hess.errors import StoreError
-from hpc_hess.storage.disk import explain, reserve
+from hpc_hess.storage.disk import explaining, rename_durably, reserve
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.schema import open_file
 
@@ -33,51 +34,52 @@ class Examples:
     """An open file of example sketches. Local, no communication."""
 
     def __init__(self, path: Path, *, write: bool = False) -> None:
-        try:
-            self._file = open_file(path, "r+" if write else "r")
-        except (OSError, RuntimeError) as error:
-            raise explain(error, path, "open the sketches") from error
-        found = int(self._file.attrs.get("format", 0))
-        if found != FORMAT:
-            self._file.close()
-            raise StoreError(f"{path} has format {found}; this version reads {FORMAT}: use the version that wrote it")
-        self.path = path
-        self.attributes: dict[str, Any] = json.loads(str(self._file.attrs["attributes"]))
+        with explaining(path, "open the sketches"), contextlib.ExitStack() as held:
+            self._file = held.enter_context(open_file(path, "r+" if write else "r"))
+            found = int(self._file.attrs.get("format", 0))
+            if found != FORMAT:
+                raise StoreError(f"{path} has format {found}; this version reads {FORMAT}: use the version that wrote it")
+            self.path = path
+            self.attributes: dict[str, Any] = json.loads(str(self._file.attrs["attributes"]))
+            self._sets = {name: self._file[name] for name in ("sketch", "loss", "tokens", "digest", "done")}
+            held.pop_all()
+
+    def _read(self, name: str, rows: Any = ...) -> NDArray[Any]:
+        with explaining(self.path, "read the sketches"):
+            return self._sets[name][rows]
 
     def __len__(self) -> int:
-        return int(self._file["done"].shape[0])
+        return int(self._sets["done"].shape[0])
 
     @property
     def done(self) -> NDArray[np.bool_]:
         """Which rows are on disk, (n,)."""
-        return self._file["done"][...].astype(bool)
+        return self._read("done").astype(bool)
 
     @property
     def sketches(self) -> NDArray[np.float32]:
         """The sketches of the examples that are done, (n, D)."""
-        return self._file["sketch"][...][self.done]
+        return self._read("sketch")[self.done]
 
     @property
     def losses(self) -> NDArray[np.float64]:
         """Mean token losses, (n,)."""
-        return self._file["loss"][...]
+        return self._read("loss")
 
     def tokens(self, row: int) -> NDArray[np.int32]:
         """Return an example's token ids."""
-        ids = self._file["tokens"][row]
+        ids = self._read("tokens", row)
         return ids[ids >= 0]
 
     def write(self, rows: Sequence[int], sketches: NDArray, losses: Sequence[float]) -> None:
         """Put the sketches of some examples on disk. Raises StoreError: the disk is full."""
-        try:
+        with explaining(self.path, "write sketches"):
             for row, sketch, loss in zip(rows, sketches, losses, strict=True):
-                self._file["sketch"][row], self._file["loss"][row] = sketch, loss
+                self._sets["sketch"][row], self._sets["loss"][row] = sketch, loss
             self._sync()
             for row in rows:
-                self._file["done"][row] = 1
+                self._sets["done"][row] = 1
             self._sync()
-        except (OSError, RuntimeError) as error:
-            raise explain(error, self.path, "write sketches") from error
 
     def _sync(self) -> None:
         self._file.flush()
@@ -114,7 +116,7 @@ def prepare(folder: Path, tokens: NDArray[np.int64], dimension: int, attributes:
         return Examples(path, write=True)
     with Examples(path) as old:
         must_match(old.attributes, attributes, f"{path} holds sketches", "choose another run.out, or go back to that")
-        there = old._file["digest"][...]
+        there = old._read("digest")
         common = min(len(there), len(tokens))
         if not np.array_equal(there[:common], digests(tokens[:common])):
             raise StoreError(f"{path} holds sketches of other examples: choose another run.out, or go back to that data")
@@ -140,7 +142,8 @@ def _create(
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     aside.unlink(missing_ok=True)
-    try:
+    with explaining(path, "create the sketches"), contextlib.ExitStack() as held:
+        held.callback(aside.unlink, missing_ok=True)
         with open_file(aside, "x") as file:
             file.attrs["format"], file.attrs["attributes"] = FORMAT, json.dumps(attributes)
             for name, (shape, dtype) in shapes.items():
@@ -152,12 +155,7 @@ def _create(
             file["tokens"][...], file["digest"][...] = tokens, digests(tokens)
             if old is not None:
                 for row in np.flatnonzero(old.done):
-                    file["sketch"][row], file["loss"][row] = old._file["sketch"][row], old._file["loss"][row]
+                    file["sketch"][row], file["loss"][row] = old._read("sketch", row), old._read("loss", row)
                     file["done"][row] = 1
         reserve(aside)
-        with open(aside, "rb") as handle:
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        aside.unlink(missing_ok=True)
-        raise explain(error, path, "create the sketches") from error
+        rename_durably(aside, path)

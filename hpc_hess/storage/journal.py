@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Plan:
 class Journal:
     """The ledger as it is on disk, the checksums of rows written since the last commit, the newest state."""
 
-    def __init__(self, schema: Schema, ledger: Ledger, where: Any) -> None:
+    def __init__(self, schema: Schema, ledger: Ledger, where: Path) -> None:
         self.schema, self.ledger = schema, ledger
         self.state = newest(schema.slots, ledger, where)
         self._pending: dict[tuple[int, int], int] = {}
@@ -87,7 +87,7 @@ class Journal:
 
     def checksum(self, probe: int, row: int) -> int:
         """Return the checksum that a row's data should have."""
-        return self._pending.get((probe, row), int(self.ledger.checksum[probe, row]))
+        return self._pending.get((probe, row), self.ledger.row_checksum(probe, row))
 
     # -- commits -------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class Journal:
 
     def _rows_needed(self, probe: int, member: Member, released: bool) -> tuple[int, ...]:
         known = {row for p, row in self._pending if p == probe}
-        known |= set(np.flatnonzero(self.ledger.checksum[probe]).tolist())
+        known |= {*np.flatnonzero(self.ledger.checksum[probe]).tolist(), *self.state.rows_of(probe)}
         if member.rows is not None:
             rows = sorted(set(member.rows))
         elif released:

@@ -24,7 +24,7 @@ _held: set[Path] = set()  # by this process, which lockf would let in again
 
 
 class RunLock:
-    """The lock of one run directory; use :meth:`acquire`."""
+    """The lock of one run directory; use :meth:`acquire`, as a context manager or not."""
 
     def __init__(self, directory: Path, handle: int, *, head: bool) -> None:
         self._directory, self._handle, self._head = directory, handle, head
@@ -45,12 +45,10 @@ class RunLock:
         text = ""
         with attempt(world, directory, "lock the run directory"):
             if head:
-                directory.mkdir(parents=True, exist_ok=True)
                 directory = directory.resolve()
-                lock = cls(directory, cls._open(directory, os.O_CREAT), head=True)
                 text = _describe(world)
+                lock = cls._take_all(directory, wait_s)
                 try:
-                    lock._take(0, 0, wait_s)  # every byte: of rank 0 and of all ranks that may still be alive
                     os.ftruncate(lock._handle, 0)
                     os.pwrite(lock._handle, text.encode(), 0)
                     fcntl.lockf(lock._handle, fcntl.LOCK_UN, 0, 1)
@@ -69,6 +67,26 @@ class RunLock:
             raise
         assert lock is not None
         return lock
+
+    @classmethod
+    def _take_all(cls, directory: Path, wait_s: float) -> RunLock:
+        """Lock every byte, of rank 0 and of all ranks that may still be alive, of the file that is there in the end.
+
+        While a job waits, the one that it waits for may put the directory aside, with the lock file that is waited for.
+        """
+        while True:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = cls(directory, cls._open(directory, os.O_CREAT), head=True)
+            try:
+                lock._take(0, 0, wait_s)
+                if os.path.samestat(os.fstat(lock._handle), os.stat(directory / NAME)):
+                    return lock
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                lock.release(clear=False)
+                raise
+            lock.release(clear=False)
 
     @classmethod
     def _join(cls, directory: Path, text: str, world: World, wait_s: float) -> RunLock:
@@ -136,6 +154,12 @@ class RunLock:
         os.close(self._handle)  # the file itself stays: removing it would let two jobs lock two files of one name
         self._handle = -1
         _held.discard(self._directory)
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
 
 
 def _describe(world: World) -> str:

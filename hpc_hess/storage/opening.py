@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,29 @@ from hpc_hess.storage.build import build, sweep
 from hpc_hess.storage.commit import Committed, Ledger, encode, kept_rows, newest
 from hpc_hess.storage.disk import remove, sync_directory
 from hpc_hess.storage.schema import FILE, Header, Schema
+
+
+def put_aside(run_dir: Path) -> Path:
+    """Rename a run directory to NAME.before-1, or the first such name that is free; return it. Under its lock, which goes
+    with it. Collective: no.
+
+    Raises
+    ------
+    StoreError : it cannot be renamed, or the program works in it.
+
+    """  # fmt: skip
+    directory = run_dir.resolve()
+    if Path.cwd().is_relative_to(directory):
+        raise StoreError(f"{directory}, where this program was started, cannot be put aside: choose another run.out")
+    number = 1
+    while os.path.lexists(aside := directory.with_name(f"{directory.name}.before-{number}")):
+        number += 1
+    try:
+        directory.rename(aside)
+        sync_directory(aside.parent)
+    except OSError as error:
+        raise StoreError(f"{directory} cannot be put aside ({error.strerror}): choose another run.out") from error
+    return aside
 
 
 def clear(run_dir: Path, *, replace_existing: bool) -> None:

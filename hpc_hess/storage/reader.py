@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from hpc_hess.errors import StoreError
 from hpc_hess.storage.blocks import Block, bounded, read_blocks
 from hpc_hess.storage.checksum import combine, partial_checksum
 from hpc_hess.storage.commit import Committed, kept_rows, newest
-from hpc_hess.storage.disk import explain
+from hpc_hess.storage.disk import damaged_row, explain, explaining
 from hpc_hess.storage.schema import FILE, Schema, header_of, open_file, open_rank_file
 
 _BLOCK_BYTES = 64 << 20
@@ -52,26 +53,29 @@ class StoreView:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = open_file(path, "r")
-        except (OSError, RuntimeError) as error:
-            raise explain(error, path, "open the store") from error
-        try:
+        with explaining(path, "open the store"), contextlib.ExitStack() as held:
+            self._file = held.enter_context(open_file(path, "r"))
             header = header_of(self._file, path)
             self._header = header
             self.schema: Schema = header.schema
             self.attributes: dict[str, Any] = header.attributes
             self.state: Committed = newest(header.schema.slots, header.ledger, path)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            self._file.close()
-            raise explain(error, path, "open the store") from error
-        except StoreError:
-            self._file.close()
-            raise
+            held.pop_all()
 
     def row(self, probe: int, row: int) -> NDArray[Any]:
-        """Return a basis row as numbers, (num_params,): float64 or float32, to which rows in bfloat16 are widened."""
-        values = self.probes[probe].basis[row]
+        """Return a basis row as numbers, (num_params,): float64 or float32, to which rows in bfloat16 are widened.
+
+        Raises
+        ------
+        StoreError : it cannot be read, or it is committed and not what was written.
+
+        """
+        stored = self.probes[probe]
+        with explaining(self.path, f"read basis row {row} of probe {probe}"):
+            values = stored.basis[row]
+            found = combine([partial_checksum(values, np.zeros(1, np.int64), np.array([len(values)]))])
+        if row in stored.rows and found != self._header.ledger.row_checksum(probe, row) and not self._given_up(probe, row):
+            raise damaged_row(self.path, probe, row)
         if self.schema.dtype == "bfloat16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
@@ -80,9 +84,10 @@ class StoreView:
     def layout(self) -> list[StoredParameter]:
         """The selected parameters in file order."""
         table = self._header.table
-        shapes = [tuple(int(n) for n in shape if n >= 0) for shape in table["shape"]]
-        offsets = zip(table["offset"].tolist(), table["global_offset"].tolist(), strict=True)
-        return [StoredParameter(n, s, *o) for n, s, o in zip(table["name"], shapes, offsets, strict=True)]
+        with explaining(self.path, "read the layout"):
+            shapes = [tuple(int(n) for n in shape if n >= 0) for shape in table["shape"]]
+            offsets = zip(table["offset"].tolist(), table["global_offset"].tolist(), strict=True)
+            return [StoredParameter(n, s, *o) for n, s, o in zip(table["name"], shapes, offsets, strict=True)]
 
     @property
     def probes(self) -> list[StoredProbe]:
@@ -91,7 +96,8 @@ class StoreView:
         for k in range(self.schema.probes):
             n = state.lengths[k]
             rows = kept_rows(state, ledger, self.schema.keep_basis, k)
-            basis = self._file[f"probes/{k}/basis"]
+            with explaining(self.path, "open the basis"):
+                basis = self._file[f"probes/{k}/basis"]
             out.append(
                 StoredProbe(ledger.alpha[k, :n].copy(), ledger.beta[k, :n].copy(), basis, ledger.checksum[k], rows)
             )
@@ -110,9 +116,9 @@ class StoreView:
             basis = self.schema.basis_index(probe)
             try:
                 sums = [self._partial(dataset(basis), row, *where) for dataset, *where in parts]
-                if combine(sums) != int(self._header.ledger.checksum[probe, row]) and not self._given_up(probe, row):
+                if combine(sums) != self._header.ledger.row_checksum(probe, row) and not self._given_up(probe, row):
                     problems.append(f"basis row {row} of probe {probe} does not match its checksum")
-            except (OSError, RuntimeError) as error:
+            except Exception as error:  # of h5py: see explaining
                 problems.append(str(explain(error, self.path, f"read basis row {row} of probe {probe}")))
             if progress:
                 progress(done, len(todo))
@@ -134,7 +140,9 @@ class StoreView:
         whole = (np.zeros(1, np.int64), np.array([self.schema.num_params]))
         if self.schema.driver == "mpio":
             return [(lambda k: self._file[f"probes/{k}/basis"], *whole)]
-        parts, layout = [], self._header.stored_layout()
+        parts = []
+        with explaining(self.path, "read the layout"):
+            layout = self._header.stored_layout()
         for rank in range(self.schema.num_shards):
             shard = layout.shard(rank)
             try:

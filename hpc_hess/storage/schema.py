@@ -2,7 +2,8 @@
 
 ::
 
-    /                           attributes: format_version and the fields of Schema
+    /                           attributes: format_version, the fields of Schema, and a digest of all but /probes,
+                                /commit and /extra, which stores of earlier versions lack
     /attributes                 the caller's attributes (config, fingerprints, ...): one JSON text
     /layout/name                parameter names, in file order
     /layout/offset              first file index of each parameter           int64
@@ -22,6 +23,8 @@ basis is a virtual data set over krylov.ranks/GENERATION/rank-RRRRR.h5, each hol
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -36,12 +39,10 @@ from hpc_hess.errors import StoreError
 from hpc_hess.parallel.layout import Layout, Parameter
 from hpc_hess.storage.blocks import Block, regular_blocks
 from hpc_hess.storage.commit import Ledger, Slots
-from hpc_hess.storage.disk import explain
+from hpc_hess.storage.disk import FILE, RANKS, explaining, remedy
 
 FORMAT_VERSION = 2  # the newest; a store has the oldest that can say what it holds: 2 where rows are bfloat16
-FILE = "krylov.h5"
-TEMPORARY = "krylov.h5.tmp"
-RANKS = "krylov.ranks"
+TEMPORARY = FILE + ".tmp"
 # HDF5 2.x writes a newer format by default; these bounds let 1.10 and 2.x open each other's files.
 _LIBVER = (h5f.LIBVER_EARLIEST, h5f.LIBVER_V110)
 
@@ -180,6 +181,7 @@ def create_master(
                 _new(group, "basis", schema.numpy_dtype, (schema.rows, schema.num_params))
             else:
                 _virtual(group, k, schema, layout)
+        file.attrs["header_digest"] = _digest(file, schema)
 
 
 def _write_table(group: Any, parameters: list[Parameter]) -> None:
@@ -238,26 +240,22 @@ def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: s
     """
     path = schema.rank_file(run_dir, shard)
     if not path.exists():
-        raise StoreError(
-            f"the rank file {path} is missing: restore it from a copy, or start anew in another run.out or with "
-            'run.resume = "never"'
-        )
-    try:
-        file = open_file(path, mode)
-    except (OSError, RuntimeError) as error:
-        raise explain(error, path, "open a rank file") from error
-    wanted = {"run_id": schema.run_id, "generation": schema.generation, "shard": shard, "size": size}
-    found = {key: file.attrs.get(key) for key in wanted}
-    length = path.stat().st_size
-    good = found == wanted
-    for k in range(schema.bases if good and size else 0):
-        dataset = file.get(f"basis/{k}")
-        good &= dataset is not None and dataset.shape == (schema.rows, size) and dataset.dtype == schema.numpy_dtype
-        good = good and dataset.id.get_offset() + dataset.id.get_storage_size() <= length
-    if not good:
-        file.close()
-        raise StoreError(f"the rank file {path} belongs to another run or is damaged: restore it from a copy")
-    return file
+        raise StoreError(f"the rank file {path} is missing: {remedy(path)}")
+    with explaining(path, "open a rank file"), contextlib.ExitStack() as held:
+        file = held.enter_context(open_file(path, mode))
+        wanted = {"run_id": schema.run_id, "generation": schema.generation, "shard": shard, "size": size}
+        length = path.stat().st_size
+        good = {key: file.attrs.get(key) for key in wanted} == wanted
+        for k in range(schema.bases if good and size else 0):
+            dataset = file.get(f"basis/{k}")
+            good &= isinstance(dataset, h5py.Dataset) and dataset.shape == (schema.rows, size)
+            good = good and dataset.dtype == schema.numpy_dtype
+            # contiguous, and all of it there
+            good = good and (dataset.id.get_offset() or length) + dataset.nbytes <= length
+        if not good:
+            raise StoreError(f"the rank file {path} belongs to another run or is damaged: {remedy(path)}")
+        held.pop_all()
+        return file
 
 
 def read_header(path: Path) -> Header:
@@ -270,7 +268,7 @@ def read_header(path: Path) -> Header:
     """
     if not path.exists():
         raise StoreError(f'there is no run in {path.parent}: start one with run.resume = "auto" or "never"')
-    with open_file(path, "r") as file:
+    with explaining(path, "open the store"), open_file(path, "r") as file:
         return header_of(file, path)
 
 
@@ -285,6 +283,8 @@ def header_of(file: h5py.File, path: Path) -> Header:
         )
     kinds: dict[str, Any] = {"int": int, "str": str, "bool": bool}
     schema = Schema(**{f.name: kinds[str(f.type)](file.attrs[f.name]) for f in fields(Schema)})
+    if file.attrs.get("header_digest", _digest(file, schema)) != _digest(file, schema):
+        raise StoreError(f"{path} is damaged: its header does not match the header's checksum: {remedy(path)}")
     table = {key: file[f"layout/{key}"][...] for key in ("offset", "global_offset", "shape", "shard_dim")}
     table["name"] = [name.decode() for name in file["layout/name"][...]]
     probes = [file[f"probes/{k}"] for k in range(schema.probes)]
@@ -292,7 +292,21 @@ def header_of(file: h5py.File, path: Path) -> Header:
         alpha=np.stack([g["alpha"][...] for g in probes]), beta=np.stack([g["beta"][...] for g in probes]),
         checksum=np.stack([g["checksum"][...] for g in probes]), commit=file["commit"][...], extra=file["extra"][...],
     )  # fmt: skip
+    slots = schema.slots
+    shapes = {"alpha": (schema.probes, schema.steps), "checksum": (schema.probes, schema.rows),
+              "commit": (2, slots.commit_stride), "extra": (2, slots.extra_stride)}  # fmt: skip
+    for name, shape in shapes.items():
+        if getattr(ledger, name).shape != shape:
+            raise StoreError(f"{path} is damaged: {name} is not {shape}: {remedy(path)}")
     return Header(schema, json.loads(file["attributes"][()]), table, ledger)
+
+
+def _digest(file: h5py.File, schema: Schema) -> str:
+    """Return what tells that nothing of a header was changed since its store was created."""
+    h = hashlib.blake2b(json.dumps(asdict(schema), sort_keys=True).encode(), digest_size=16)
+    for name in ("attributes", "layout/name", "layout/offset", "layout/global_offset", "layout/shape", "layout/shard_dim"):
+        h.update(b"|" + np.asarray(file[name][()]).tobytes())
+    return h.hexdigest()
 
 
 def blocks_of_file(schema: Schema, intervals: tuple[Any, Any], size: int) -> list[Block]:

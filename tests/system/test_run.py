@@ -259,8 +259,6 @@ def test_another_config_is_refused_and_nothing_is_overwritten(world: World, toy:
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "run.lock"}
     with pytest.raises(StoreError, match=r"lanczos\.seed = 0, not 5"):
         run(make_config(settings(toy, out, lanczos__probes=1, lanczos__seed=5)), world)
-    with pytest.raises(StoreError, match="already holds a run"):
-        run(make_config(settings(toy, out, lanczos__probes=1, run__resume="never")), world)
     tokens = np.load(toy / "tokens.npy")
     np.save(tmp_path / "other.npy", tokens[::-1])
     with pytest.raises(StoreError, match=r"data"):

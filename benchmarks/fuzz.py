@@ -1,0 +1,96 @@
+"""Mutated configurations and damaged run directories: how each ended, and whether a user saw a traceback.
+
+A configuration is loaded; of those that are accepted one in ``--every`` is run on a toy model. A damaged directory is
+inspected with --verify, reported where a text file is damaged, and gone on with; a resume must give the undamaged run's
+numbers or a sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import write
+from hpc_hess.parallel.world import World
+from tests.faults import fuzz_config, fuzz_store
+from tests.faults.trying import Ended
+from tests.toys import toy_directory
+
+WORDS = {"code": "went through", "refused": "one sentence", "traceback": "traceback", "crash": "crash", "late": "too late"}
+
+
+def row(what: str, counts: Counter[str]) -> dict[str, Any]:
+    """Return one line of the table."""
+    return {"what": what, "tried": sum(counts.values()), **{word: counts[key] for key, word in WORDS.items()}}
+
+
+def configurations(folder: Path, world: World, count: int, every: int, seed: int, bad: list[str]) -> list[dict[str, Any]]:
+    """Load, and run some of what is accepted."""
+    toy_directory("llama", folder / "model")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
+    loaded: Counter[str] = Counter()
+    ran: Counter[str] = Counter()
+    for number, case in enumerate(fuzz_config.cases(fuzz_config.toy_base(folder), seed, count)):
+        try:
+            config = fuzz_config.read(folder / "case.toml", case)
+        except Exception:
+            bad.append(f"configuration {number}: {traceback.format_exc(limit=-2)}")
+            loaded["traceback"] += 1
+            continue
+        loaded["refused" if config is None else "code"] += 1
+        if config is not None and loaded["code"] % every == 0:
+            ended = fuzz_config.try_run(config, folder / f"run-{number}", world)
+            note(ran, ended, f"run of configuration {number}", bad)
+    return [row("configuration loaded", loaded), row("accepted configuration run", ran)]
+
+
+def stores(folder: Path, world: World, count: int, seed: int, bad: list[str]) -> list[dict[str, Any]]:
+    """Damage, inspect, report, go on."""
+    bases, counts = fuzz_store.bases(folder, world), dict[str, Counter[str]]()
+    for number, rng in enumerate(fuzz_store.damages(seed, count)):
+        what, ends = fuzz_store.tried(bases[number % len(bases)], rng, folder / "damaged", world)
+        for command, ended in ends.items():
+            note(counts.setdefault(command, Counter()), ended, f"directory {number}, {what}, {command}", bad)
+    return [row(f"damaged directory, {command}", found) for command, found in sorted(counts.items())]
+
+
+def note(counts: Counter[str], ended: Ended, what: str, bad: list[str]) -> None:
+    """Count an end; keep and show the bad ones."""
+    counts[ended.how] += 1
+    if not ended.good:
+        bad.append(f"{what}: {ended.how} {ended.text}")
+        print(bad[-1], flush=True)
+
+
+def main() -> None:
+    """Try both and write the table; the exit code says whether all ended well."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--configurations", type=int, default=18_000)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--stores", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    world, bad = World.join("cpu", 60.0), list[str]()
+    said = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the runs in this process print
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        rows = configurations(Path(a), world, args.configurations, args.every, args.seed, bad)
+        rows += stores(Path(b), world, args.stores, args.seed, bad)
+    os.dup2(said, 1)
+    title = "Mutated configurations and damaged run directories"
+    text = "The same seed gives the same mutations. A resume that went through gave the numbers of the undamaged run."
+    write("fuzz", title, rows, vars(args), text)
+    print(*bad, sep="\n")
+    world.leave()
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
