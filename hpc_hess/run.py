@@ -29,6 +29,7 @@ from hpc_hess.scaling.counter import measure_limits
 from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
+from hpc_hess.storage.disk import size_text
 from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE, Schema, read_header
@@ -80,10 +81,10 @@ def run(config: Config, world: World) -> int:
         place = place_basis(
             world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
-        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock))
+        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock, complete))
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())
-        if note := place.note(config.lanczos):
+        for note in filter(None, [place.note(config.lanczos), *_kept_basis_notes(config, found)]):
             progress.note(note)
         events = EventLog(out if world.rank == 0 else None)
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
@@ -94,6 +95,8 @@ def run(config: Config, world: World) -> int:
             loop.tally.baseline_bytes = problem.program_bytes
             loop.tally.limits = loop.tally.limits or limits
             reason = loop.run()
+            if not reason:
+                _free_basis(config, loop)
             searched: dict[str, Any] = {}
             studies: dict[str, Any] = {}
             if config.analysis.eigenpairs and not reason:
@@ -228,18 +231,59 @@ def _lock_step(config: Config, found: _Existing | None, shared: bool) -> int:
 
 def _open_store(
     config: Config, world: World, problem: Problem, out: Path, found: _Existing | None, attributes: dict[str, Any],
-    place_of_basis: Place, lock: RunLock,
+    place_of_basis: Place, lock: RunLock, complete: bool,
 ) -> Store:  # fmt: skip
-    lanczos = config.lanczos
+    lanczos, rows = config.lanczos, basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
     place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": world,
                              "driver": config.store.driver, "lock": lock}  # fmt: skip
+    if complete:
+        return Store.open(out, **place)  # as it is: no row will be written
     if found:
-        return Store.open(out, **place, probes=lanczos.probes, width=place_of_basis.width)
+        store = Store.open(
+            out, **place, probes=lanczos.probes, width=place_of_basis.width, rows=rows, keep_basis=config.store.keep_basis
+        )
+        try:
+            store.take_back()
+        except BaseException:
+            store.close()
+            raise
+        return store
     return Store.create(
-        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width,
-        rows=basis_rows(lanczos.reorthogonalise, lanczos.steps), keep_basis=config.store.keep_basis,
-        dtype=place_of_basis.dtype, attributes=attributes,
+        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width, rows=rows,
+        keep_basis=config.store.keep_basis, dtype=place_of_basis.dtype, attributes=attributes,
     )  # fmt: skip
+
+
+def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:
+    """Return what store.keep_basis = true does not keep. Collective: no."""
+    lanczos, notes = config.lanczos, []
+    if not config.store.keep_basis:
+        return []
+    rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
+    if rows < lanczos.steps:
+        notes.append(
+            f"store.keep_basis = true keeps the last {rows} rows of each probe: lanczos.reorthogonalise = "
+            f"{json.dumps(lanczos.reorthogonalise)} has no more of them"
+        )
+    if found and not found.schema.keep_basis and found.state.group.stop:
+        notes.append(
+            "store.keep_basis = true comes too late for probes that have begun without it: only the basis of later ones is kept"
+        )
+    return notes
+
+
+def _free_basis(config: Config, loop: Loop) -> None:
+    """Give the disk space of the probes' basis back, which nothing needs any more. Collective: yes."""
+    store, size = loop.store, loop.store.schema.basis_bytes
+    if config.store.keep_basis or not size:
+        return
+    loop.bases.free()
+    try:
+        store.free_basis()
+    except StoreError as error:  # the numbers are safe
+        loop.progress.note(f"the Krylov basis stays on disk: {error}")
+    else:
+        loop.progress.note(f"the Krylov basis is not needed any more: {size_text(size)} of disk space given back")
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -64,6 +64,12 @@ def reserve(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def not_allocated(path: Path) -> int:
+    """Return the bytes of ``path`` that have no place on the disk yet: holes."""
+    info = os.stat(path)
+    return max(0, info.st_size - 512 * info.st_blocks)
+
+
 def give_back(path: Path, parts: Iterable[tuple[int, int]]) -> None:
     """Free the blocks of (first byte, length) parts of a file, which then read as zeros; its size stays.
 
