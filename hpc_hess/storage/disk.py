@@ -64,6 +64,12 @@ def reserve(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def allocated(path: Path) -> int:
+    """Return the bytes that a file, or all files of a directory, take on the disk: holes take none."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    return sum(512 * file.stat().st_blocks for file in files)
+
+
 def not_allocated(path: Path) -> int:
     """Return the bytes of ``path`` that have no place on the disk yet: holes."""
     info = os.stat(path)
