@@ -277,7 +277,7 @@ class Loop:
         """Measure the extreme Ritz pair with the exact product; needs the whole basis."""
         if self.config.lanczos.reorthogonalise == "full" and (exact := self._reference()) is not None:
             self.progress.phase("checking the extreme Ritz vector")
-            self.tally.ritz_check = asdict(check_ritz(exact, process))
+            self.tally.ritz_check, self.tally.ritz_probe = asdict(check_ritz(exact, process)), self.config.lanczos.probes - 1
 
     def _write_row(self, probe: int, process: Lanczos) -> None:
         """Start to write the newest vector of a probe, which stays as it is until that has been settled."""

@@ -46,6 +46,7 @@ class Tally:
     calibration_gradients: int = 0
     error_probe: float | None = None  # against the exact product, on the first probe
     ritz_check: dict[str, float] = field(default_factory=dict)  # RitzCheck of the extreme Ritz pair
+    ritz_probe: int = -1  # of which probe that is
     flips: int = 0
     products: int = 0
     hvp_s: float = 0.0

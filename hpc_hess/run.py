@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 from hpc_hess.config import Config
 from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.curvature.whole_model import ExactOperator, WholeModel
-from hpc_hess.eigen_loop import EigenLoop, eigen_basis_device, open_eigen_store, pairs_found, search_ended
+from hpc_hess.eigen_loop import (
+    EigenLoop,
+    check_search,
+    eigen_basis_device,
+    open_eigen_store,
+    pairs_found,
+    search_ended,
+)
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
@@ -34,7 +41,7 @@ from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
-from hpc_hess.studies import asked_for, check_studies, run_study
+from hpc_hess.studies import asked_for, check_kept, check_studies, run_study
 
 
 class _Existing(NamedTuple):
@@ -67,9 +74,12 @@ def run(config: Config, world: World) -> int:
         held.callback(lock.release)
         limits = [] if existing else _limits(config, world)
         problem = load_problem(config, world, progress)
-        check_studies(config.analysis, problem)
+        check_studies(config, world, problem)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
+        if found:
+            check_search(config, world, out, attributes)
+            check_kept(config, world, out, attributes)
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
         studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
@@ -82,6 +92,8 @@ def run(config: Config, world: World) -> int:
             world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
         store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock, complete))
+        if not complete:
+            store.take_back()
         if world.rank == 0:
             write_aside(out / "config.toml", config.to_toml())
         for note in filter(None, [place.note(config.lanczos), *_kept_basis_notes(config, found)]):
@@ -106,7 +118,8 @@ def run(config: Config, world: World) -> int:
             for name in asked_for(config.analysis):
                 if not reason:
                     loop.bases.free()
-                    reason, studies[name] = run_study(name, loop, out, attributes)
+                    values = [pair["value"] for pair in searched.get("eigenpairs", {}).get("pairs", [])]
+                    reason, studies[name] = run_study(name, loop, out, attributes, values)
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             done = "before the first step"
@@ -119,6 +132,8 @@ def run(config: Config, world: World) -> int:
             progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
         else:
             remove_product_store(world, out)
+            if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
+                loop.tally.ritz_check = {}
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
             result |= searched | ({"studies": studies} if studies else {})
     if reason:
@@ -174,7 +189,8 @@ def _search(
     space = loop.space
     device = eigen_basis_device(config, world, space, exact_product_bytes(config, loop.problem.model))
     with open_eigen_store(config, world, space, out, attributes) as store:
-        if not search_ended(store):
+        if not search_ended(store, config.analysis):
+            store.take_back()
             try:
                 operator = loop.ready()
             except InterruptedProductError as interrupted:
@@ -239,15 +255,9 @@ def _open_store(
     if complete:
         return Store.open(out, **place)  # as it is: no row will be written
     if found:
-        store = Store.open(
+        return Store.open(
             out, **place, probes=lanczos.probes, width=place_of_basis.width, rows=rows, keep_basis=config.store.keep_basis
         )
-        try:
-            store.take_back()
-        except BaseException:
-            store.close()
-            raise
-        return store
     return Store.create(
         out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width, rows=rows,
         keep_basis=config.store.keep_basis, dtype=place_of_basis.dtype, attributes=attributes,
@@ -267,7 +277,7 @@ def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:
         )
     if found and not found.schema.keep_basis and found.state.group.stop:
         notes.append(
-            "store.keep_basis = true comes too late for probes that have begun without it: only the basis of later ones is kept"
+            "store.keep_basis = true comes too late for probes that were finished without it: their basis is not kept"
         )
     return notes
 

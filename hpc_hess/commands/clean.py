@@ -22,15 +22,15 @@ from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE
 from hpc_hess.storage.space import Space
 from hpc_hess.studies import FOLDER as STUDIES
-from hpc_hess.studies import FOUND
+from hpc_hess.studies import FOUND, PIECES
 
 _UNFINISHED = ("*.part", "*.part.npy", "*.h5.new")  # files that a job was writing aside when it was killed
 
 
 class Item(NamedTuple):
-    """``count`` bytes on disk; ``free`` gives them back, None where they are kept."""
+    """``amount`` bytes on disk; ``free`` gives them back, None where they are kept."""
 
-    count: int
+    amount: int
     what: str
     free: Callable[[], object] | None = None
 
@@ -54,17 +54,17 @@ def clean(run_dir: Path, *, dry: bool = False, basis: bool = False) -> int:
         raise ConfigError(f"{run_dir} is not a run directory: it holds neither config.toml nor {FILE}")
     lock = RunLock.acquire(run_dir, World.alone())
     try:
-        items = [item for item in _items(run_dir, basis) if item.count or item.free]
+        items = [item for item in _items(run_dir, basis) if item.amount or item.free]
         before = allocated(run_dir)
         _print(f"{run_dir}: {size(before)} on disk")
         for title, some in (("needed" if dry else "kept", [i for i in items if not i.free]),
                             ("would be freed" if dry else "freed", [i for i in items if i.free])):  # fmt: skip
-            for item in sorted(some, key=lambda i: -i.count):
-                _print(f"  {size(item.count):>10}  {title}: {item.what}")
+            for item in sorted(some, key=lambda i: -i.amount):
+                _print(f"  {size(item.amount):>10}  {title}: {item.what}")
                 if item.free and not dry:
                     item.free()
         if dry:
-            total = sum(item.count for item in items if item.free)
+            total = sum(item.amount for item in items if item.free)
             _print(f"{size(total)} would be freed" if total else "there is nothing to free")
         else:
             _print(f"{size(max(0, before - allocated(run_dir)))} freed, {size(allocated(run_dir))} left")
@@ -88,10 +88,10 @@ def _items(run_dir: Path, basis: bool) -> Iterator[Item]:
     for folder in sorted(studies.iterdir()) if studies.is_dir() else ():
         for store in sorted(path.parent for path in folder.glob(f"*/{FILE}")):
             name = f"{STUDIES}/{folder.name}/{store.name}"
-            if store.name == "pieces" and (folder / FOUND).exists():
+            if store.name == PIECES and (folder / FOUND).exists():
                 yield Item(allocated(store), f"pieces of a study that has ended ({name}/)", partial(remove, store))
             else:
-                what = "pieces of a study that has not ended" if store.name == "pieces" else "vectors of a study"
+                what = "pieces of a study that has not ended" if store.name == PIECES else "vectors of a study"
                 yield from _of_vectors(Space(store), name, what)
     for pattern in _UNFINISHED:
         for path in run_dir.rglob(pattern):

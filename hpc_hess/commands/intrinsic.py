@@ -152,6 +152,7 @@ class _Job:
             "sketch": config.sketch.model_dump() | {"dimension": search.largest},
             "parameters": config.parameters.model_dump(),
             "model_fingerprint": problem.source.fingerprint, "data_fingerprint": problem.samples.fingerprint,
+            "compute_dtype": config.model.compute_dtype,
         }  # fmt: skip
         self._asked.pop("verify")
         self.known, self._kept = self._take_up()
@@ -318,8 +319,9 @@ class _Job:
             path = self._out / RECORD_NAME
             if self._world.rank == 0 and path.exists():
                 record = json.loads(path.read_text())
+                before = {"compute_dtype": self._asked["compute_dtype"]} | record["asked"]  # old records do not say it
                 must_match(
-                    record["asked"], self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
+                    before, self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
                 )
                 known, kept = Progressed(**{key: record[key] for key in asdict(known)}), record["state"]
         return self._world.broadcast((known, kept), "state of the search")
