@@ -33,6 +33,7 @@ from hpc_hess.report.screen import print_summary
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import RESULT_NAME, make_result, to_json
 from hpc_hess.scaling.counter import measure_limits
+from hpc_hess.starts import clear_starts, note_stop, progress_mark
 from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
@@ -99,6 +100,7 @@ def run(config: Config, world: World) -> int:
         for note in filter(None, [place.note(config.lanczos), *_kept_basis_notes(config, found)]):
             progress.note(note)
         events = EventLog(out if world.rank == 0 else None)
+        before = progress_mark(out, sum(store.state.lengths)) if world.rank == 0 else []
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
             loop = Loop(
                 config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
@@ -130,8 +132,11 @@ def run(config: Config, world: World) -> int:
             elif state.width:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
             progress.note(f"stopped early {done}{part}: {reason}; run the same command to go on")
+            after = progress_mark(out, sum(state.lengths)) if world.rank == 0 else []
+            note_stop(world, out, reason, progressed=before != after)
         else:
             remove_product_store(world, out)
+            clear_starts(world, out)
             if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
                 loop.tally.ritz_check = {}
             result = make_result(config, world, problem, loop.tally, loop.recurrences())

@@ -93,8 +93,8 @@ class Room(NamedTuple):
 def _check_room(count: int, room: Room | None) -> None:
     if room is not None and count > room.entries:
         raise ConfigError(
-            f"analysis.sub_block selects {count:,} entries, whose matrix would take {gigabytes(8.0 * count**2)}, and there is "
-            f'room for {room.entries:,} at most: select fewer, as "name[0, :]"'
+            f"analysis.sub_block selects {count:,} entries, whose matrix would take {gigabytes(8.0 * count**2)}, and there "
+            f'is room for {room.entries:,} at most: select fewer, as "name[0, :]"'
         )
 
 

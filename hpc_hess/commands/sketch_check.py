@@ -91,6 +91,7 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
             with attempt(world, out, "keep a row"):
                 if world.rank == 0:
                     write_aside(out / RECORD_NAME, json.dumps(record) + "\n")
+            work.progressed = True
             progress.resume_at(asked.queries + index + 1)
             progress.status(f"example {index + 1} of {examples}")
     if world.rank == 0:
