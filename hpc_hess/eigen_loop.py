@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from hpc_hess.analysis.localisation import localise
-from hpc_hess.config import Config
+from hpc_hess.config import AnalysisSection, Config
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import Pairs, ThickRestart
@@ -30,6 +30,7 @@ from hpc_hess.report.progress import Progress
 from hpc_hess.report.words import number
 from hpc_hess.stopping import InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.commit import Committed, newest
 from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
@@ -107,6 +108,9 @@ class EigenLoop:
         for vector, row in enumerate(self._rows):
             self._basis.load(vector, self._store.read_row(0, row))
         self._progress.note(f"going on with the search for eigenpairs after {self._search.num_products} products")
+        if "found" in state:  # the pairs that it had ended with give way to its next vectors
+            self._note_state()
+            self._settle()
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -174,8 +178,10 @@ class EigenLoop:
 
     def _note_state(self) -> None:
         """Note what is to be committed once its rows are on disk."""
-        state = {"search": self._search.to_state(), "operator": self._operator.to_state(), "rows": self._rows}
-        self._uncommitted = Member(_NOTHING, _NOTHING, rows=list(self._rows)), json.dumps(state).encode()
+        self._uncommitted = Member(_NOTHING, _NOTHING, rows=list(self._rows)), json.dumps(self._state()).encode()
+
+    def _state(self) -> dict[str, Any]:
+        return {"search": self._search.to_state(), "operator": self._operator.to_state(), "rows": self._rows}
 
     def _settle(self) -> None:
         """Commit the last step. Collective: yes."""
@@ -187,7 +193,10 @@ class EigenLoop:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Write the eigenvectors and what is known of them, as the search's last commit. Collective: yes."""
+        """Write the eigenvectors and what is known of them, as the search's last commit. Collective: yes.
+
+        The basis stays where more products would go on from it: the limit of products has ended the search.
+        """
         gradient = self._gradient() if self._gradient else None
         square = gradient.dot(gradient) if gradient is not None else 0.0
         self._progress.phase("writing the eigenvectors")
@@ -204,9 +213,11 @@ class EigenLoop:
                 "gradient_share": vector.dot(gradient) ** 2 / square if gradient is not None and square else None,
                 "participation": where.participation, "parameters": where.largest(_SHOWN), "groups": where.by_group(),
             })  # fmt: skip
-        found = self._summary(pairs) | {"pairs": described}
-        extra = json.dumps({"found": found}).encode()
-        self._store.commit(0, [Member(_NOTHING, _NOTHING, rows=rows, ended=True)], extra)
+        state = {"found": self._summary(pairs) | {"pairs": described}, "finished": self._search.finished}
+        if not state["finished"] or self._config.store.keep_basis:
+            state |= self._state()
+            rows = [*rows, *self._rows]
+        self._store.commit(0, [Member(_NOTHING, _NOTHING, rows=rows, ended=True)], json.dumps(state).encode())
 
     def _summary(self, pairs: Pairs) -> dict[str, Any]:
         search = self._search
@@ -225,8 +236,65 @@ class EigenLoop:
         return float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max())
 
 
+def check_search(config: Config, world: World, out: Path, attributes: dict[str, Any]) -> None:
+    """Refuse to go on with another search than the run directory holds, or to show it as another. Collective: yes.
+
+    Raises
+    ------
+    StoreError : it holds another search, or one that has gone further than is asked for.
+
+    """
+    folder, analysis = out / FOLDER, config.analysis
+    remedy = "remove that directory to search anew, or choose another run.out"
+    with attempt(world, folder / FILE, "look for a search for eigenpairs"):
+        if world.rank == 0 and analysis.eigenpairs and (folder / FILE).exists():
+            header = read_header(folder / FILE)
+            must_match(header.attributes, _bound_to(config, attributes), f"{folder} holds a search", remedy)
+            state = _state_of(newest(header.schema.slots, header.ledger, folder / FILE))
+            products = _products(state)
+            if products > analysis.most_products:
+                raise StoreError(
+                    f"{folder} holds a search of {products} products, more than analysis.most_products = "
+                    f"{analysis.most_products}: raise that, or {remedy}"
+                )
+            if _finished(state) and analysis.tolerance > (done := state["found"]["tolerance"]):
+                raise StoreError(
+                    f"{folder} holds a search with analysis.tolerance = {done}, finer than {analysis.tolerance}: go back to "
+                    f"that, or {remedy}"
+                )
+
+
+def _bound_to(config: Config, attributes: dict[str, Any]) -> dict[str, Any]:
+    analysis = config.analysis
+    search = {"which": analysis.which, "eigenpairs": analysis.eigenpairs, "vectors": analysis.vectors}
+    return attributes | {"analysis": json.dumps(search)}
+
+
+def _state_of(committed: Committed) -> dict[str, Any]:
+    """Return what a search has kept: "search" to go on from, "found" at its end, both, or nothing yet."""
+    return dict(json.loads(committed.extra)) if committed.extra else {}
+
+
+def _products(state: dict[str, Any]) -> int:
+    return int(state["search"]["num_products"] if "search" in state else state["found"]["products"] if state else 0)
+
+
+def _finished(state: dict[str, Any]) -> bool:
+    """Whether a search has found what it looked for, and was not ended by the limit of products."""
+    return "found" in state and bool(state.get("finished", all(pair["converged"] for pair in state["found"]["pairs"])))
+
+
+def _ended(state: dict[str, Any], analysis: AnalysisSection) -> bool:
+    """Whether a search has come to the end that is asked for, and not to another one."""
+    if "found" not in state or state["found"]["tolerance"] != analysis.tolerance:
+        return False
+    return _finished(state) or _products(state) >= analysis.most_products
+
+
 def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path, attributes: dict[str, Any]) -> Store:
     """Open or create the store of a search, bound to ``attributes`` and to what is searched. Collective: yes.
+
+    A search that ended otherwise than is asked for now, and has given its basis back, begins anew.
 
     Raises
     ------
@@ -234,28 +302,30 @@ def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path
 
     """
     folder, analysis = out / FOLDER, config.analysis
-    search = {"which": analysis.which, "eigenpairs": analysis.eigenpairs, "vectors": analysis.vectors}
-    bound_to = attributes | {"analysis": json.dumps(search)}
+    check_search(config, world, out, attributes)
+    bound_to, anew = _bound_to(config, attributes), False
     place: dict[str, Any] = {
         "layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver,
     }  # fmt: skip
     if store_exists(folder, world):
-        with attempt(world, folder / FILE, "open the store of eigenpairs"):
-            if world.rank == 0:
-                remedy = "remove that directory to search anew, or choose another run.out"
-                must_match(read_header(folder / FILE).attributes, bound_to, f"{folder} holds a search", remedy)
-        return Store.open(folder, **place)
+        store = Store.open(folder, **place)
+        state = _state_of(store.state)
+        anew = "found" in state and "search" not in state and not _ended(state, analysis)
+        if not anew:
+            return store
+        store.close()
     kept = ThickRestart.most_kept(analysis.vectors, analysis.eigenpairs, analysis.which)
     return Store.create(
         folder, **place, probes=1, steps=1, rows=analysis.vectors + kept + 2, dtype=space.dtype, attributes=bound_to,
         keep_basis=True, extra_bytes=(1 << 16) + 40 * analysis.vectors**2 + (analysis.wanted << 14),
         save_space="lower analysis.eigenpairs or analysis.basis_size, or put run.out on a larger disk",
+        replace_existing=anew,
     )  # fmt: skip
 
 
-def search_ended(store: Store) -> bool:
-    """Whether the search of a store has come to its end. Collective: no."""
-    return bool(store.state.extra) and "found" in json.loads(store.state.extra)
+def search_ended(store: Store, analysis: AnalysisSection) -> bool:
+    """Whether the search of a store has come to the end that is asked for. Collective: no."""
+    return _ended(_state_of(store.state), analysis)
 
 
 def pairs_found(store: Store) -> dict[str, Any]:
@@ -270,7 +340,7 @@ def read_eigenvectors(
     if not config.analysis.eigenpairs or not store_exists(out / FOLDER, world):
         return []
     with open_eigen_store(config, world, space, out, attributes) as store:
-        pairs = pairs_found(store)["pairs"] if search_ended(store) else []
+        pairs = pairs_found(store)["pairs"] if search_ended(store, config.analysis) else []
         return [
             (pair["value"], space.wrap(torch.from_numpy(store.read_row(0, pair["row"])).to(space.device)))
             for pair in sorted(pairs, key=lambda p: p["value"])

@@ -12,7 +12,7 @@ import torch
 
 from hpc_hess.errors import ConfigError
 from hpc_hess.loop import Loop
-from hpc_hess.parallel.vector import Vector
+from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store
@@ -24,12 +24,12 @@ class Kept:
     """Pieces of a study: numbers in the state of its store's commits, vectors in its rows.
 
     A piece is [depth, numbers] or [depth, rows]; those made within another piece lie one deeper, behind each other, until
-    that one is whole and takes their place. Satisfies linalg.keeping.Keep.
+    that one is whole and takes their place. Satisfies linalg.keeping.Keep. Vectors are of ``space``, the loop's by default.
     """
 
-    def __init__(self, name: str, loop: Loop, store: Store) -> None:
+    def __init__(self, name: str, loop: Loop, store: Store, space: VectorSpace | None = None) -> None:
         self.operator = _Followed(name, loop, self)
-        self._loop, self._store = loop, store
+        self._loop, self._store, self._space = loop, store, space or loop.space
         self._pieces: list[list[Any]] = []
         self._next, self._depth = 0, 0
         if store.state.extra:
@@ -63,7 +63,7 @@ class Kept:
 
     def vectors(self, make: Callable[[], Sequence[Vector]]) -> list[Vector]:
         """As linalg.keeping.Keep. Collective: yes. Raises InterruptedProductError: between two products, stop now."""
-        space = self._loop.space
+        space = self._space
         if (found := self._found()) is not None:
             return [space.wrap(torch.from_numpy(self._store.read_row(0, row)).to(space.device)) for row in found["rows"]]
         first = self._next

@@ -298,6 +298,7 @@ class Loop:
             ends = check_ends(exact, process)
             self.tally.ritz_check = asdict(max(ends.values(), key=lambda end: abs(end.theta)))
             self.tally.ritz_ends = {name: asdict(end) for name, end in ends.items()}
+            self.tally.ritz_probe = self.config.lanczos.probes - 1
 
     def _write_row(self, probe: int, process: Lanczos) -> None:
         """Start to write the newest vector of a probe, which stays as it is until that has been settled."""

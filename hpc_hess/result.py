@@ -50,6 +50,7 @@ class Tally:
     error_probe_absolute: float = 0.0  # the same error of the unit vector, not relative to the product
     ritz_check: dict[str, float] = field(default_factory=dict)  # RitzCheck of the extreme Ritz pair
     ritz_ends: dict[str, dict[str, float]] = field(default_factory=dict)  # of the "lowest" and the "highest" Ritz pair
+    ritz_probe: int = -1  # of which probe that is
     flips: int = 0
     products: int = 0
     hvp_s: float = 0.0

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 from hpc_hess.config import Config
 from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.curvature.whole_model import ExactOperator, WholeModel
-from hpc_hess.eigen_loop import EigenLoop, eigen_basis_device, open_eigen_store, pairs_found, search_ended
+from hpc_hess.eigen_loop import (
+    EigenLoop,
+    check_search,
+    eigen_basis_device,
+    open_eigen_store,
+    pairs_found,
+    search_ended,
+)
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.loop import Loop
@@ -27,16 +34,18 @@ from hpc_hess.report.spectrum import warnings
 from hpc_hess.report.words import probes_text
 from hpc_hess.result import RESULT_NAME, make_result, refuse_meaningless, to_json
 from hpc_hess.scaling.counter import measure_limits
+from hpc_hess.starts import clear_starts, note_stop, progress_mark
 from hpc_hess.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
+from hpc_hess.storage.disk import size_text
 from hpc_hess.storage.events import EVENTS_NAME, EventLog
 from hpc_hess.storage.identity import same
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
-from hpc_hess.studies import asked_for, check_studies, run_study
+from hpc_hess.studies import asked_for, check_kept, check_studies, run_study
 
 
 class _Existing(NamedTuple):
@@ -70,11 +79,14 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
         limits = [] if existing else _limits(config, world)
         problem = load_problem(config, world, progress)
-        check_studies(config.analysis, problem)
+        check_studies(config, world, problem)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
         if config.run.resume == "never":
             lock = _put_aside(out, world, lock, progress)
+        if found:
+            check_search(config, world, out, attributes)
+            check_kept(config, world, out, attributes)
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
         studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
@@ -86,13 +98,16 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         place = place_basis(
             world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
-        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock))
+        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock, complete))
+        if not complete:
+            store.take_back()
         with attempt(world, out / "config.toml", "write the configuration"):
             if world.rank == 0:
                 write_aside(out / "config.toml", _to_go_on(config).to_toml())
-        if note := place.note(config.lanczos):
+        for note in filter(None, [place.note(config.lanczos), *_kept_basis_notes(config, found)]):
             progress.note(note)
         events = EventLog(out, world)
+        before = progress_mark(out, sum(store.state.lengths)) if world.rank == 0 else []
         with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
             loop = Loop(
                 config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
@@ -101,6 +116,8 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             loop.tally.baseline_bytes = problem.program_bytes
             loop.tally.limits = loop.tally.limits or limits
             reason = loop.run()
+            if not reason:
+                _free_basis(config, loop)
             searched: dict[str, Any] = {}
             studies: dict[str, Any] = {}
             if config.analysis.eigenpairs and not reason:
@@ -110,7 +127,8 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             for name in asked_for(config.analysis):
                 if not reason:
                     loop.bases.free()
-                    reason, studies[name] = run_study(name, loop, out, attributes)
+                    values = [pair["value"] for pair in searched.get("eigenpairs", {}).get("pairs", [])]
+                    reason, studies[name] = run_study(name, loop, out, attributes, values)
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             done = "before the first step"
@@ -122,8 +140,13 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
             again = "" if config.run.resume != "never" else ' with run.resume = "auto"'
             progress.note(f"stopped early {done}{part}: {reason}; run the same command{again} to go on")
+            after = progress_mark(out, sum(state.lengths)) if world.rank == 0 else []
+            note_stop(world, out, reason, progressed=before != after)
         else:
             remove_product_store(world, out)
+            clear_starts(world, out)
+            if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
+                loop.tally.ritz_check = {}
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
             result |= searched | ({"studies": studies} if studies else {})
             refuse_meaningless(result)
@@ -212,7 +235,8 @@ def _search(
     space = loop.space
     device = eigen_basis_device(config, world, space, exact_product_bytes(config, loop.problem.model))
     with open_eigen_store(config, world, space, out, attributes) as store:
-        if not search_ended(store):
+        if not search_ended(store, config.analysis):
+            store.take_back()
             try:
                 operator = loop.ready()
             except InterruptedProductError as interrupted:
@@ -261,18 +285,53 @@ def _lock_step(config: Config, found: _Existing | None, shared: bool) -> int:
 
 def _open_store(
     config: Config, world: World, problem: Problem, out: Path, found: _Existing | None, attributes: dict[str, Any],
-    place_of_basis: Place, lock: RunLock,
+    place_of_basis: Place, lock: RunLock, complete: bool,
 ) -> Store:  # fmt: skip
-    lanczos = config.lanczos
+    lanczos, rows = config.lanczos, basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
     place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": world,
                              "driver": config.store.driver, "lock": lock}  # fmt: skip
+    if complete:
+        return Store.open(out, **place)  # as it is: no row will be written
     if found:
-        return Store.open(out, **place, probes=lanczos.probes, width=place_of_basis.width)
+        return Store.open(
+            out, **place, probes=lanczos.probes, width=place_of_basis.width, rows=rows, keep_basis=config.store.keep_basis
+        )
     return Store.create(
-        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width,
-        rows=basis_rows(lanczos.reorthogonalise, lanczos.steps), keep_basis=config.store.keep_basis,
-        dtype=place_of_basis.dtype, attributes=attributes,
+        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width, rows=rows,
+        keep_basis=config.store.keep_basis, dtype=place_of_basis.dtype, attributes=attributes,
     )  # fmt: skip
+
+
+def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:
+    """Return what store.keep_basis = true does not keep. Collective: no."""
+    lanczos, notes = config.lanczos, []
+    if not config.store.keep_basis:
+        return []
+    rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
+    if rows < lanczos.steps:
+        notes.append(
+            f"store.keep_basis = true keeps the last {rows} rows of each probe: lanczos.reorthogonalise = "
+            f"{json.dumps(lanczos.reorthogonalise)} has no more of them"
+        )
+    if found and not found.schema.keep_basis and found.state.group.stop:
+        notes.append(
+            "store.keep_basis = true comes too late for probes that were finished without it: their basis is not kept"
+        )
+    return notes
+
+
+def _free_basis(config: Config, loop: Loop) -> None:
+    """Give the disk space of the probes' basis back, which nothing needs any more. Collective: yes."""
+    store, size = loop.store, loop.store.schema.basis_bytes
+    if config.store.keep_basis or not size:
+        return
+    loop.bases.free()
+    try:
+        store.free_basis()
+    except StoreError as error:  # the numbers are safe
+        loop.progress.note(f"the Krylov basis stays on disk: {error}")
+    else:
+        loop.progress.note(f"the Krylov basis is not needed any more: {size_text(size)} of disk space given back")
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -15,46 +15,69 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpc_hess.analysis.block_diagonal import block_diagonal
+from hpc_hess.analysis.block_diagonal import compared as blocks_compared
 from hpc_hess.analysis.class_structure import class_structure
+from hpc_hess.analysis.class_structure import compared as classes_compared
 from hpc_hess.analysis.deflation import deflated_density
-from hpc_hess.analysis.estimates import diagonal_study, inverse_study, trace_study
+from hpc_hess.analysis.estimates import diagonal_study, inverse_study, suggested_damping, trace_study
 from hpc_hess.analysis.partition import check_heads
 from hpc_hess.analysis.study import Bench, Study
-from hpc_hess.analysis.sub_block import select, sub_block_study
-from hpc_hess.config import AnalysisSection
+from hpc_hess.analysis.sub_block import Room, column_space, select, sub_block_study
+from hpc_hess.config import AnalysisSection, Config
 from hpc_hess.curvature.decomposition import Groups, Pullback, weights
 from hpc_hess.eigen_loop import read_eigenvectors
 from hpc_hess.kept import EXTRA_BYTES, Kept
+from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.loop import Loop
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.model.skeleton import text_config, vocabulary_size
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.vector import Vector
+from hpc_hess.parallel.memory import host_bytes_free
+from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.parallel.world import World
 from hpc_hess.placement import exact_product_bytes, room_for_rows
 from hpc_hess.problem import Problem
 from hpc_hess.report.rundir import write_aside
 from hpc_hess.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
-from hpc_hess.storage.disk import remove, rename_durably
+from hpc_hess.storage.disk import free_bytes, remove, rename_durably
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
+from hpc_hess.storage.schema import FILE, read_header
 from hpc_hess.storage.store import Store, store_exists
 
 FOLDER = "studies"  # in the run directory
-FOUND = "found.json"
+FOUND, PIECES = "found.json", "pieces"
+
+
+class Inputs(NamedTuple):
+    """What the run has found before a study: recurrences of all probes, eigenvalues of the search, ascending."""
+
+    settings: AnalysisSection
+    recurrences: Sequence[Recurrence]
+    eigenvalues: Sequence[float]
 
 
 class Entry(NamedTuple):
     """A study that a configuration may ask for.
 
     ``keys`` of [analysis] define what it finds; the first of them asks for it. ``rows``: vectors that it keeps at a time,
-    at most. ``memory``: the key to change where its vectors do not fit.
+    at most. ``memory``: the key to change where its vectors do not fit. ``came_from``: what else its products follow from,
+    under the names by which the findings hold it; where that has changed, the study is computed anew. ``compared``: what
+    needs no product, computed at each start: the findings beside the rest of the run.
     """
 
     study: Study
     keys: tuple[str, ...]
     rows: Callable[[AnalysisSection], int]
     memory: str = "samples"
+    came_from: Callable[[Inputs], dict[str, Any]] = lambda inputs: {}
+    compared: Callable[[dict[str, Any], Inputs], dict[str, Any]] = lambda found, inputs: found
+    space: Callable[[Loop], VectorSpace] = lambda loop: loop.space  # of the vectors that it keeps
+
+
+def _damping(inputs: Inputs) -> dict[str, Any]:
+    return {"damping": suggested_damping(inputs.recurrences)} if inputs.settings.damping == "auto" else {}
 
 
 _STUDIES: dict[str, Entry] = {
@@ -62,19 +85,25 @@ _STUDIES: dict[str, Entry] = {
     "diagonal": Entry(diagonal_study, ("diagonal", "samples"), lambda a: a.samples),
     "inverse": Entry(
         inverse_study, ("inverse", "inverse_products", "inverse_tolerance", "damping"), lambda a: a.inverse_products,
-        "inverse_products",
+        "inverse_products", came_from=_damping,
     ),
     "deflated": Entry(
-        deflated_density, ("deflated_steps", "eigenpairs", "which"), lambda a: a.deflated_steps, "deflated_steps"
+        deflated_density, ("deflated_steps", "eigenpairs", "which"), lambda a: a.deflated_steps, "deflated_steps",
+        came_from=lambda inputs: {"outliers": list(inputs.eigenvalues)},
     ),
     "block_diagonal": Entry(
         block_diagonal, ("block_diagonal", "block_samples", "block_spectrum", "block_steps"),
         lambda a: max(a.block_samples + 1, a.block_steps), "block_samples",
+        came_from=lambda inputs: {"eigenvalues": list(inputs.eigenvalues)},
+        compared=lambda found, inputs: blocks_compared(found, inputs.recurrences, inputs.eigenvalues),
     ),
     "class_structure": Entry(
-        class_structure, ("class_groups", "class_steps"), lambda a: a.class_groups + 1 + a.class_steps, "class_groups"
+        class_structure, ("class_groups", "class_steps"), lambda a: a.class_groups + 1 + a.class_steps, "class_groups",
+        compared=lambda found, inputs: classes_compared(found, inputs.recurrences),
     ),
-    "sub_block": Entry(sub_block_study, ("sub_block",), lambda a: 0),
+    "sub_block": Entry(sub_block_study, ("sub_block",), lambda a: 0, "sub_block", space=lambda loop: column_space(
+        loop.space, len(select(loop.problem.model.layout, loop.config.analysis.sub_block).entries)
+    )),
 }  # fmt: skip
 
 
@@ -83,52 +112,90 @@ def asked_for(analysis: AnalysisSection) -> list[str]:
     return [name for name, entry in _STUDIES.items() if getattr(analysis, entry.keys[0])]
 
 
-def check_studies(analysis: AnalysisSection, problem: Problem) -> None:
-    """Refuse what does not fit the model before anything is computed. Collective: no. Raises ConfigError."""
+def check_studies(config: Config, world: World, problem: Problem) -> None:
+    """Refuse what does not fit the model or the machine before anything is computed. Collective: yes. Raises ConfigError."""
+    analysis = config.analysis
     if analysis.sub_block:
-        select(problem.model.layout, analysis.sub_block)
+        out = Path(config.run.out)
+        folder = out / FOLDER / "sub_block"
+        there = world.broadcast(((folder / FOUND).exists(), (folder / PIECES / FILE).exists()), "look for a sub-block")
+        memory = int(-world.max_over_ranks(-(host_bytes_free() // world.launch.local_size), "free memory"))
+        disk = None if there[1] else world.broadcast(free_bytes(out), "free disk")
+        select(problem.model.layout, analysis.sub_block, None if there[0] else Room(memory, disk))
     if "head" in analysis.block_diagonal:
         check_heads(problem.model.layout, _head_dim(problem))
 
 
-def run_study(name: str, loop: Loop, out: Path, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Run one study to its end, or go on with it. Collective: yes.
-
-    Returns why it stopped early, or "", and what it found.
+def check_kept(config: Config, world: World, out: Path, attributes: dict[str, Any]) -> None:
+    """Refuse studies that the run directory holds with other settings, before anything is changed. Collective: yes.
 
     Raises
     ------
-    StoreError : the run directory holds the same study with other settings.
+    StoreError : it holds one; says which setting differs.
 
     """
-    entry, folder, world = _STUDIES[name], out / FOLDER / name, loop.world
-    asked = {key: getattr(loop.config.analysis, key) for key in entry.keys}
-    bound_to = attributes | {"analysis": json.dumps(asked)}
+    with attempt(world, out / FOLDER, "look for studies"):
+        for name in asked_for(config.analysis) if world.rank == 0 else ():
+            folder = out / FOLDER / name
+            if (folder / FOUND).exists():
+                _compare(folder, json.loads((folder / FOUND).read_text())["asked"], _asked(name, config.analysis))
+            elif (folder / PIECES / FILE).exists():
+                found, bound_to = read_header(folder / PIECES / FILE).attributes, _bound_to(name, config, attributes)
+                # pieces are batches of columns; stores of before do not say of how many
+                _compare(folder, {"columns": bound_to["columns"]} | found, bound_to)
+
+
+def _asked(name: str, analysis: AnalysisSection) -> dict[str, Any]:
+    return {key: getattr(analysis, key) for key in _STUDIES[name].keys}
+
+
+def _bound_to(name: str, config: Config, attributes: dict[str, Any]) -> dict[str, Any]:
+    return attributes | {"analysis": json.dumps(_asked(name, config.analysis)), "columns": config.analysis.columns}
+
+
+def run_study(
+    name: str, loop: Loop, out: Path, attributes: dict[str, Any], eigenvalues: Sequence[float]
+) -> tuple[str, dict[str, Any]]:
+    """Run one study to its end, or go on with it. Collective: yes.
+
+    Returns why it stopped early, or "", and what it found. ``eigenvalues``: of the run's search, if there was one.
+    """
+    entry, folder, world, analysis = _STUDIES[name], out / FOLDER / name, loop.world, loop.config.analysis
+    inputs = Inputs(analysis, loop.recurrences(), sorted(eigenvalues))
+    came_from = world.broadcast(entry.came_from(inputs), "what a study comes from")
     found: dict[str, Any] | None = None
     with attempt(world, folder, "look for a study"):
         if world.rank == 0 and (folder / FOUND).exists():
             kept = json.loads((folder / FOUND).read_text())
             if kept.get("digest", digest := _digest(kept["asked"], kept["found"])) != digest:
                 raise ValueError(f"{FOUND} does not match its checksum")
-            _compare(folder, kept["asked"], asked)
             found = kept["found"]
     found = world.broadcast(found, "what a study found")
     if found is not None:
-        return "", found
+        if all(found.get(key, value) == value for key, value in came_from.items()):
+            return "", entry.compared(found, inputs)
+        changed = next(key for key, value in came_from.items() if found.get(key, value) != value)
+        loop.progress.note(f"the study '{name}' is computed anew: {changed} has changed since it was made")
+        with attempt(world, folder, "begin a study anew"):
+            if world.rank == 0:
+                remove(folder / FOUND)
     loop.progress.phase(name.replace("_", " "))
-    with _open(loop, folder, bound_to, entry) as store:
+    store_space = entry.space(loop)
+    bound_to = _bound_to(name, loop.config, attributes) | {"came_from": json.dumps(came_from)}
+    with _open(loop, folder, bound_to, entry, store_space) as store:
         try:
+            store.take_back()
             loop.ready()
-            keep = Kept(name, loop, store)
-            found = entry.study(_bench(loop, entry, keep, folder, out, attributes))
+            keep = Kept(name, loop, store, store_space)
+            found = entry.study(_bench(loop, entry, keep, folder, out, attributes)) | came_from
         except InterruptedProductError as interrupted:
             return str(interrupted), {}
     with attempt(world, folder, "end a study"):
         if world.rank == 0:
-            record = {"asked": asked, "found": found, "digest": _digest(asked, found)}
-            write_aside(folder / FOUND, json.dumps(record))
-            remove(folder / "pieces")
-    return "", found
+            asked = _asked(name, analysis)
+            write_aside(folder / FOUND, json.dumps({"asked": asked, "found": found, "digest": _digest(asked, found)}))
+            remove(folder / PIECES)
+    return "", entry.compared(found, inputs)
 
 
 def _digest(asked: Any, found: Any) -> str:
@@ -137,19 +204,25 @@ def _digest(asked: Any, found: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], entry: Entry) -> Store:
+def _open(loop: Loop, folder: Path, bound_to: dict[str, Any], entry: Entry, space: VectorSpace) -> Store:
+    """Open the store of a study's pieces, or begin with a new one: also where what it comes from has changed."""
     place: dict[str, Any] = {
-        "layout": loop.space.layout, "shard": loop.space.shard, "world": loop.world, "driver": loop.config.store.driver,
+        "layout": space.layout, "shard": space.shard, "world": loop.world, "driver": loop.config.store.driver,
     }  # fmt: skip
-    pieces = folder / "pieces"
-    if store_exists(pieces, loop.world):
-        store = Store.open(pieces, **place)
+    pieces, usable = folder / PIECES, True
+    there = store_exists(pieces, loop.world)
+    if there:
         with attempt(loop.world, pieces, "open a study"):
-            _compare(folder, store.attributes, bound_to)
-        return store
+            if loop.world.rank == 0:
+                header = read_header(pieces / FILE)
+                usable = header.attributes.get("came_from", bound_to["came_from"]) == bound_to["came_from"]
+                usable &= header.schema.fingerprint == space.layout.fingerprint  # else of a version that kept it otherwise
+        if loop.world.broadcast(usable, "pieces of a study"):
+            return Store.open(pieces, **place)
+    rows = entry.rows(loop.config.analysis) + 1 if space is loop.space else space.size
     return Store.create(
-        pieces, **place, probes=1, steps=1, rows=entry.rows(loop.config.analysis) + 1, dtype=loop.space.dtype,
-        attributes=bound_to, keep_basis=True, extra_bytes=EXTRA_BYTES,
+        pieces, **place, probes=1, steps=1, rows=rows, dtype=space.dtype,
+        attributes=bound_to, keep_basis=True, extra_bytes=EXTRA_BYTES, replace_existing=there,
         save_space=f"lower analysis.{entry.memory}, or put run.out on a larger disk",
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ blocks with those of A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from hpc_hess.linalg.blockwise import (
     compare_exact,
     compare_sampled,
 )
+from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.parallel.partition import Partition
 from hpc_hess.parallel.vector import Vector
@@ -60,8 +61,22 @@ def block_diagonal(bench: Bench) -> dict[str, Any]:
             bench.operator, chosen, bench.basis(settings.block_steps), start, settings.block_steps, bench.keep,
             settings.columns,
         )  # fmt: skip
-        found["spectrum"] = {"blocks": settings.block_spectrum, **_spectra(bench, chosen, parts)}
+        found["spectrum"] = {
+            "blocks": settings.block_spectrum,
+            "parts": [
+                {"name": name, "size": n, "values": q.values.tolist(), "weights": q.weights.tolist(),
+                 "residuals": q.residuals.tolist()}
+                for name, n, q in zip(chosen.names, chosen.sizes, parts, strict=True)
+            ],
+        }  # fmt: skip
     return found
+
+
+def compared(found: dict[str, Any], recurrences: Sequence[Recurrence], eigenvalues: Sequence[float]) -> dict[str, Any]:
+    """Return ``found`` with its spectra beside the whole's: by all probes, and by the eigenvalues of the search."""
+    if "spectrum" not in found:
+        return found
+    return found | {"spectrum": found["spectrum"] | _spectra(found["spectrum"]["parts"], recurrences, eigenvalues)}
 
 
 def _directions(bench: Bench) -> dict[str, Callable[[], Vector]]:
@@ -109,30 +124,28 @@ def _compare(bench: Bench, blocks: Partition, v: Vector, image: Vector) -> tuple
 # -- spectra -------------------------------------------------------------------------------------------------------------
 
 
-def _spectra(bench: Bench, blocks: Partition, parts: list[Ritz]) -> dict[str, Any]:
+def _spectra(
+    parts: list[dict[str, Any]], recurrences: Sequence[Recurrence], eigenvalues: Sequence[float]
+) -> dict[str, Any]:
     """Describe the eigenvalues of every block, of all together, and each block's as a stand-in for the whole's."""
     from scipy.stats import wasserstein_distance  # takes a second to import, in every rank of every run
 
-    whole = [ritz(alpha, beta) for alpha, beta in bench.recurrences]
+    whole = [ritz(alpha, beta) for alpha, beta in recurrences]
     values = np.concatenate([q.values for q in whole])
     weights = np.concatenate([q.weights for q in whole]) / len(whole)
-    size = sum(blocks.sizes)
-    block_values = np.concatenate([q.values for q in parts])
-    block_weights = np.concatenate([q.weights * n / size for q, n in zip(parts, blocks.sizes, strict=True)])
+    size = sum(part["size"] for part in parts)
+    block_values = np.concatenate([part["values"] for part in parts])
+    block_weights = np.concatenate([np.array(part["weights"]) * part["size"] / size for part in parts])
     distance = float(wasserstein_distance(values, block_values, weights, block_weights))
-    top = _top([value for value, _ in bench.eigenvectors()], whole)
+    top = _top(eigenvalues, whole)
     return {
-        "steps": max(len(q.values) for q in parts), "wasserstein": distance,
+        "steps": max(len(part["values"]) for part in parts), "wasserstein": distance,
         "wasserstein_of_range": distance / (float(np.ptp(values)) or 1.0),
-        "parts": [
-            {"name": name, "size": n, "values": q.values.tolist(), "weights": q.weights.tolist(),
-             "residuals": q.residuals.tolist(), **stand_in(q.values, top)}
-            for name, n, q in zip(blocks.names, blocks.sizes, parts, strict=True)
-        ],
+        "parts": [part | stand_in(np.array(part["values"]), top) for part in parts],
     }  # fmt: skip
 
 
-def _top(eigenvalues: list[float], whole: list[Ritz]) -> np.ndarray:
+def _top(eigenvalues: Sequence[float], whole: list[Ritz]) -> np.ndarray:
     """Return the largest eigenvalues that are known, descending: of the search, or Ritz values with small residuals."""
     best = max(whole, key=lambda q: len(q.values))
     known = best.values[best.residuals < _KNOWN * np.abs(best.values)]

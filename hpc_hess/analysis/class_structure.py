@@ -6,6 +6,7 @@ the spectrum of what is left is compared with the whole's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from hpc_hess.curvature.decomposition import Cotangent, class_means, most_freque
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.lanczos import Lanczos
+from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.linalg.operator import FunctionOperator
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.vector import Vector
@@ -40,11 +42,17 @@ def class_structure(bench: Bench) -> dict[str, Any]:
     process.start(without.project_(probes.draw(space, seed=bench.seed, probe=0, distribution="rademacher")))
     while not process.finished:
         process.step()
-    top = float(ritz(process.alpha, process.beta).values[-1])
-    own = [ritz(alpha, beta) for alpha, beta in bench.recurrences]
-    best = max(own, key=lambda q: len(q.values))
     return {
         "tokens": tokens, "shares": pairs.sum(1).tolist(), "rank": rank, "means": means.both.eigenvalues().tolist(),
-        "alpha": list(process.alpha), "beta": list(process.beta), "lambda_max": float(best.values[-1]),
-        "lambda_max_without": top, "outliers": int((best.values - best.residuals > top).sum()), "size": space.size - rank,
+        "alpha": list(process.alpha), "beta": list(process.beta), "size": space.size - rank,
+    }  # fmt: skip
+
+
+def compared(found: dict[str, Any], recurrences: Sequence[Recurrence]) -> dict[str, Any]:
+    """Return ``found`` with what it says beside the whole's spectrum, by all probes of the quadrature. Collective: no."""
+    top = float(ritz(found["alpha"], found["beta"]).values[-1])
+    own = [ritz(alpha, beta) for alpha, beta in recurrences]
+    return found | {
+        "lambda_max": max(float(q.values[-1]) for q in own), "lambda_max_without": top,
+        "outliers": max(int((q.values - q.residuals > top).sum()) for q in own),
     }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hpc_hess.analysis.localisation import group_of
 from hpc_hess.analysis.study import Bench
 from hpc_hess.linalg import solve, trace
 from hpc_hess.linalg.diagonal import DiagonalEstimate, diagonal_hutchinson, xdiag
+from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.linalg.quadrature import Estimate, ritz
 from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.parallel.vector import Vector
@@ -73,12 +75,12 @@ def _groups(estimate: DiagonalEstimate) -> dict[str, dict[str, float]]:
     return groups
 
 
-def suggested_damping(bench: Bench) -> float:
+def suggested_damping(recurrences: Sequence[Recurrence]) -> float:
     """Return a damping that makes the matrix positive definite, from the quadrature: no eigenvalue is left near zero.
 
     1.1 times what the lowest Ritz value and its residual reach below zero, and at least a hundredth of the largest.
     """
-    quadratures = [ritz(alpha, beta) for alpha, beta in bench.recurrences]
+    quadratures = [ritz(alpha, beta) for alpha, beta in recurrences]
     lowest = min(float(q.values[0] - q.residuals[0]) for q in quadratures)
     largest = max(float(q.values[-1]) for q in quadratures)
     return max(-1.1 * lowest, 0.01 * abs(largest))
@@ -88,7 +90,7 @@ def inverse_study(bench: Bench) -> dict[str, Any]:
     """Solve (A + damping I) x = gradient, as influence functions need; keep x as a row. Collective: yes."""
     settings, gradient = bench.settings, bench.gradient()
     damping = bench.keep.numbers(
-        lambda: [suggested_damping(bench) if settings.damping == "auto" else float(settings.damping)]
+        lambda: [suggested_damping(bench.recurrences) if settings.damping == "auto" else float(settings.damping)]
     )[0]
     method = solve.minres if settings.inverse == "minres" else solve.conjugate_gradients
     solution = method(

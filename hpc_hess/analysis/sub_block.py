@@ -7,6 +7,7 @@ published matrices of OPT and Llama rows the diagonal has 8 to 31 % of the squar
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -22,11 +23,13 @@ from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.parallel.layout import Layout
+from hpc_hess.parallel.memory import gigabytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
 Float = NDArray[np.float64]
 _SAMPLES = (1, 3, 10, 30, 100, 300, 1000)
 _CELLS = 128  # of a heat map, at most, along each side
+_MATRICES_IN_MEMORY, _MATRICES_ON_DISK = 6, 2  # at a time, as it is described; the columns, and the array that is kept
 _SELECTION = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 
@@ -38,18 +41,19 @@ class Selection(NamedTuple):
     counts: list[int]
 
 
-def select(layout: Layout, texts: Sequence[str]) -> Selection:
+def select(layout: Layout, texts: Sequence[str], room: Room | None = None) -> Selection:
     """Read selections: a name or a glob over names, and indices as Python writes them.
 
     ``name[0, :]`` is row 0, ``name[0:4, 0:32]`` a corner; one index into several dimensions counts the flattened entries,
     row by row: ``name[:25]``. Parameters keep the order of the layout; an entry that is selected twice counts once.
+    ``room``: for how many entries there is room; entries are counted before they are listed.
 
     Raises
     ------
-    ConfigError : no such parameter (with the nearest name), indices that do not fit its shape, nothing selected.
+    ConfigError : no such parameter (with the nearest name), indices that do not fit its shape, nothing selected, too many.
 
     """
-    chosen: dict[str, set[int]] = {}
+    chosen: dict[str, list[_Picked]] = {}
     by_name = {parameter.name: parameter for parameter in layout.parameters}
     for text in texts:
         match = _SELECTION.fullmatch(text.strip())
@@ -60,21 +64,57 @@ def select(layout: Layout, texts: Sequence[str]) -> Selection:
         if not names:
             near = difflib.get_close_matches(pattern, by_name, n=1, cutoff=0.0)[0]
             raise ConfigError(f"analysis.sub_block: no parameter among those included is called '{pattern}': '{near}'?")
-        for name in names:
-            chosen.setdefault(name, set()).update(_flat(text, index, by_name[name].shape))
-    order = [parameter for parameter in layout.parameters if chosen.get(parameter.name)]
+        picks = [_picked(text, index, by_name[name].shape) for name in names]
+        _check_room(sum(math.prod(map(len, pick.axes)) for pick in picks), room)
+        for name, pick in zip(names, picks, strict=True):
+            chosen.setdefault(name, []).append(pick)
+    flat = {name: np.unique(np.concatenate([pick.flat() for pick in picks])) for name, picks in chosen.items()}
+    order = [parameter for parameter in layout.parameters if len(flat.get(parameter.name, ()))]
     if not order:
         raise ConfigError(f"analysis.sub_block = {list(texts)} selects no entry")
-    parts = [np.array(sorted(chosen[p.name]), np.int64) + p.file_offset for p in order]
+    parts = [flat[p.name] + p.file_offset for p in order]
+    _check_room(sum(map(len, parts)), room)
     return Selection(np.concatenate(parts), [p.name for p in order], [len(part) for part in parts])
 
 
-def _flat(text: str, index: str | None, shape: tuple[int, ...]) -> list[int]:
-    """Return the flattened entries that an index selects."""
+class Room(NamedTuple):
+    """What there is for the matrix of a sub-block: bytes of memory of each rank, of disk (None: it has its place)."""
+
+    memory: int
+    disk: int | None
+
+    @property
+    def entries(self) -> int:
+        """How many entries there is room for."""
+        in_memory = math.isqrt(self.memory // (8 * _MATRICES_IN_MEMORY))
+        return in_memory if self.disk is None else min(in_memory, math.isqrt(self.disk // (8 * _MATRICES_ON_DISK)))
+
+
+def _check_room(count: int, room: Room | None) -> None:
+    if room is not None and count > room.entries:
+        raise ConfigError(
+            f"analysis.sub_block selects {count:,} entries, whose matrix would take {gigabytes(8.0 * count**2)}, and there "
+            f'is room for {room.entries:,} at most: select fewer, as "name[0, :]"'
+        )
+
+
+class _Picked(NamedTuple):
+    """Entries of one parameter: indices along each axis of ``sizes``."""
+
+    axes: tuple[range, ...]
+    sizes: tuple[int, ...]
+
+    def flat(self) -> NDArray[np.int64]:
+        """Return the flattened entries."""
+        return np.ravel_multi_index(np.ix_(*(np.array(axis, np.int64) for axis in self.axes)), self.sizes).ravel()
+
+
+def _picked(text: str, index: str | None, shape: tuple[int, ...]) -> _Picked:
+    """Return the entries that an index selects."""
     if index is None:
-        return list(range(int(np.prod(shape))))
+        return _Picked((range(math.prod(shape)),), (math.prod(shape),))
     parts = [part.strip() for part in index.split(",")]
-    sizes: tuple[int, ...] = shape if len(parts) > 1 else (int(np.prod(shape)),)
+    sizes: tuple[int, ...] = shape if len(parts) > 1 else (math.prod(shape),)
     if len(parts) > len(sizes):
         raise ConfigError(f"analysis.sub_block: '{text}' has {len(parts)} indices, the parameter's shape is {list(shape)}")
     picked = []
@@ -85,11 +125,11 @@ def _flat(text: str, index: str | None, shape: tuple[int, ...]) -> list[int]:
         if match[1] is not None:
             if not -size <= int(match[1]) < size:
                 raise ConfigError(f"analysis.sub_block: '{text}' goes beyond the parameter's shape {list(shape)}")
-            picked.append(np.array([int(match[1]) % size]))
+            picked.append(range(size)[int(match[1]) % size :][:1])
         else:
             stop = None if match[3] is None else int(match[3])
-            picked.append(np.arange(size)[slice(None if match[2] is None else int(match[2]), stop)])
-    return [int(k) for k in np.ravel_multi_index(np.ix_(*picked), sizes).ravel()]
+            picked.append(range(size)[slice(None if match[2] is None else int(match[2]), stop)])
+    return _Picked(tuple(picked), sizes)
 
 
 class _Local(NamedTuple):
@@ -117,24 +157,41 @@ def sub_block(
     """Return the matrix of the selected entries (t, t), float64, as its products give it: not made symmetric.
 
     One product for each entry, ``columns`` of them at a time, and one all-reduce of t numbers each. Collective: yes.
+    ``keep`` : of vectors of :func:`column_space`.
     """
     space, entries, keep = operator.space, selection.entries, keep or KeepNothing()
     local, count = _local(space, entries), len(entries)
+    of_columns = column_space(space, count)
+    starts, lengths = of_columns.shard.file_intervals
+    mine = slice(int(starts[0]), int(starts[0] + lengths[0])) if len(starts) else slice(0, 0)
 
     def unit(number: int) -> Vector:
         v = space.zeros()
         v.data[local.places[local.numbers == number]] = 1.0
         return v
 
-    def some(first: int) -> list[float]:
+    def some(first: int) -> list[Vector]:
         images = products(operator, [unit(k) for k in range(first, min(first + columns, count))])
         picked = torch.zeros(len(images), count, dtype=torch.float64, device=space.device)
         for row, image in zip(picked, images, strict=True):
             row[local.numbers] = image.data[local.places].double()
-        return space.sum(picked.flatten(), "columns of a sub-block").tolist()
+        summed = space.sum(picked.flatten(), "columns of a sub-block").view(len(images), count)
+        return [of_columns.wrap(row[mine].clone()) for row in summed]
 
-    found = [keep.numbers(partial(some, first)) for first in range(0, count, columns)]
-    return np.concatenate([np.array(numbers).reshape(-1, count) for numbers in found]).T
+    matrix = np.empty((count, count))
+    for first in range(0, count, columns):
+        parts = keep.vectors(partial(some, first))
+        whole = torch.zeros(len(parts), count, dtype=torch.float64, device=space.device)
+        for row, part in zip(whole, parts, strict=True):
+            row[mine] = part.data
+        whole = of_columns.sum(whole.flatten(), "columns of a sub-block").view(len(parts), count)
+        matrix[:, first : first + len(parts)] = whole.cpu().numpy().T
+    return matrix
+
+
+def column_space(space: VectorSpace, count: int) -> VectorSpace:
+    """Return R^count, float64, over the ranks of ``space``: where columns of a matrix of ``count`` entries lie."""
+    return VectorSpace(space.world, Layout({"entries": (count,)}, space.layout.num_shards), torch.float64)
 
 
 def sub_block_study(bench: Bench) -> dict[str, Any]:

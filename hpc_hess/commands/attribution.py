@@ -103,6 +103,7 @@ def build(config: Config, world: World) -> int:
             ids = left[first : first + world.size]
             sketches, losses = sketcher.round(samples, ids)
             writer.add(ids, sketches, losses)
+            work.progressed = True  # before it stops, it writes them
             seconds = world.max_over_ranks(time.perf_counter() - began, "example time")
             slowest_s = max(slowest_s, seconds)
             count = len(done) - len(left) + first + len(ids)

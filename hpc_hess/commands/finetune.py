@@ -58,6 +58,7 @@ class Training:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not valid: it should be at least 1")
+        check_seed(self.seed)
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"--learning-rate {self.learning_rate} is not valid: it should be greater than 0")
         beyond = [step for step in self.save_at if not 0 <= step <= self.steps]
@@ -68,6 +69,12 @@ class Training:
     def points(self) -> list[int]:
         """Steps after which there is to be a checkpoint; the last one always."""
         return sorted({*self.save_at, self.steps})
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless ``seed`` and the number of an epoch make a seed of torch's: see :func:`batch_rows`."""
+    if not -(2**31) <= seed < 2**32:
+        raise ConfigError(f"--seed {seed} is not valid: it should be from 0 to {2**32 - 1}")
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
@@ -126,6 +133,7 @@ def finetune(config: Config, world: World, training: Training) -> int:
         for step in range(start or 0, missing[-1] + 1):
             if step in missing:
                 loop.save(step)
+                work.progressed = True
                 progress.note(f"saved {checkpoint(out, step)}")
             if step == missing[-1]:
                 break

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from hpc_hess.commands.finetune import batch_rows
+from hpc_hess.commands.finetune import batch_rows, check_seed
 from hpc_hess.commands.trainers import Subspace, Whole
 from hpc_hess.commands.working import Work, working
 from hpc_hess.config import Config
@@ -75,6 +75,7 @@ class Search:
         for name in ("every", "batch", "held_out", "baseline_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not valid: it should be at least 1")
+        check_seed(self.seed)
         if self.smallest > self.largest:
             raise ConfigError(f"--smallest {self.smallest} is larger than --largest {self.largest}")
         for name in ("learning_rate", "baseline_rate"):
@@ -144,7 +145,7 @@ class _Job:
 
     def __init__(self, config: Config, problem: Problem, search: Search, work: Work, out: Path) -> None:
         self._problem, self._search, self._out = problem, search, out
-        self._world, self._progress, self._stopper = work.world, work.progress, work.stopper
+        self._work, self._world, self._progress, self._stopper = work, work.world, work.progress, work.stopper
         count = len(problem.samples) - search.held_out
         self._train, self._test = range(count), range(count, len(problem.samples))
         settings = SketchSettings.of(config.sketch, dimension=search.largest)
@@ -156,6 +157,7 @@ class _Job:
             "sketch": config.sketch.model_dump() | {"dimension": search.largest},
             "parameters": config.parameters.model_dump(),
             "model_fingerprint": problem.source.fingerprint, "data_fingerprint": problem.samples.fingerprint,
+            "compute_dtype": config.model.compute_dtype,
         }  # fmt: skip
         self._asked.pop("verify")
         self.known, self._kept = self._take_up()
@@ -309,7 +311,7 @@ class _Job:
                 for old in [*self._out.glob(f"*-{Whole.file}"), *self._out.glob(f"*-{Subspace.file}")]:
                     if old.name != state:
                         old.unlink()
-        self._kept = ""
+        self._kept, self._work.progressed = "", True
 
     def _take_up(self) -> tuple[Progressed, str]:
         """Return what an earlier run of the same search left: what is known, the file of a training. Collective: yes.
@@ -324,8 +326,9 @@ class _Job:
         with attempt(self._world, path, "take up the search"):
             if self._world.rank == 0 and path.exists():
                 record = json.loads(path.read_text())
+                before = {"compute_dtype": self._asked["compute_dtype"]} | record["asked"]  # old records do not say it
                 must_match(
-                    record["asked"], self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
+                    before, self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
                 )
                 known, kept = Progressed(**{key: record[key] for key in asdict(known)}), record["state"]
         return self._world.broadcast((known, kept), "state of the search")

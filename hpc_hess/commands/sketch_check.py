@@ -91,6 +91,7 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
             with attempt(world, out, "keep a row"):
                 if world.rank == 0:
                     write_aside(out / RECORD_NAME, json.dumps(record) + "\n")
+            work.progressed = True
             progress.resume_at(asked.queries + index + 1)
             progress.status(f"example {index + 1} of {examples}")
         page, found = None, summary(record)
@@ -205,7 +206,7 @@ def _identity(config: Config, problem: Problem, asked: Comparison) -> dict[str, 
         "model": problem.source.name, "model_fingerprint": problem.source.fingerprint,
         "data_fingerprint": problem.samples.fingerprint, "parameters": config.parameters.model_dump(),
         "seed": config.sketch.seed, "preconditioner": config.sketch.preconditioner, "kinds": list(asked.kinds),
-        "bits": list(asked.bits), "queries": asked.queries,
+        "bits": list(asked.bits), "queries": asked.queries, "compute_dtype": config.model.compute_dtype,
     }  # fmt: skip
 
 
@@ -216,8 +217,9 @@ def _take_up(out: Path, world: World, identity: dict[str, Any]) -> dict[str, Any
         path = out / RECORD_NAME
         if world.rank == 0 and path.exists():
             found = json.loads(path.read_text())
+            before = {"compute_dtype": identity["compute_dtype"]} | found["identity"]  # old records do not say it
             must_match(
-                found["identity"], identity, f"{path} holds a comparison", "choose another run.out, or go back to that"
+                before, identity, f"{path} holds a comparison", "choose another run.out, or go back to that"
             )
             record["rows"] = found["rows"]
     return world.broadcast(record, "rows of the comparison")

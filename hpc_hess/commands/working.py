@@ -10,22 +10,34 @@ from pathlib import Path
 from hpc_hess.config import Config
 from hpc_hess.parallel.world import World
 from hpc_hess.report.progress import Progress, make_progress
+from hpc_hess.starts import clear_starts, note_stop
 from hpc_hess.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.lock import RunLock
 
 
 @dataclass
 class Work:
-    """A command at work. ``held`` closes what it opens."""
+    """A command at work in ``out``. ``held`` closes what it opens; ``progressed``: something was kept to go on from."""
 
     world: World
     progress: Progress
     stopper: Stopper
     held: contextlib.ExitStack
+    out: Path
+    progressed: bool = False
+    _stopped: bool = False
 
     def stopped(self, reason: str, when: str = "") -> int:
-        """Say why the command ends early; return its exit code. Collective: yes."""
+        """Say why the command ends early; return its exit code. Collective: yes.
+
+        Raises
+        ------
+        ConfigError : it is the third start in a row without progress.
+
+        """
         self.progress.note(f"stopped early{when}: {reason}; run the same command to go on")
+        note_stop(self.world, self.out, reason, progressed=self.progressed)
+        self._stopped = True
         self.world.barrier("stop")
         return EXIT_STOPPED
 
@@ -46,4 +58,7 @@ def working(config: Config, world: World, out: Path, total: int) -> Iterator[Wor
         contextlib.ExitStack() as held,
     ):
         held.callback(RunLock.acquire(out, world).release)
-        yield Work(world, progress, stopper, held)
+        work = Work(world, progress, stopper, held, out)
+        yield work
+        if not work._stopped:
+            clear_starts(world, out)

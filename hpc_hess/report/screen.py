@@ -21,6 +21,7 @@ from hpc_hess.report.spectrum import (
     warnings,
 )
 from hpc_hess.report.words import count, duration, number, plural, printable, rates, size, trace_text
+from hpc_hess.storage.disk import allocated
 from hpc_hess.storage.examples import NAME as SKETCHES
 from hpc_hess.storage.examples import Examples
 from hpc_hess.storage.reader import StoreView, read_store
@@ -195,9 +196,10 @@ def _store(store: StoreView) -> list[str]:
     kind = "one file (mpio)" if schema.driver == "mpio" else f"{plural(schema.num_shards, 'rank file')}"
     shared = "one basis, reused by each probe" if schema.width == 1 else f"{schema.width} bases, reused by each group"
     kept = "a basis for each probe" if schema.keep_basis else shared
+    rows = f"{kept}: {schema.rows} rows of {schema.dtype}, {size(schema.basis_bytes)}" if schema.rows else "no basis is left"
     return [
         _line("parameters", f"{count(schema.num_params)} in {plural(len(store.layout), 'tensor')}"),
-        _line("store", f"{kind}; {kept}: {schema.rows} rows of {schema.dtype}, {size(schema.basis_bytes)}"),
+        _line("store", f"{kind}; {rows}"),
     ]
 
 
@@ -216,13 +218,18 @@ def _sketches(path: Path) -> str:
                 f"{sketch['dimension']:,} numbers, seed {sketch['seed']}")  # fmt: skip
 
 
+def _bytes(file: Path) -> int:
+    """Return what a file takes on the disk: holes take nothing."""
+    return min(file.stat().st_size, allocated(file))
+
+
 def _files(path: Path) -> list[str]:
     lines = []
     for entry in sorted(path.iterdir()):
         if entry.is_dir():
             inside = [f for f in entry.rglob("*") if f.is_file()]
-            total = sum(f.stat().st_size for f in inside)
+            total = sum(_bytes(f) for f in inside)
             lines.append(f"  {size(total):>10}  {entry.name}/ ({plural(len(inside), 'file')})")
         elif entry.is_file():
-            lines.append(f"  {size(entry.stat().st_size):>10}  {entry.name}")
+            lines.append(f"  {size(_bytes(entry)):>10}  {entry.name}")
     return lines

@@ -183,7 +183,7 @@ def _asymmetry(result: Mapping[str, Any], scale: float) -> str | None:
         return None
     return (
         f"The products are not symmetric: u·Hv and v·Hu differ by {number(100 * asymmetry, 2)} % of the largest |λ|, more "
-        "than the products' error explains. What is multiplied is not a Hessian, or the loss has kinks: look at hpc-hess check."
+        "than the products' error explains. What is multiplied is no Hessian, or the loss has kinks: see hpc-hess check."
     )
 
 

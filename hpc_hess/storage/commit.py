@@ -196,5 +196,7 @@ def _to_bitmap(bits: NDArray[np.bool_]) -> bytes:
 
 
 def _from_bitmap(data: bytes, bits: int) -> NDArray[np.bool_]:
+    if not bits:
+        return np.zeros(0, bool)
     array = np.frombuffer(data, np.uint8, count=_bitmap_bytes(bits))
     return np.unpackbits(array, count=bits, bitorder="little").astype(bool)

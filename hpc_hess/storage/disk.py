@@ -66,6 +66,18 @@ def reserve(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def allocated(path: Path) -> int:
+    """Return the bytes that a file, or all files of a directory, take on the disk: holes take none."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    return sum(512 * file.stat().st_blocks for file in files)
+
+
+def not_allocated(path: Path) -> int:
+    """Return the bytes of ``path`` that have no place on the disk yet: holes."""
+    info = os.stat(path)
+    return max(0, info.st_size - 512 * info.st_blocks)
+
+
 def give_back(path: Path, parts: Iterable[tuple[int, int]]) -> None:
     """Free the blocks of (first byte, length) parts of a file, which then read as zeros; its size stays.
 

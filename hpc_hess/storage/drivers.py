@@ -162,7 +162,7 @@ class RankFiles(_Rows):
         self.small: SmallData | None = None
         self._master: Any = None
         self._file: Any = open_rank_file(path.parent, schema, shard.index, shard.size, "r+")
-        bases = [self._file[f"basis/{k}"] for k in range(schema.bases if shard.size else 0)]
+        bases = [self._file[f"basis/{k}"] for k in range(schema.bases if shard.size and schema.rows else 0)]
         blocks = blocks_of_file(schema, shard.file_intervals, shard.size)
         file = schema.rank_file(path.parent, shard.index)
         super().__init__(file, bases, blocks, schema.numpy_dtype.itemsize, owner=True)

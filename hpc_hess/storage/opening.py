@@ -95,18 +95,27 @@ def communicator(world: World, driver: str) -> Any:
 
 def rebuild(
     run_dir: Path, header: Header, driver: str, sizes: dict[str, Any], *, layout: Layout, shard: Shard, world: World,
-    comm: Any,
+    comm: Any, state: Committed | None = None,
 ) -> Header:  # fmt: skip
-    """Replace a store by one of another driver, rank layout or size, with its committed state. Collective: yes."""
+    """Replace a store by one of another driver, rank layout or size, with its committed state. Collective: yes.
+
+    Parameters
+    ----------
+    sizes : fields of the new Schema that may differ. Without ``rows`` no basis is left, and no row is needed.
+    state : the committed state; default: as the ledger of ``header`` says.
+
+    """
     old = header.schema
-    state = newest(old.slots, header.ledger, run_dir / FILE)
+    state = state or newest(old.slots, header.ledger, run_dir / FILE)
     generation = world.broadcast(uuid.uuid4().hex[:12], "name the generation")
     schema = replace(
         old, driver=driver, generation="" if driver == "mpio" else generation, num_shards=world.shard_size, **sizes
     )
-    kept = [kept_rows(state, header.ledger, old.keep_basis, k) for k in range(old.probes)]
-    rows = [(k, row) for k in range(old.probes) for row in kept[k]]
-    ledger = _grown(header.ledger, old, schema, state)
+    if not schema.rows:
+        state = replace(state, rows=((),) * state.width)
+    keep_basis = old.keep_basis and schema.keep_basis
+    rows = [(k, row) for k in range(old.probes) for row in kept_rows(state, header.ledger, keep_basis, k)]
+    ledger = _grown(header.ledger, old, schema, state, rows)
     build(
         run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=header.attributes,
         ledger=ledger, source=header, rows=rows,
@@ -117,16 +126,13 @@ def rebuild(
     return Header(schema, header.attributes, {}, ledger)
 
 
-def _grown(old: Ledger, before: Schema, after: Schema, state: Committed) -> Ledger:
+def _grown(old: Ledger, before: Schema, after: Schema, state: Committed, rows: list[tuple[int, int]]) -> Ledger:
     """Return the ledger of the new generation: the same numbers, with checksums of the rows that are copied only."""
     ledger = Ledger.empty(after.slots, after.steps)
     ledger.alpha[: before.probes, : before.steps] = old.alpha
     ledger.beta[: before.probes, : before.steps] = old.beta
-    ledger.checksum[: before.probes, : before.rows] = old.checksum
-    for probe in state.group:
-        dropped = np.ones(after.rows, bool)
-        dropped[list(state.rows_of(probe))] = False
-        ledger.checksum[probe, dropped] = 0
+    for row in rows:
+        ledger.checksum[row] = old.checksum[row]
     if state.sequence:
         # in both slots: a single record that does not hold would look like a store that was never committed
         record = np.frombuffer(encode(state, after.slots, ledger), np.uint8)

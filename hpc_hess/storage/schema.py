@@ -13,7 +13,7 @@
     /probes/K/alpha, beta       recurrence coefficients, NaN where not reached   float64, `steps` long
     /probes/K/checksum          one per basis row, 0 where never committed   uint64, `rows` long
     /probes/K/basis             rows x num_params in the file index; shared by groups unless keep_basis; of bfloat16
-                                the bits, as uint16
+                                the bits, as uint16; no rows once the basis of finished probes was given up
     /commit                     two commit slots                             bytes
     /extra                      two areas of small resume state              bytes
 
@@ -41,7 +41,8 @@ from hpc_hess.storage.blocks import Block, regular_blocks
 from hpc_hess.storage.commit import Ledger, Slots
 from hpc_hess.storage.disk import FILE, RANKS, explaining, remedy
 
-FORMAT_VERSION = 2  # the newest; a store has the oldest that can say what it holds: 2 where rows are bfloat16
+# the newest; a store has the oldest that can say what it holds: 2 where rows are bfloat16, 3 where there are none
+FORMAT_VERSION = 3
 TEMPORARY = FILE + ".tmp"
 # HDF5 2.x writes a newer format by default; these bounds let 1.10 and 2.x open each other's files.
 _LIBVER = (h5f.LIBVER_EARLIEST, h5f.LIBVER_V110)
@@ -160,7 +161,7 @@ def create_master(
 ) -> None:
     """Write a complete krylov.h5 at ``path``, which must not exist. Called by one rank, with the serial driver."""
     with open_file(path, "x") as file:
-        file.attrs["format_version"] = FORMAT_VERSION if schema.dtype == "bfloat16" else 1
+        file.attrs["format_version"] = 3 if not schema.rows else 2 if schema.dtype == "bfloat16" else 1
         for key, value in asdict(schema).items():
             file.attrs[key] = value
         text = np.bytes_(json.dumps(attributes, indent=1, sort_keys=True).encode())
@@ -177,7 +178,7 @@ def create_master(
         for k, group in enumerate(groups):  # last: the small things lie together at the beginning
             if schema.basis_index(k) != k:
                 group["basis"] = groups[schema.basis_index(k)]["basis"]  # a hard link
-            elif schema.driver == "mpio":
+            elif schema.driver == "mpio" or not schema.rows:
                 _new(group, "basis", schema.numpy_dtype, (schema.rows, schema.num_params))
             else:
                 _virtual(group, k, schema, layout)
@@ -216,7 +217,7 @@ def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
 
 
 def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
-    """Write an empty rank file of ``size`` entries a row; no data sets if the rank owns nothing."""
+    """Write an empty rank file of ``size`` entries a row; no data sets if the rank owns nothing, or there are no rows."""
     with open_file(path, "x") as file:
         for key, value in (
             ("run_id", schema.run_id),
@@ -226,7 +227,7 @@ def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
         ):
             file.attrs[key] = value
         group = file.create_group("basis")
-        for k in range(schema.bases if size else 0):
+        for k in range(schema.bases if size and schema.rows else 0):
             _new(group, str(k), schema.numpy_dtype, (schema.rows, size))
 
 
@@ -246,7 +247,7 @@ def open_rank_file(run_dir: Path, schema: Schema, shard: int, size: int, mode: s
         wanted = {"run_id": schema.run_id, "generation": schema.generation, "shard": shard, "size": size}
         length = path.stat().st_size
         good = {key: file.attrs.get(key) for key in wanted} == wanted
-        for k in range(schema.bases if good and size else 0):
+        for k in range(schema.bases if good and size and schema.rows else 0):
             dataset = file.get(f"basis/{k}")
             good &= isinstance(dataset, h5py.Dataset) and dataset.shape == (schema.rows, size)
             good = good and dataset.dtype == schema.numpy_dtype

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_hess.errors import CollectiveError, HpcHessError
+from hpc_hess.errors import CollectiveError, HpcHessError, StoreError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.agree import attempt, explained, met
@@ -27,7 +27,7 @@ from hpc_hess.storage.background import Background
 from hpc_hess.storage.build import build, sum_checksums, sweep
 from hpc_hess.storage.checksum import partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger
-from hpc_hess.storage.disk import SAVE_SPACE, damaged_row
+from hpc_hess.storage.disk import SAVE_SPACE, damaged_row, not_allocated, require_space, reserve
 from hpc_hess.storage.drivers import Driver, choose_driver, open_driver
 from hpc_hess.storage.journal import Journal, Member, Plan, write_plan
 from hpc_hess.storage.lock import RunLock
@@ -58,9 +58,12 @@ class Store:
         self._started: list[tuple[int, int, Future[int]]] = []  # (probe, row, checksum of this rank's part)
         self._background = Background(threads=comm is None or _may_write_beside())
         self._journal = Journal(header.schema, header.ledger, self._path)
-        with attempt(world, self._path, "open the store", meet=comm is not None):
-            if world.replica == 0:
-                self._driver = open_driver(self._path, self.schema, shard, comm)
+        self._open_files()
+
+    def _open_files(self) -> None:
+        with attempt(self._world, self._path, "open the store", meet=self._comm is not None):
+            if self._world.replica == 0:
+                self._driver = open_driver(self._path, self.schema, self._shard, self._comm)
 
     # -- opening -------------------------------------------------------------------------------------------------
 
@@ -119,13 +122,14 @@ class Store:
     @classmethod
     def open(
         cls, run_dir: Path, *, layout: Layout, shard: Shard, world: World, driver: str = "auto",
-        probes: int = 0, steps: int = 0, rows: int = 0, width: int = 0, lock: RunLock | None = None,
+        probes: int = 0, steps: int = 0, rows: int = 0, width: int = 0, keep_basis: bool | None = None,
+        lock: RunLock | None = None,
     ) -> Store:  # fmt: skip
         """Open the store of a run, on any number of ranks and with either driver. Collective: yes.
 
         A store that this job cannot write as it is (rank files of another layout, the other driver, more ``probes``,
-        ``steps``, ``rows`` or ``width`` than it has room for) is rebuilt aside with the rows that are still needed, and
-        replaced.
+        ``steps``, ``rows`` or ``width`` than it has room for, another ``keep_basis``) is rebuilt aside with the rows that
+        are still needed, and replaced.
 
         Raises
         ------
@@ -145,7 +149,8 @@ class Store:
             old = header.schema
             kind = choose_driver(driver, world, old.driver)
             size = {"probes": probes, "steps": steps, "rows": rows, "width": min(width, max(probes, old.probes))}
-            grown = {key: max(value, getattr(old, key)) for key, value in size.items()}
+            grown: dict[str, Any] = {key: max(value, getattr(old, key)) for key, value in size.items()}
+            grown["keep_basis"] = old.keep_basis if keep_basis is None else keep_basis
             comm = communicator(world, kind)
             same = kind == old.driver and all(getattr(old, key) == value for key, value in grown.items())
             if not (same and (kind == "mpio" or same_shards(header, layout))):
@@ -315,6 +320,59 @@ class Store:
                 self._driver.give_back(
                     (basis, row) for basis in bases for row in range(self.schema.rows) if (basis, row) not in needed
                 )
+
+    def take_back(self) -> None:
+        """Allocate what was given back of the disk space of all rows. Collective: yes.
+
+        Raises
+        ------
+        StoreError : the disk has no room for it.
+
+        """
+        folder, schema = self._path.parent, self.schema
+        files = [self._path]
+        if schema.driver == "files":
+            files = [schema.rank_file(folder, shard) for shard in range(schema.num_shards)]
+        missing = 0
+        with attempt(self._world, self._path, "allocate the basis"):
+            if self._world.rank == 0:
+                missing = sum(not_allocated(file) for file in files)
+                require_space(folder, missing)
+        if self._world.broadcast(missing, "space of the basis"):
+            with attempt(self._world, self._path, "allocate the basis"):
+                if self._driver is not None and self._shard.index < len(files):
+                    reserve(files[self._shard.index])
+
+    def free_basis(self) -> None:
+        """Give up the rows of finished probes: a store without a basis takes this one's place. Collective: yes.
+
+        Later probes need one of their own: :meth:`open` with ``rows``. A kill leaves the old store or the new one.
+
+        Raises
+        ------
+        StoreError : the disk has no room for the small store; the old one stays, and is open.
+
+        """
+        if not self.schema.rows:
+            return
+        if not self.state.finished:
+            raise ValueError("the basis of a group that is going on is needed")
+        self.finish_rows()
+        with attempt(self._world, self._path, "close the store", meet=self._comm is not None):
+            if self._driver is not None:
+                self._driver.close()
+        self._driver = None
+        try:
+            self._header = rebuild(
+                self._path.parent, self._header, self.schema.driver, {"rows": 0, "keep_basis": False},
+                layout=self._shard.layout, shard=self._shard, world=self._world, comm=self._comm, state=self.state,
+            )  # fmt: skip
+        except StoreError:
+            self._open_files()
+            raise
+        self.schema = self._header.schema
+        self._journal = Journal(self.schema, self._header.ledger, self._path)
+        self._open_files()
 
     # -- closing -------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,12 @@ from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FORMAT_VERSION
 from tests.quick import run_quickly
 from tests.spawn import clean_environment
-from tests.store_toys import run
+from tests.store_toys import advance, check_state, reopen, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ROOT / "tests" / "formats"
 STORES = sorted(p.parent for p in FORMATS.glob("v*/*/krylov.h5"))
+FREED = [store for store in STORES if store.parent.name == "v3"]  # finished, without a basis
 WHEEL = Path(sys.prefix) / "h5py-wheel"
 END = [1, 6, True]
 
@@ -30,7 +31,7 @@ def test_every_version_and_driver_is_here():
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("store", STORES, ids=lambda p: f"{p.parent.name}-{p.name}")
+@pytest.mark.parametrize("store", [s for s in STORES if s not in FREED], ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_a_kept_store_opens_and_goes_on(tmp_path, store, ranks):
     here = shutil.copytree(store, tmp_path / "run")
     with read_store(here) as view:
@@ -43,6 +44,27 @@ def test_a_kept_store_opens_and_goes_on(tmp_path, store, ranks):
 
 def go_on(world: World, run_dir: str) -> list:
     return list(run(world, run_dir))  # checks every value, before and after
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("store", FREED, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_a_finished_store_without_a_basis_takes_more_probes(tmp_path, store, ranks):
+    here = shutil.copytree(store, tmp_path / "run")
+    with read_store(here) as view:
+        assert view.verify() == []
+        assert (view.state.probe, view.state.step, view.schema.rows) == (1, 6, 0)
+    assert run_quickly(one_more_probe, ranks, str(here)) == [(2, 6)] * ranks
+    with read_store(here) as view:
+        assert view.verify() == []
+        assert view.probes[2].rows == tuple(range(6))
+
+
+def one_more_probe(world: World, run_dir: str) -> tuple[int, int]:
+    with reopen(Path(run_dir), world, probes=3, rows=6) as store:
+        check_state(store)
+        advance(store)
+        check_state(store)
+        return store.state.probe, store.state.step
 
 
 @pytest.mark.skipif(

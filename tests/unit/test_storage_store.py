@@ -302,9 +302,9 @@ def test_opening_what_is_not_this_run(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     create(tmp_path, WORLD).close()
     with h5py.File(tmp_path / "krylov.h5", "r+") as file:
-        file.attrs["format_version"] = 3
+        file.attrs["format_version"] = 4
     for opener in (lambda: reopen(tmp_path, WORLD), lambda: read_store(tmp_path)):
-        with pytest.raises(StoreError, match=r"format version 3 .* reads up to 2: install a newer"):
+        with pytest.raises(StoreError, match=r"format version 4 .* reads up to 3: install a newer"):
             opener()
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from hpc_hess.analysis.sub_block import describe, heat_map, select, sub_block
+from hpc_hess.analysis.sub_block import Room, describe, heat_map, select, sub_block
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.keeping import KeepNothing
 from hpc_hess.parallel.layout import Layout
+from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from tests.spawn import run_ranks
 from tests.unit.test_blockwise import SHAPES, SIZE, make_space, operator_of
@@ -58,12 +59,12 @@ class StopError(Exception):
 
 
 class Recorded(KeepNothing):
-    """Keeps numbers in a list, and stops before the second one that is new."""
+    """Keeps vectors in a list, and stops before the second batch of them that is new."""
 
-    def __init__(self, kept: list[list[float]]) -> None:
+    def __init__(self, kept: list[list[Vector]]) -> None:
         self.kept, self.asked, self.new = kept, 0, 0
 
-    def numbers(self, make: Callable[[], Sequence[float]]) -> list[float]:
+    def vectors(self, make: Callable[[], Sequence[Vector]]) -> list[Vector]:
         self.asked += 1
         if self.asked > len(self.kept):
             self.new += 1
@@ -77,7 +78,7 @@ def test_stopped_between_two_batches() -> None:
     space = make_space(World.alone())
     operator = operator_of(space, not_quite_symmetric())
     selection = select(space.layout, TEXTS)
-    kept: list[list[float]] = []
+    kept: list[list[Vector]] = []
     for _ in range(20):
         try:
             found = sub_block(operator, selection, columns=3, keep=Recorded(kept))
@@ -103,6 +104,17 @@ def test_stopped_between_two_batches() -> None:
 def test_what_is_no_selection(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         select(Layout(SHAPES), [text])
+
+
+def test_entries_are_counted_before_they_are_listed() -> None:
+    large = Layout({"a.weight": (1 << 20, 1 << 17), "b.weight": (3, 5)})  # as indices a terabyte
+    room = Room(memory=8 * 6 * 100**2, disk=8 * 2 * 50**2)
+    with pytest.raises(ConfigError, match=r"selects 137,438,953,487 entries, .* room for 50 at most: select fewer"):
+        select(large, ["*"], room)
+    with pytest.raises(ConfigError, match="selects 71 entries, .* room for 50 at most"):
+        select(large, ["a.weight[:50]", "*[0:5, 0:3]"], room)
+    assert len(select(large, ["a.weight[7, :50]", "a.weight[7, 10:40]"], room).entries) == 50  # each counts once
+    assert len(select(large, ["a.weight[7, :100]"], Room(8 * 6 * 100**2, None)).entries) == 100
 
 
 def test_what_is_said_of_a_matrix() -> None:

@@ -33,11 +33,12 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     rest = ritz(found["alpha"], found["beta"])
     outliers = np.array(found["outliers"])
     inside = found["size"] * float(rest.weights @ rest.values)
+    squares = found["size"] * float(rest.weights @ rest.values**2)
     return [
         ["sum of the outliers", minus(number(float(outliers.sum()), 5))],
         ["trace of the rest (one probe: no error)", minus(number(inside, 5))],
         ["sum of squares of the outliers", number(float((outliers**2).sum()), 5)],
-        ["sum of squares of the rest (one probe: no error)", number(found["size"] * float(rest.weights @ rest.values**2), 5)],
+        ["sum of squares of the rest (one probe: no error)", number(squares, 5)],
     ]
 
 
