@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hpc_hess.errors import ModelError
+from hpc_hess.model.attention import scaled_dot_product_attention, wide
 
 Places = list[tuple[nn.Module, str]]
 Forward = Callable[..., Any]
@@ -116,14 +116,14 @@ class _Decomposed(TorchFunctionMode):
 def _layer_norm(
     input: torch.Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> torch.Tensor:
-    dims, x = tuple(range(-len(tuple(normalized_shape)), 0)), _wide(input)
+    dims, x = tuple(range(-len(tuple(normalized_shape)), 0)), wide(input)
     centred = x - x.mean(dims, keepdim=True)
     out = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     return _affine(out.to(input.dtype), weight, bias)
 
 
 def _rms_norm(input: torch.Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
-    dims, x = tuple(range(-len(tuple(normalized_shape)), 0)), _wide(input)
+    dims, x = tuple(range(-len(tuple(normalized_shape)), 0)), wide(input)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     return _affine((x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)).to(input.dtype), weight, None)
 
@@ -137,34 +137,6 @@ def _group_norm(
     return _affine(out, weight if weight is None else weight.view(shape), bias if bias is None else bias.view(shape))
 
 
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    if dropout_p:
-        raise ModelError("attention dropout is on: call model.eval() before taking exact products")
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
-    allowed = attn_mask
-    if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    elif attn_mask is not None and attn_mask.dtype != torch.bool:
-        allowed = attn_mask > -torch.inf
-        scores = scores + attn_mask.masked_fill(~allowed, 0.0)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    out = torch.softmax(_wide(scores), -1).to(value.dtype) @ value
-    # a token that sees nothing gets zeros, as from the fused kernels
-    return out if allowed is None or is_causal else out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Statistics are taken in fp32 at least, as the fused kernels do."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def _affine(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
@@ -172,5 +144,5 @@ def _affine(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
 
 _DECOMPOSITIONS: dict[Any, Any] = {
     F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm, torch.group_norm: _group_norm, F.scaled_dot_product_attention: _attention,
+    F.group_norm: _group_norm, torch.group_norm: _group_norm, F.scaled_dot_product_attention: scaled_dot_product_attention,
 }  # fmt: skip
