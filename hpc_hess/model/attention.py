@@ -25,7 +25,7 @@ from hpc_hess.errors import ModelError
 CHUNK_ENTRIES = 1 << 22
 _LEAST_ROWS = 16
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Any, ...]  # of tensors
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,13 @@ class Mask:
         if self.causal:
             places = torch.arange(low, high)[:, None]
             return Mask(torch.arange(keys)[None] <= places)
-        parts = [None if m is None else m[..., slice(low, high) if m.shape[-2] > 1 else slice(None), :keys]
-                 for m in (self.allowed, self.bias)]  # fmt: skip
-        return Mask(*parts)
+
+        def part(whole: torch.Tensor | None) -> torch.Tensor | None:
+            if whole is None:
+                return None
+            return whole[..., slice(low, high) if whole.shape[-2] > 1 else slice(None), :keys]
+
+        return Mask(part(self.allowed), part(self.bias))
 
 
 def attention(
@@ -71,7 +75,7 @@ def attention(
         whole = mask.rows(0, query.shape[-2], key.shape[-2]) if mask.causal else mask
         return _elementary(query, key, value, whole, scale)
     masks = (mask.allowed, mask.bias, mask.causal)
-    return _Attention.apply(query, key, value, *masks, scale)  # type: ignore[no-any-return]
+    return _Attention.apply(query, key, value, *masks, scale)
 
 
 def _elementary(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
@@ -136,7 +140,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:
         tensors, mask, scale = inputs[:3], Mask(*inputs[3:6]), inputs[6]
-        return torch.cat([_elementary(*_part(tensors, rows, keys), part, scale)
+        return torch.cat([_elementary_of(part, scale, *_part(tensors, rows, keys))
                           for rows, keys, part in _chunks(tensors[0], tensors[1], mask)], -2)  # fmt: skip
 
     @staticmethod
@@ -149,11 +153,12 @@ class _Attention(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         tensors, masks = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         dots = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents[:3], strict=True)]
-        return _Tangent.apply(*tensors, *dots, *masks, ctx.causal, ctx.scale)  # type: ignore[no-any-return]
+        return _Tangent.apply(*tensors, *dots, *masks, ctx.causal, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-        tensors, mask, scale = ctx.saved_tensors[:3], Mask(*ctx.saved_tensors[3:], ctx.causal), ctx.scale
+        saved, scale = ctx.saved_tensors, ctx.scale
+        tensors, mask = saved[:3], Mask(saved[3], saved[4], ctx.causal)
         return *_gradients(_elementary_of, tensors, mask, scale, out_bar), None, None, None, None
 
 
@@ -175,17 +180,19 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-        tensors, mask, scale = ctx.saved_tensors[:6], Mask(*ctx.saved_tensors[6:], ctx.causal), ctx.scale
+        saved, scale = ctx.saved_tensors, ctx.scale
+        tensors, mask = saved[:6], Mask(saved[6], saved[7], ctx.causal)
         return *_gradients(_tangent_of, tensors, mask, scale, out_bar), None, None, None, None
 
 
-def _elementary_of(mask: Mask, scale: float, *tensors: torch.Tensor) -> torch.Tensor:
-    return _elementary(*tensors, mask, scale)  # type: ignore[misc]
+def _elementary_of(mask: Mask, scale: float, *tensors: Any) -> torch.Tensor:
+    q, k, v = tensors
+    return _elementary(q, k, v, mask, scale)
 
 
-def _tangent_of(mask: Mask, scale: float, *tensors: torch.Tensor) -> torch.Tensor:
+def _tangent_of(mask: Mask, scale: float, *tensors: Any) -> torch.Tensor:
     """Return the tangent of one chunk: tensors are (q, k, v, q_dot, k_dot, v_dot)."""
-    return torch.func.jvp(partial(_elementary_of, mask, scale), tensors[:3], tensors[3:])[1]  # type: ignore[no-any-return,misc]
+    return torch.func.jvp(partial(_elementary_of, mask, scale), tensors[:3], tensors[3:])[1]
 
 
 def _gradients(
@@ -194,7 +201,7 @@ def _gradients(
     """Return the gradients of <out_bar, f> by all tensors, chunk by chunk."""
     sums = _Sums(tensors[1].shape[-2])
     for rows, keys, part in _chunks(tensors[0], tensors[1], mask):
-        _, pull = torch.func.vjp(partial(f, part, scale), *_part(tensors, rows, keys))  # type: ignore[misc]
+        pull = torch.func.vjp(partial(f, part, scale), *_part(tensors, rows, keys))[1]
         sums.add(pull(out_bar[..., rows, :]))
     return sums.all()
 

@@ -31,7 +31,7 @@ _EXTRA = re.compile(r"hpc-hess\[(\w+)\]")
 # what the sentences of other programs name: their own options
 _FOREIGN = {
     "--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test", "--nodes",
-    "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary",
+    "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary", "--overlap",
 }  # fmt: skip
 _NOT_SETTINGS = {"model.safetensors", "model.layers", *CHECKS}  # files, parameters, checks of the intake
 
