@@ -44,9 +44,8 @@ def facts(found: Mapping[str, Any]) -> str:
     return (
         f"{done} of {len(found['pairs'])} pairs converged to {number(found['tolerance'])} of the largest |λ|, after "
         f"{plural(found['products'], 'product')} and {plural(found['restarts'], 'restart')} of a basis of "
-        f"{found['vectors']} vectors. The eigenvectors are orthonormal to {number(found['orthogonality'], 2)} (a copy of one "
-        "would show as 1); they are "
-        f"rows of {found['store']}."
+        f"{found['vectors']} vectors. The eigenvectors are orthonormal to {number(found['orthogonality'], 2)} (a copy of "
+        f"one would show as 1); they are rows of {found['store']}."
     )
 
 
