@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(place: Path, out: Path, **changes: Any) -> Config:
     options: dict[str, Any] = {
         "model__master_dtype": "float64", "model__compute_dtype": "float64", "operator__method": "exact",
-        "lanczos__steps": 6, "run__grace_s": 0.0, "data__micro_batch": 3,
+        "lanczos__steps": 6, "lanczos__lock_step": 1, "run__grace_s": 0.0, "data__micro_batch": 3,
     }  # fmt: skip
     return make_config(settings_b(place / "model", place / "tokens.npy", out, **(options | changes)))
 
@@ -137,7 +137,7 @@ def test_an_unfinished_study_follows_the_probes(place: Path, world: World, tmp_p
 def test_what_is_compared_with_the_whole_follows_the_probes(place: Path, world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options: dict[str, Any] = {"operator__kind": "gauss_newton", "analysis__class_groups": 2, "analysis__class_steps": 3,
-                               "lanczos__steps": 3}  # fmt: skip
+                               "lanczos__steps": 3, "lanczos__seed": 1}  # fmt: skip
     assert run(settings(place, out, **options), world) == 0
     code, added = go(world, settings(place, out, **options, lanczos__probes=4))
     assert code == 0
@@ -145,7 +145,7 @@ def test_what_is_compared_with_the_whole_follows_the_probes(place: Path, world: 
     classes = result["studies"]["class_structure"]
     assert classes["lambda_max"] == result["lambda_max"]
     assert result["lambda_max"] > ritz(result["probes"][0]["alpha"], result["probes"][0]["beta"]).values[-1]
-    assert added <= 3 * 3 + 6  # products of the probes, the gradients at the beginning: none of the study
+    assert added <= 3 * 3 + 1  # products of the probes, a gradient: none of the study
 
 
 def test_the_spectra_of_blocks_follow_the_probes_and_the_pairs(place: Path, world: World, tmp_path: Path) -> None:
@@ -184,22 +184,22 @@ def test_a_sub_block_that_does_not_fit_is_refused_before_the_first_gradient(
 
     out = tmp_path / "run"
     monkeypatch.setattr(studies, "host_bytes_free", lambda: 8 * 6 * 200**2)
-    with pytest.raises(ConfigError, match=r"analysis.sub_block selects 6,992 entries, .* room for 200 at most: select") as caught:
+    with pytest.raises(ConfigError, match=r"sub_block selects 6,992 entries, .* room for 200 at most: select") as caught:
         run(settings(place, out, analysis__sub_block=["*"]), world)
     assert "\n" not in str(caught.value)
     assert not (out / "krylov.h5").exists()
-    assert run(settings(place, out, analysis__sub_block=[NORMS]), world) == 0
 
 
 def test_columns_are_rows_of_a_store(place: Path, world: World, tmp_path: Path) -> None:
     """Stopped within, on other ranks, with another number of columns at a time."""
     out, straight, text = tmp_path / "run", tmp_path / "straight", "model.layers.1.self_attn.k_proj.weight[0, :]"
-    options: dict[str, Any] = {"analysis__sub_block": [text, NORMS], "lanczos__steps": 2, "analysis__columns": 5}
+    options: dict[str, Any] = {"analysis__sub_block": [text, NORMS], "lanczos__steps": 2, "analysis__columns": 5,
+                               "data__micro_batch": 1}  # fmt: skip
     assert run(settings(place, straight, **options), world) == 0
-    assert go(world, settings(place, out, **options), 12)[0] == 75
+    assert go(world, settings(place, out, **options), 16)[0] == 75
     with read_store(out / "studies" / "sub_block" / "pieces") as view:
         assert view.schema.num_params == 22
-        assert 0 < len(view.probes[0].rows) < 22
+        assert len(view.probes[0].rows) == 10
     with pytest.raises(StoreError, match=r"holds this study with columns = 5, not 3"):
         run(settings(place, out, **options | {"analysis__columns": 3}), world)
     assert run_quickly(_on_ranks, 2, settings(place, out, **options)) == [0, 0]
@@ -234,7 +234,8 @@ def test_no_requeue_without_progress(
     too_short = settings(place, out, run__time_limit="0:00:00")
     assert [run(too_short, world) for _ in range(2)] == [75, 75]
     assert json.loads((out / STARTS).read_text()) == {"without_progress": 2}
-    with pytest.raises(ConfigError, match=r"3 starts in a row .* \(the time limit is near\): give .* run.time_limit") as caught:
+    words = r"3 starts in a row .* \(the time limit is near\): give the run more time \(run.time_limit"
+    with pytest.raises(ConfigError, match=words) as caught:
         run(too_short, world)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
