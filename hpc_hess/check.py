@@ -18,6 +18,7 @@ from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.model.trial import reached_finding
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
@@ -44,12 +45,18 @@ class RitzCheck:
     @property
     def product_error(self) -> float:
         """The part of the residual that the product's error explains, relative to theta."""
-        return math.sqrt(max(self.residual**2 - self.lanczos_residual**2, 0.0)) / abs(self.theta)
+        error = math.sqrt(max(self.residual**2 - self.lanczos_residual**2, 0.0))
+        return share(error, abs(self.theta))
 
 
 def relative_difference(product: Vector, reference: Vector) -> float:
     """Return |product - reference| / |reference|. Collective: yes."""
-    return product.copy().axpy_(-1.0, reference).norm() / reference.norm()
+    return share(product.copy().axpy_(-1.0, reference).norm(), reference.norm())
+
+
+def share(error: float, size: float) -> float:
+    """Return error / size, of a size of 0 as all of it (1) or, where nothing is wrong either, as nothing."""
+    return error / size if size else float(bool(error))
 
 
 def extreme_ritz_vector(process: Lanczos) -> tuple[Vector, float, float]:
@@ -106,6 +113,7 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     space, lanczos = problem.model.space, config.lanczos
     progress.phase("gradient at theta_0")
     base = problem.gradient.at_theta0()
+    problem.intake.add(reached_finding(problem.model, base[1]))
     found: dict[str, Any] = {"loss": base[0], "gradient_norm": base[1].norm(), "num_params": space.size,
                              "repeat": check_repeatable(problem.gradient),
                              "computes": what_is_computed(config, problem)}  # fmt: skip
@@ -129,9 +137,9 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     progress.phase("symmetry and linearity")
     hu, hv = operator.matvec(u), operator.matvec(v)
     scale = max(hu.norm(), hv.norm())
-    found["symmetry"] = abs(u.dot(hv) - v.dot(hu)) / scale
+    found["symmetry"] = share(abs(u.dot(hv) - v.dot(hu)), scale)
     both = operator.matvec(u.copy().axpy_(2.0, v))
-    found["linearity"] = both.axpy_(-1.0, hu).axpy_(-2.0, hv).norm() / scale
+    found["linearity"] = share(both.axpy_(-1.0, hu).axpy_(-2.0, hv).norm(), scale)
     progress.phase("a short Lanczos run")
     steps = min(lanczos.steps, 10)
     process = Lanczos(operator, Basis(space, steps), steps)
@@ -139,7 +147,8 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     while not process.finished:
         process.step()
     y, theta, residual = extreme_ritz_vector(process)
-    gram = max(abs(process.basis[i].dot(process.basis[j])) for i in range(process.step_count) for j in range(i))
+    pairs = [(i, j) for i in range(process.step_count) for j in range(i)]
+    gram = max((abs(process.basis[i].dot(process.basis[j])) for i, j in pairs), default=0.0)
     found |= {"theta": theta, "theta_residual": residual, "orthogonality_loss": gram, "lanczos_steps": steps}
     if exact is None:
         return found

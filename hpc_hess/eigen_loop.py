@@ -206,7 +206,7 @@ class EigenLoop:
         search = self._search
         return {
             "which": search.which, "tolerance": search.tolerance, "products": search.num_products,
-            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / pairs.scale,
+            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / (pairs.scale or 1.0),
             "orthogonality": self._orthogonality(pairs), "store": f"{FOLDER}/{FILE}",
         }  # fmt: skip
 

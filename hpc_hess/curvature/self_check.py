@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,9 @@ def _check_block(split: SplitModel, number: int, f: Stage, W: Tensors, x: Severa
 
 def disagreement(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Return the largest relative difference of a tensor if it is beyond rounding, else 0."""
-    floor = _FLOOR * max(float(r.norm()) for r in reference)
+    floor = _FLOOR * max((float(r.norm()) for r in reference), default=0.0)
+    if not floor:  # nothing depends on anything
+        return 0.0 if not any(bool(f.any()) for f in found) else math.inf
     errors = [float((f - r).norm()) / (float(r.norm()) + floor) for f, r in zip(found, reference, strict=True)]
     worst = max(errors)
     return worst if not worst <= _TOLERANCE[reference[0].dtype] else 0.0
