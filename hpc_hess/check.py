@@ -18,6 +18,7 @@ from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.model.trial import reached_finding
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
@@ -43,8 +44,8 @@ class RitzCheck:
 
     @property
     def product_error(self) -> float:
-        """The part of the residual that the product's error explains, relative to theta (0 where theta is)."""
-        return self.product_error_absolute / abs(self.theta) if self.theta else 0.0
+        """The part of the residual that the product's error explains, relative to theta."""
+        return share(self.product_error_absolute, abs(self.theta))
 
     @property
     def product_error_absolute(self) -> float:
@@ -53,9 +54,13 @@ class RitzCheck:
 
 
 def relative_difference(product: Vector, reference: Vector) -> float:
-    """Return |product - reference| / |reference|; of a reference that is zero, 1 unless both are. Collective: yes."""
-    difference, size = product.copy().axpy_(-1.0, reference).norm(), reference.norm()
-    return difference / size if size > 0 else float(difference > 0)
+    """Return |product - reference| / |reference|. Collective: yes."""
+    return share(product.copy().axpy_(-1.0, reference).norm(), reference.norm())
+
+
+def share(error: float, size: float) -> float:
+    """Return error / size, of a size of 0 as all of it (1) or, where nothing is wrong either, as nothing."""
+    return error / size if size else float(bool(error))
 
 
 def extreme_ritz_vector(process: Lanczos) -> tuple[Vector, float, float]:
@@ -126,6 +131,7 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     space, lanczos = problem.model.space, config.lanczos
     progress.phase("gradient at theta_0")
     base = problem.gradient.at_theta0()
+    problem.intake.add(reached_finding(problem.model, base[1]))
     found: dict[str, Any] = {"loss": base[0], "gradient_norm": base[1].norm(), "num_params": space.size,
                              "repeat": check_repeatable(problem.gradient),
                              "computes": what_is_computed(config, problem)}  # fmt: skip
@@ -148,10 +154,10 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
         operator = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
     progress.phase("symmetry and linearity")
     hu, hv = operator.matvec(u), operator.matvec(v)
-    scale = max(hu.norm(), hv.norm()) or 1.0  # a Hessian that is zero is symmetric and linear
-    found["symmetry"] = abs(u.dot(hv) - v.dot(hu)) / scale
+    scale = max(hu.norm(), hv.norm())
+    found["symmetry"] = share(abs(u.dot(hv) - v.dot(hu)), scale)
     both = operator.matvec(u.copy().axpy_(2.0, v))
-    found["linearity"] = both.axpy_(-1.0, hu).axpy_(-2.0, hv).norm() / scale
+    found["linearity"] = share(both.axpy_(-1.0, hu).axpy_(-2.0, hv).norm(), scale)
     progress.phase("a short Lanczos run")
     steps = min(lanczos.steps, 10)
     process = Lanczos(operator, Basis(space, steps), steps)

@@ -19,6 +19,7 @@ from hpc_hess.errors import ModelError, NumericsError, StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, next_products
 from hpc_hess.linalg.quadrature import ritz
+from hpc_hess.model.trial import reached_finding
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.placement import Bases, peak_bytes
@@ -131,6 +132,9 @@ class Loop:
         self.events.write({"event": "gradient", "seconds": seconds, "loss": loss, "norm": norm})
         self.tally.loss, self.tally.gradient_norm, self.tally.gradient_s = loss, norm, seconds
         self.tally.gradient_flops = int(self.world.max_over_ranks(counter.flops, "operations of a gradient"))
+        finding = reached_finding(self.problem.model, gradient)
+        self.problem.intake.add(finding)
+        self.tally.reached = asdict(finding)
         self.tally.routed = self.world.any_true(self.problem.gradient.routing.has_router, "routing")
         return gradient
 

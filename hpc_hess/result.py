@@ -65,6 +65,7 @@ class Tally:
     baseline_bytes: int = 0  # resident before the weights are loaded: the program's own
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
     lock_step: int = 1  # the most probes that shared a product
+    reached: dict[str, str] = field(default_factory=dict)  # the finding "model.reached", of the gradient at theta_0
     routed: bool | None = None  # whether experts were chosen at theta_0, which every gradient repeats
 
     @classmethod
@@ -127,7 +128,7 @@ def make_result(
                      "scheme": config.operator.scheme, "dtype": config.model.compute_dtype,
                      "master_dtype": config.model.master_dtype, "computes": tally.computes or None,
                      "sketch": config.sketch.model_dump() if config.operator.sketched else None},
-        "intake": problem.intake.to_json(),
+        "intake": _findings(problem, tally),
         "loss": tally.loss,
         "gradient_norm": tally.gradient_norm,
         "steps": config.lanczos.steps,
@@ -161,6 +162,12 @@ def make_result(
         "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
         "versions": _versions(),
     }  # fmt: skip
+
+
+def _findings(problem: Problem, tally: Tally) -> list[dict[str, str]]:
+    """Return the intake's findings; that of the gradient at theta_0 from whichever start measured it."""
+    found = [finding for finding in problem.intake.to_json() if finding["check"] != "model.reached"]
+    return [*found, tally.reached] if tally.reached else found
 
 
 def _rates(config: Config, tally: Tally, size_local: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hpc_hess.intake.forward import beginning, check_causal, check_padding, chec
 from hpc_hess.model.data import Samples
 from hpc_hess.model.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.shard import ShardedModel, local_part
+from hpc_hess.parallel.vector import Vector
 
 # settings of a configuration that let a forward pass write weights, and their value that does not
 _SWITCHES = {"rescale_every": 0}
@@ -87,6 +88,22 @@ def spanned_finding(model: ShardedModel) -> Finding:
         return passed("model.frozen", text)
     more = f" and {len(frozen) - 1} others" if len(frozen) > 1 else ""
     return noted("model.frozen", f"{text}: the model itself freezes '{frozen[0]}'{more}")
+
+
+def reached_finding(model: ShardedModel, gradient: Vector) -> Finding:
+    """Count the parameters of tensors whose gradient is exactly zero: the loss does not depend on them. Collective: yes."""
+    pieces = model.shard.pieces
+    mine = [bool(part.any()) for part in model.pieces_of(gradient.data)]
+    sums = model.world.sum_over_ranks(torch.tensor(mine, dtype=torch.float64), "parameters reached")
+    missed = [piece.parameter for piece, some in zip(pieces, sums.tolist(), strict=True) if not some]
+    count, size = sum(parameter.numel for parameter in missed), model.layout.num_params
+    if not missed:
+        return passed("model.reached", "every parameter tensor has a gradient")
+    if count == size:
+        return noted("model.reached", f"the loss depends on none of the {size:,} parameters: the matrix is zero")
+    names = ", ".join(f"'{parameter.name}'" for parameter in missed[:2]) + (", ..." if len(missed) > 2 else "")
+    text = f"the loss does not depend on {count:,} of {size:,} parameters (their gradient is exactly zero): {names}"
+    return noted("model.reached", text)
 
 
 def _state(model: ShardedModel) -> list[tuple[str, torch.Tensor]]:
