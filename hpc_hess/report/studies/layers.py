@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from hpc_hess.linalg.density import density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz
+from hpc_hess.report.densities import UNRESOLVED, draw_curve
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import CYCLE, INK, label_powers, linear_threshold, set_symlog
 from hpc_hess.report.words import minus, number
@@ -51,7 +52,7 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     _draw_parts(parts, found)
     return (
         "Above: densities of the matrix and of its block-diagonal part. Below: the range of eigenvalues of each block, by "
-        f"{found['steps']} Lanczos steps in it."
+        f"{found['steps']} Lanczos steps in it. {UNRESOLVED}"
     )
 
 
@@ -71,7 +72,7 @@ def _draw_density(axes: Axes, spectrum: Mapping[str, Any], whole: list[Ritz]) ->
     for parts, colour, label in ((whole, INK, "the matrix"), ([blocks], CYCLE[1], f"its blocks by {spectrum['blocks']}")):
         shape = density_symlog(parts, points=1200, width=width, linear=linear)
         peaks.append(float(shape.mean.max()))
-        axes.plot(symlog(shape.grid, linear), np.maximum(shape.mean, 1e-300), color=colour, label=label)
+        draw_curve(axes, shape, linear, color=colour, label=label)
     set_symlog(axes, "x", float(values.min()), float(values.max()), linear)
     axes.set_yscale("log")
     axes.set_ylim(max(peaks) * 1e-11, max(peaks) * 4)
