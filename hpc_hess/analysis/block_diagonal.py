@@ -7,7 +7,7 @@ blocks with those of A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from hpc_hess.linalg.blockwise import (
     compare_exact,
     compare_sampled,
 )
+from hpc_hess.linalg.measure import Recurrence, wasserstein_a_posteriori
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.parallel.partition import Partition
 from hpc_hess.parallel.vector import Vector
@@ -121,32 +122,48 @@ def _spectra(bench: Bench, blocks: Partition, parts: list[Ritz]) -> dict[str, An
     block_weights = np.concatenate([q.weights * n / size for q, n in zip(parts, blocks.sizes, strict=True)])
     distance = float(wasserstein_distance(values, block_values, weights, block_weights))
     top = _top([value for value, _ in bench.eigenvectors()], whole)
+    error = _distance_error(bench.recurrences, blocks, parts)
     return {
         "steps": max(len(q.values) for q in parts), "wasserstein": distance,
         "wasserstein_of_range": distance / (float(np.ptp(values)) or 1.0),
+        "wasserstein_error": error,
         "parts": [
             {"name": name, "size": n, "values": q.values.tolist(), "weights": q.weights.tolist(),
-             "residuals": q.residuals.tolist(), **stand_in(q.values, top)}
+             "residuals": q.residuals.tolist(), **stand_in(known_top(q), top)}
             for name, n, q in zip(blocks.names, blocks.sizes, parts, strict=True)
         ],
     }  # fmt: skip
 
 
+def _distance_error(recurrences: Sequence[Recurrence], blocks: Partition, parts: list[Ritz], risk: float = 0.05) -> float:
+    """Bound the error of the distance with probability 1 - ``risk``: what either quadrature is off its own spectrum."""
+    size, share = sum(blocks.sizes), risk / (blocks.count + 1)
+    return wasserstein_a_posteriori(recurrences, size, risk=share) + sum(
+        n / size * wasserstein_a_posteriori([q], n, points=60, risk=share)
+        for q, n in zip(parts, blocks.sizes, strict=True) if len(q.values)
+    )  # fmt: skip
+
+
+def known_top(q: Ritz) -> np.ndarray:
+    """Return the largest eigenvalues that the quadrature knows, descending: up to the first whose residual is not small."""
+    rounding = 1e-10 * np.abs(q.values).max(initial=0.0)
+    small = (q.residuals <= np.maximum(_KNOWN * np.abs(q.values), rounding))[::-1]
+    return q.values[::-1][: len(small) if small.all() else int(np.argmin(small))]
+
+
 def _top(eigenvalues: list[float], whole: list[Ritz]) -> np.ndarray:
     """Return the largest eigenvalues that are known, descending: of the search, or Ritz values with small residuals."""
-    best = max(whole, key=lambda q: len(q.values))
-    known = best.values[best.residuals < _KNOWN * np.abs(best.values)]
-    return np.sort(eigenvalues if np.sum(np.array(eigenvalues) > 0) >= np.sum(known > 0) else known)[::-1]
+    return max(np.sort(eigenvalues)[::-1], *map(known_top, whole), key=lambda values: int(np.sum(values > 0)))
 
 
 def stand_in(values: np.ndarray, top: np.ndarray, count: int = _TOP) -> dict[str, Any]:
-    """Compare the largest of ``values`` with ``top`` (descending, positive ones count) after the best rescaling.
+    """Compare the largest known eigenvalues ``values`` with ``top`` (descending, positive ones count), as many as both have.
 
     Schioppa 2024, table 1: the mean absolute difference over the mean of ``top``, with the positive factor of least squares.
+    ``top_count`` says how many: with none of them or one there is nothing to compare, and the error of one is 0.
     """
-    wanted = top[top > 0][:count]
-    have = np.sort(values)[::-1][: len(wanted)]
-    have = np.pad(np.maximum(have, 0.0), (0, len(wanted) - len(have)))
+    wanted = top[top > 0][: min(count, len(values))]
+    have = np.maximum(np.sort(values)[::-1][: len(wanted)], 0.0)
     if not wanted.size or not have.any():
         return {"scale": 0.0, "top_error": 1.0, "top_count": len(wanted)}
     scale = float(have @ wanted / (have @ have))

@@ -83,22 +83,25 @@ class Density:
         return near if tail < 0.5 else far
 
 
-def _averaged(kernels: list[Float], quadratures: list[Ritz]) -> tuple[Float, Float | None]:
+def _averaged(
+    kernels: list[Float], quadratures: list[Ritz], shares: Float | None = None
+) -> tuple[Float, Float | None]:
     """Return mean and spread over probes of the densities; kernels are (point, node)."""
     curves = np.array([phi @ q.weights for phi, q in zip(kernels, quadratures, strict=True)])
-    return curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else None
+    return np.average(curves, axis=0, weights=shares), curves.std(0, ddof=1) if len(curves) > 1 else None
 
 
 def _smooth(
-    quadratures: list[Ritz], points: Float, width: float, to_axis: Callable[[Float], Float], share: Share
-) -> tuple[Float, Float | None, Float, Float, Float]:
+    quadratures: list[Ritz], points: Float, width: float, to_axis: Callable[[Float], Float], share: Share,
+    shares: Float | None = None,
+) -> tuple[Float, Float | None, Float, Float, Float]:  # fmt: skip
     """Return mean, spread, bounds and the kernel's peak at ``points`` of an axis on which Ritz values lie at ``to_axis``."""
     kernels = [_gaussian(points[:, None] - to_axis(q.values), width) for q in quadratures]
     places = int(np.clip(3 * np.ptp(points) / width, 60, max(60, _PLACES / len(quadratures))))
     edges = np.array([_bounds(q, points, width, to_axis, share, places) for q in quadratures])
-    low, high = edges.mean(0)
+    low, high = np.average(edges, axis=0, weights=shares)
     peak = np.full(len(points), float(_gaussian(np.zeros(1), width)[0]))
-    return *_averaged(kernels, quadratures), np.maximum(low, 0.0), high, peak
+    return *_averaged(kernels, quadratures, shares), np.maximum(low, 0.0), high, peak
 
 
 def _gaussian(x: Float, width: float) -> Float:
@@ -160,9 +163,12 @@ def inverse_symlog(values: ArrayLike, linear: float) -> Float:
 
 
 def density_symlog(
-    quadratures: list[Ritz], *, points: int = 2000, width: float = 0.05, linear: float | None = None
-) -> Density:
+    quadratures: list[Ritz], *, points: int = 2000, width: float = 0.05, linear: float | None = None,
+    shares: Float | None = None,
+) -> Density:  # fmt: skip
     """Gaussian-smoothed density on a symmetric-log axis; ``width`` in decades, ``linear`` the axis' linear threshold.
+
+    ``shares`` of the quadratures in the mean, where they are of blocks: the band and ``spread`` are of probes only.
 
     ``linear`` defaults to 1e-5 of the largest |Ritz value|, so that five decades either side of zero are resolved.
     """
@@ -176,7 +182,7 @@ def density_symlog(
     def share(rule: Radau, x: float) -> tuple[float, float]:
         return rule.bounds(float(inverse_symlog(x, linear)))
 
-    smoothed = _smooth(quadratures, grid, width, lambda values: symlog(values, linear), share)
+    smoothed = _smooth(quadratures, grid, width, lambda values: symlog(values, linear), share, shares)
     return Density(inverse_symlog(grid, linear), *smoothed, width, "symlog", linear, len(quadratures))
 
 

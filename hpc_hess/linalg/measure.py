@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from hpc_hess.linalg.quadrature import Ritz, ritz
 
 Float = NDArray[np.float64]
-Recurrence = tuple[ArrayLike, ArrayLike]  # alpha and beta of a probe; m entries each, the last beta the residual norm
+Recurrence = tuple[ArrayLike, ArrayLike] | Ritz  # alpha and beta of a probe, m entries each, the last the residual norm
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Radau:
 
 def cumulative(recurrences: Sequence[Recurrence], points: ArrayLike, size: int, *, risk: float = 0.05) -> Cumulative:
     """Return the cumulative spectral density at ``points`` with bounds that hold for all of them together."""
-    x, rules = np.asarray(points, np.float64), [Radau(ritz(*r)) for r in recurrences]
+    x, rules = np.asarray(points, np.float64), [Radau(_gauss(r)) for r in recurrences]
     bounds = np.array([[rule.bounds(float(p)) for p in x] for rule in rules])  # (probe, point, 2)
     mean = np.mean([[_share(rule.gauss, p) for p in x] for rule in rules], axis=0)
     t = sampling_error(size, len(rules), risk / max(len(x), 1))
@@ -101,7 +101,7 @@ def mass(
 ) -> Interval:  # fmt: skip
     """Return the share of eigenvalues in [``above``, ``below``], with bounds: negative mass, mass near zero."""
     ends = [x for x in (above, below) if math.isfinite(x)]
-    rules = [Radau(ritz(*r)) for r in recurrences]
+    rules = [Radau(_gauss(r)) for r in recurrences]
     t = sampling_error(size, len(recurrences), risk / max(len(ends), 1))
     low, mean, high = 1.0, 1.0, 1.0
     for x in ends:
@@ -113,6 +113,10 @@ def mass(
         else:  # without what lies above
             low, mean, high = low - (1 - strictly) - t, mean - (1 - gauss), high - (1 - at_most) + t
     return Interval(max(0.0, low), mean, min(1.0, high))
+
+
+def _gauss(recurrence: Recurrence) -> Ritz:
+    return recurrence if isinstance(recurrence, Ritz) else ritz(*recurrence)
 
 
 def _share(q: Ritz, x: float, *, strict: bool = False) -> float:
@@ -135,7 +139,7 @@ def wasserstein_a_posteriori(
     The area between the cumulative density's bounds and its mean, over the range of the Ritz values: an eigenvalue beyond
     the outermost Ritz value by more than that one's residual is not accounted for.
     """
-    quadratures = [ritz(*r) for r in recurrences]
+    quadratures = [_gauss(r) for r in recurrences]
     low = min(q.values[0] - np.nan_to_num(q.residuals[0]) for q in quadratures)
     high = max(q.values[-1] + np.nan_to_num(q.residuals[-1]) for q in quadratures)
     nodes = np.concatenate([q.values for q in quadratures])
