@@ -107,7 +107,7 @@ class AnalysisSection(_Section):
     block_diagonal: list[Literal["layer", "tensor", "head", "row"]] = []
     block_samples: int = Field(default=8, ge=2)
     block_spectrum: Literal["", "layer", "tensor"] = ""
-    block_steps: int = Field(default=10, ge=2)
+    block_steps: int = Field(default=30, ge=2)
     class_groups: int = Field(default=0, ge=0)
     class_steps: int = Field(default=20, ge=2)
     sub_block: list[str] = []

@@ -25,7 +25,7 @@ from hpc_hess.linalg.blockwise import (
     compare_exact,
     compare_sampled,
 )
-from hpc_hess.linalg.measure import Recurrence
+from hpc_hess.linalg.measure import Recurrence, wasserstein_a_posteriori
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.parallel.partition import Partition
 from hpc_hess.parallel.vector import Vector
@@ -141,25 +141,46 @@ def _spectra(
     return {
         "steps": max(len(part["values"]) for part in parts), "wasserstein": distance,
         "wasserstein_of_range": distance / (float(np.ptp(values)) or 1.0),
-        "parts": [part | stand_in(np.array(part["values"]), top) for part in parts],
+        "wasserstein_error": _distance_error(recurrences, parts),
+        "parts": [part | stand_in(known_top(_ritz(part)), top) for part in parts],
     }  # fmt: skip
+
+
+def _ritz(part: dict[str, Any]) -> Ritz:
+    """Return a block's quadrature as it was kept."""
+    values = np.array(part["values"])
+    return Ritz(values, np.array(part["weights"]), np.array(part.get("residuals", [np.nan] * len(values))))
+
+
+def _distance_error(recurrences: Sequence[Recurrence], parts: Sequence[dict[str, Any]], risk: float = 0.05) -> float:
+    """Bound the error of the distance with probability 1 - ``risk``: what either quadrature is off its own spectrum."""
+    size, share = sum(part["size"] for part in parts), risk / (len(parts) + 1)
+    return wasserstein_a_posteriori(recurrences, size, risk=share) + sum(
+        part["size"] / size * wasserstein_a_posteriori([_ritz(part)], part["size"], points=60, risk=share)
+        for part in parts if len(part["values"])
+    )  # fmt: skip
+
+
+def known_top(q: Ritz) -> np.ndarray:
+    """Return the largest eigenvalues that the quadrature knows, descending: up to the first whose residual is not small."""
+    rounding = 1e-10 * np.abs(q.values).max(initial=0.0)
+    small = (q.residuals <= np.maximum(_KNOWN * np.abs(q.values), rounding))[::-1]
+    return q.values[::-1][: len(small) if small.all() else int(np.argmin(small))]
 
 
 def _top(eigenvalues: Sequence[float], whole: list[Ritz]) -> np.ndarray:
     """Return the largest eigenvalues that are known, descending: of the search, or Ritz values with small residuals."""
-    best = max(whole, key=lambda q: len(q.values))
-    known = best.values[best.residuals < _KNOWN * np.abs(best.values)]
-    return np.sort(eigenvalues if np.sum(np.array(eigenvalues) > 0) >= np.sum(known > 0) else known)[::-1]
+    return max(np.sort(eigenvalues)[::-1], *map(known_top, whole), key=lambda values: int(np.sum(values > 0)))
 
 
 def stand_in(values: np.ndarray, top: np.ndarray, count: int = _TOP) -> dict[str, Any]:
-    """Compare the largest of ``values`` with ``top`` (descending, positive ones count) after the best rescaling.
+    """Compare the largest known eigenvalues ``values`` with ``top`` (descending, positive ones count), as many as both have.
 
     Schioppa 2024, table 1: the mean absolute difference over the mean of ``top``, with the positive factor of least squares.
+    ``top_count`` says how many: with none of them or one there is nothing to compare, and the error of one is 0.
     """
-    wanted = top[top > 0][:count]
-    have = np.sort(values)[::-1][: len(wanted)]
-    have = np.pad(np.maximum(have, 0.0), (0, len(wanted) - len(have)))
+    wanted = top[top > 0][: min(count, len(values))]
+    have = np.maximum(np.sort(values)[::-1][: len(wanted)], 0.0)
     if not wanted.size or not have.any():
         return {"scale": 0.0, "top_error": 1.0, "top_count": len(wanted)}
     scale = float(have @ wanted / (have @ have))

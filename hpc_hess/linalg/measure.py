@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import eigh_tridiagonal, solve_banded
 
 from hpc_hess.linalg.quadrature import Ritz, ritz
 
 Float = NDArray[np.float64]
-Recurrence = tuple[ArrayLike, ArrayLike]  # alpha and beta of a probe; m entries each, the last beta the residual norm
+Recurrence = tuple[ArrayLike, ArrayLike] | Ritz  # alpha and beta of a probe, m entries each, the last the residual norm
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,28 @@ def sampling_error(size: int, probes: int, risk: float) -> float:
 
 
 class Radau:
-    """Bounds of one probe's measure up to any point: Chebyshev, Markov, Stieltjes with a node put there."""
+    """Bounds of one probe's measure up to any point: Chebyshev, Markov, Stieltjes with a node put there.
 
-    def __init__(self, recurrence: Recurrence) -> None:
-        alpha, beta = (np.asarray(part, np.float64) for part in recurrence)
-        m = len(alpha)
-        self._alpha, self._beta = alpha, beta[: m - 1]
-        self._last = float(beta[m - 1]) if len(beta) >= m else 0.0
-        self.gauss = ritz(alpha, beta)
-        self._tiny = 1e-13 * float(np.abs(self.gauss.values).max() + self._last)
+    In the basis of the Ritz vectors T with one row more is an arrow: the Ritz values, and beta_m times the last components of
+    their eigenvectors, whose signs alternate against those of the first components. Without beta_m nothing is known.
+    """
+
+    def __init__(self, gauss: Ritz) -> None:
+        signs = np.where(np.arange(len(gauss.values)) % 2, -1.0, 1.0)
+        self.gauss, self._first = gauss, signs * np.sqrt(gauss.weights)
+        self._arrow = np.zeros((len(signs) + 1,) * 2)
+        self._arrow[:-1, :-1] = np.diag(gauss.values)
+        self._arrow[-1, :-1] = self._arrow[:-1, -1] = gauss.residuals
+        last = float(np.linalg.norm(gauss.residuals))
+        self._tiny = 1e-13 * float(np.abs(gauss.values).max() + last)
+        self.exhausted = last <= self._tiny  # the Krylov space is: the measure is known
 
     def bounds(self, x: float) -> tuple[float, float]:
         """Return bounds of mu_v((-inf, x)) from below and of mu_v((-inf, x]) from above."""
         values, weights = self.gauss.values, self.gauss.weights
-        if self._last <= self._tiny:  # the Krylov space is exhausted: the measure is known
+        if not math.isfinite(self._tiny):
+            return 0.0, 1.0
+        if self.exhausted:
             return float(weights[values < x].sum()), float(weights[values <= x].sum())
         if np.abs(values - x).min() > self._tiny:  # else the Gauss rule has the node already
             values, weights = self._with_node(x)
@@ -73,19 +80,14 @@ class Radau:
 
     def _with_node(self, x: float) -> tuple[Float, Float]:
         """Return nodes and weights of the rule with a node at ``x`` (Golub 1973): one more row of T, chosen for that."""
-        m = len(self._alpha)
-        shifted = np.zeros((3, m))
-        shifted[0, 1:], shifted[1], shifted[2, :-1] = self._beta, self._alpha - x, self._beta
-        right = np.zeros(m)
-        right[-1] = self._last**2
-        delta = float(solve_banded((1, 1), shifted, right)[-1])
-        values, vectors = eigh_tridiagonal(np.append(self._alpha, x + delta), np.append(self._beta, self._last))
-        return values, vectors[0] ** 2
+        self._arrow[-1, -1] = x + float((self.gauss.residuals**2 / (self.gauss.values - x)).sum())
+        values, vectors = np.linalg.eigh(self._arrow)
+        return values, (self._first @ vectors[:-1]) ** 2
 
 
 def cumulative(recurrences: Sequence[Recurrence], points: ArrayLike, size: int, *, risk: float = 0.05) -> Cumulative:
     """Return the cumulative spectral density at ``points`` with bounds that hold for all of them together."""
-    x, rules = np.asarray(points, np.float64), [Radau(r) for r in recurrences]
+    x, rules = np.asarray(points, np.float64), [Radau(_gauss(r)) for r in recurrences]
     bounds = np.array([[rule.bounds(float(p)) for p in x] for rule in rules])  # (probe, point, 2)
     mean = np.mean([[_share(rule.gauss, p) for p in x] for rule in rules], axis=0)
     t = sampling_error(size, len(rules), risk / max(len(x), 1))
@@ -99,7 +101,7 @@ def mass(
 ) -> Interval:  # fmt: skip
     """Return the share of eigenvalues in [``above``, ``below``], with bounds: negative mass, mass near zero."""
     ends = [x for x in (above, below) if math.isfinite(x)]
-    rules = [Radau(r) for r in recurrences]
+    rules = [Radau(_gauss(r)) for r in recurrences]
     t = sampling_error(size, len(recurrences), risk / max(len(ends), 1))
     low, mean, high = 1.0, 1.0, 1.0
     for x in ends:
@@ -111,6 +113,10 @@ def mass(
         else:  # without what lies above
             low, mean, high = low - (1 - strictly) - t, mean - (1 - gauss), high - (1 - at_most) + t
     return Interval(max(0.0, low), mean, min(1.0, high))
+
+
+def _gauss(recurrence: Recurrence) -> Ritz:
+    return recurrence if isinstance(recurrence, Ritz) else ritz(*recurrence)
 
 
 def _share(q: Ritz, x: float, *, strict: bool = False) -> float:
@@ -133,7 +139,7 @@ def wasserstein_a_posteriori(
     The area between the cumulative density's bounds and its mean, over the range of the Ritz values: an eigenvalue beyond
     the outermost Ritz value by more than that one's residual is not accounted for.
     """
-    quadratures = [ritz(*r) for r in recurrences]
+    quadratures = [_gauss(r) for r in recurrences]
     low = min(q.values[0] - np.nan_to_num(q.residuals[0]) for q in quadratures)
     high = max(q.values[-1] + np.nan_to_num(q.residuals[-1]) for q in quadratures)
     nodes = np.concatenate([q.values for q in quadratures])

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from hpc_hess.linalg.density import density_symlog, symlog
+from hpc_hess.linalg.density import Density, density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz
-from hpc_hess.report.style import linear_threshold, set_symlog
+from hpc_hess.report.style import MUTED, linear_threshold, set_symlog
 
 Float = NDArray[np.float64]
 
@@ -34,6 +34,25 @@ def smoothing_width(values: Float, linear: float, count: int) -> float:
     return float(np.clip(0.5 * span / max(count, 1), 0.05, 0.3))
 
 
+def draw_unresolved(axes: Axes, x: Float, low: Float, high: Float, where: NDArray[np.bool_], colour: str = MUTED) -> None:
+    """Hatch what the density may be where it is not resolved."""
+    axes.fill_between(x, low, high, where=where, facecolor="none", edgecolor=colour, hatch="////", alpha=0.35, linewidth=0)
+
+
+def draw_curve(axes: Axes, shape: Density, linear: float, **look: Any) -> None:
+    """Draw a density on a symmetric-log axis: a line where it is resolved, elsewhere hatched up to its bound."""
+    x, peak = symlog(shape.grid, linear), float(shape.mean.max())
+    axes.plot(x, np.where(shape.resolved, np.maximum(shape.mean, 1e-300), np.nan), **look)
+    low, high = (np.clip(edge, peak * 1e-30, peak * 1e3) for edge in (shape.low, shape.high))
+    draw_unresolved(axes, x, low, high, ~shape.resolved, look["color"])
+
+
+UNRESOLVED = (
+    "Hatched, without a line: the steps do not tell the density to a factor of two; it lies within the hatching, but for the "
+    "scatter of random probes."
+)  # of captions
+
+
 def draw_densities(
     axes: Axes, curves: Sequence[Curve], scale: Ritz, others: Float
 ) -> tuple[Callable[[Any], Float], float, float]:
@@ -49,8 +68,7 @@ def draw_densities(
     for curve in curves:
         shape = density_symlog(curve.parts, points=1200, width=width, linear=linear)
         peak = max(peak, float(shape.mean.max()))
-        axes.plot(symlog(shape.grid, linear), np.maximum(shape.mean, 1e-300), color=curve.colour, label=curve.label,
-                  linewidth=curve.linewidth)  # fmt: skip
+        draw_curve(axes, shape, linear, color=curve.colour, label=curve.label, linewidth=curve.linewidth)
     axes.set_yscale("log")
     axes.set_ylabel("density per decade of λ")
     axes.set_xlabel("eigenvalue λ, symmetric-log axis")

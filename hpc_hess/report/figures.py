@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hpc_hess.linalg.density import Density, density, density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.report import cumulative, studies
-from hpc_hess.report.densities import smoothing_width
+from hpc_hess.report.densities import draw_unresolved, smoothing_width
 from hpc_hess.report.rundir import step_events
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import (
@@ -103,8 +103,6 @@ def _density_plot(parts: list[Ritz], size: int, folder: Path, kind: str) -> Plot
     figure = _figure(8.4, 5.2)
     top, rug = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     over = f"mean of {len(parts)} probes" if len(parts) > 1 else "one probe"
-    if size:
-        over += ", band: where the smoothed density lies with 95 % probability at each place (random probes)"
     if kind == "linear":
         rug.xaxis.set_major_locator(MaxNLocator(7))
         shape = density(parts, points=1200)
@@ -129,9 +127,20 @@ def _density_plot(parts: list[Ritz], size: int, folder: Path, kind: str) -> Plot
     _draw_rug(rug, parts, place)
     _mark_ends(top, rug, float(values.min()), float(values.max()), place)
     figure.align_ylabels()
-    caption = f"{over[0].upper()}{over[1:]}; {smoothing}; {note}. "
-    caption += "Below: the Ritz values, height is the weight. Gaps between neighbouring Ritz values are not resolved."
+    caption = f"{over[0].upper()}{over[1:]}; {smoothing}; {note}. {_certainty(shape, size)} "
+    caption += "Below: the Ritz values, height is the weight."
     return _save(figure, folder, "density" if kind == "linear" else "density_symlog", title, caption)
+
+
+def _certainty(shape: Density, size: int) -> str:
+    """Say what line, band and hatching of a density mean."""
+    band = "between the edges of the band the smoothed density lies with 95 % probability at each place" if size else ""
+    if shape.resolved.all():
+        return f"{band[0].upper()}{band[1:]}." if band else ""
+    hatched = "No line where the steps do not tell the density to a factor of two (hatched: up to its bound)"
+    if not np.isfinite(shape.high).all():
+        hatched = "No line: without the last residual norm nothing bounds the density (hatched)"
+    return f"{hatched}; {band}." if band else f"{hatched}."
 
 
 def _draw_density(axes: Axes, shape: Density, x: Float, nodes: Float, size: int) -> None:
@@ -140,14 +149,16 @@ def _draw_density(axes: Axes, shape: Density, x: Float, nodes: Float, size: int)
     floor = float(np.interp(nodes, shape.grid, shape.mean).min()) / 10
     floor = min(max(floor, peak * _FLOOR), peak * 1e-3)
     under = floor * 1e-3  # out of sight, so that steep flanks are drawn to the axis
-    curve = np.maximum(shape.mean, under)
+    curve = np.where(shape.resolved, np.maximum(shape.mean, under), np.nan)
     axes.set_yscale("log")
     for colour, side in ((NEGATIVE, shape.grid <= 0), (POSITIVE, shape.grid >= 0)):
         shade = colour if nodes.min() < 0 else POSITIVE  # smoothing alone makes no negative curvature
-        axes.fill_between(x, under, curve, where=side, color=shade, alpha=0.16, linewidth=0)
+        axes.fill_between(x, under, curve, where=side & shape.resolved, color=shade, alpha=0.16, linewidth=0)
+    low, high = shape.band(size, everywhere=False) if size else (shape.low, shape.high)
+    low, high = (np.clip(edge, under, peak * 1e3) for edge in (low, high))
+    draw_unresolved(axes, x, low, high, ~shape.resolved)
     if size:
-        low, high = (np.maximum(edge, under) for edge in shape.band(size, everywhere=False))
-        axes.fill_between(x, low, high, color=MUTED, alpha=0.28, linewidth=0)
+        axes.fill_between(x, low, high, where=shape.resolved, color=MUTED, alpha=0.28, linewidth=0)
     axes.plot(x, curve, color=INK)
     axes.set_ylim(floor, peak * 4)
     label_powers(axes, 9)

@@ -56,21 +56,21 @@ def test_radau_brackets_the_measure_of_a_probe(steps: int) -> None:
     start = probes.draw(space, seed=5, probe=0, distribution="gaussian").data.numpy()
     weights = start**2 / (start @ start)
     for x in [-20.0, -8.5, -0.3, 0.0, 1e-3, 0.2, 1.0, 3.0, 39.0, 41.0]:
-        low, high = Radau(recurrences(5, 1, steps)[0]).bounds(x)
+        low, high = Radau(ritz(*recurrences(5, 1, steps)[0])).bounds(x)
         assert low <= weights[spectrum() < x].sum() + 1e-10
         assert high >= weights[spectrum() <= x].sum() - 1e-10
-    gaps = [np.subtract(*Radau(recurrences(5, 1, m)[0]).bounds(0.2)[::-1]) for m in (3, 8, 25)]
+    gaps = [np.subtract(*Radau(ritz(*recurrences(5, 1, m)[0])).bounds(0.2)[::-1]) for m in (3, 8, 25)]
     assert gaps[0] > gaps[1] > gaps[2]
 
 
 def test_a_ritz_value_and_an_exhausted_space() -> None:
     alpha, beta = recurrences(5, 1, 8)[0]
     q = ritz(alpha, beta)
-    low, high = Radau((alpha, beta)).bounds(float(q.values[3]))
+    low, high = Radau(q).bounds(float(q.values[3]))
     assert low == pytest.approx(q.weights[:3].sum())
     assert high == pytest.approx(q.weights[:4].sum())
-    assert Radau(([2.0], [0.0])).bounds(2.0) == (0.0, 1.0)
-    assert Radau(([2.0], [0.0])).bounds(3.0) == (1.0, 1.0)
+    assert Radau(ritz([2.0], [0.0])).bounds(2.0) == (0.0, 1.0)
+    assert Radau(ritz([2.0], [0.0])).bounds(3.0) == (1.0, 1.0)
 
 
 def test_cumulative_and_masses_hold_over_seeds() -> None:
@@ -113,17 +113,16 @@ def test_wasserstein_bounds() -> None:
 
 def test_smoothed_densities_lie_within_their_bands() -> None:
     width, inside = 1.0, 0
-    for seed in range(100):
-        found = density([ritz(*r) for r in recurrences(seed, 8, 40)], points=300, width=width)
+    for seed in range(20):
+        found = density([ritz(*r) for r in recurrences(seed, 8, 40)], points=150, width=width)
         band = found.band(SIZE)
         z = (found.grid[:, None] - spectrum()) / width
         truth = np.exp(-0.5 * z**2).mean(1) / (width * math.sqrt(2 * math.pi))
-        # where there is nothing to see, quadrature leaves a trace below every scale of the plot
-        inside += bool(((band[0] <= truth + 1e-5) & (truth <= band[1] + 1e-5)).all())
-    assert inside >= 95
+        inside += bool(((band[0] <= truth * (1 + 1e-9) + 1e-15) & (truth <= band[1] * (1 + 1e-9) + 1e-15)).all())
+    assert inside >= 19
     bulk = np.abs(found.grid) < 1
-    assert (band[1] / band[0])[bulk].max() < 1.6  # hundreds of eigenvalues under a kernel
-    assert (band[1] / band[0]).max() > 10  # one of them
+    assert (band[1] / band[0])[bulk].max() < 2.2  # hundreds of eigenvalues under a kernel
+    assert (band[1] / np.maximum(band[0], 1e-300)).max() > 10  # one of them
 
 
 def test_every_density_integrates_to_one_and_is_not_negative() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.report.densities import Curve, draw_densities
+from hpc_hess.report.densities import UNRESOLVED, Curve, draw_densities
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import CYCLE, INK, MUTED, label_powers
 from hpc_hess.report.words import number, plural
@@ -53,7 +53,8 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     figure.legend(loc="outside upper right", ncols=3)
     return (
         "Densities of the Gauss-Newton matrix and of what is left of it outside the span of the class means; triangles: the "
-        "eigenvalues of A1 + A2, the part that the means make."
+        "eigenvalues of A1 + A2, the part that the means make. "
+        f"{UNRESOLVED}"
     )
 
 

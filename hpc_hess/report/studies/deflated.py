@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.report.densities import Curve, draw_densities
+from hpc_hess.report.densities import UNRESOLVED, Curve, draw_densities
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, label_powers
 from hpc_hess.report.words import minus, number
@@ -62,7 +62,8 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     figure.legend(loc="outside upper right", ncols=3)
     return (
         "Black: the density of the matrix without its outliers (one probe). Lines: the outliers, each as high as exactly "
-        "one eigenvalue smoothed like the curve. Grey: the density of the run's own probes, outliers and all."
+        "one eigenvalue smoothed like the curve. Grey: the density of the run's own probes, outliers and all. "
+        f"{UNRESOLVED}"
     )
 
 

@@ -11,22 +11,34 @@ from matplotlib.figure import Figure
 
 from hpc_hess.linalg.density import density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz
+from hpc_hess.report.densities import UNRESOLVED, draw_curve
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import CYCLE, INK, label_powers, linear_threshold, set_symlog
 from hpc_hess.report.words import minus, number
 
 TITLE = "Blocks on their own, and for the whole"
-HEADERS = ["Block", "Entries", "λ max", "λ min", "Factor", "Error of the top eigenvalues"]
+HEADERS = ["Block", "Entries", "λ max", "λ min", "Factor", "Error of the top eigenvalues", "of"]
 
 
 def facts(found: Mapping[str, Any]) -> str:
     """Say how far the spectra are apart, and what the columns mean."""
-    best = min(found["parts"], key=lambda part: part["top_error"])
-    return (
+    span = found["wasserstein"] / found["wasserstein_of_range"] if found["wasserstein_of_range"] else 1.0
+    error = found.get("wasserstein_error")
+    give = f", give or take {number(100 * error / span, 2)} % at most with 95 % probability" if error is not None else ""
+    said = (
         f"The spectra of the matrix and of its blocks by {found['blocks']} are "
-        f"{number(100 * found['wasserstein_of_range'], 2)} % of the range apart (Wasserstein distance). If one block stands "
-        f"for the whole, its {best['top_count']} largest eigenvalues, times the best factor, miss those of the matrix by "
-        f"{number(100 * best['top_error'], 3)} % at best ({best['name']}, times {number(best['scale'], 3)})."
+        f"{number(100 * found['wasserstein_of_range'], 2)} % of the range apart (Wasserstein distance{give}). "
+    )
+    most = max(part["top_count"] for part in found["parts"])
+    if error is None or most < 2:  # of a run without errors: its top eigenvalues need not have converged
+        return said + "Too few of the largest eigenvalues are known to compare a block with the whole: more steps are needed."
+    best = min((part for part in found["parts"] if part["top_count"] == most), key=lambda part: part["top_error"])
+    fewer = sum(part["top_count"] < most for part in found["parts"])
+    return said + (
+        f"If one block stands for the whole, its {most} largest eigenvalues, times the best factor, miss those of the matrix "
+        f"by {number(100 * best['top_error'], 3)} % at best ({best['name']}, times {number(best['scale'], 3)}). Eigenvalues "
+        "count whose residual is below 1 % of them"
+        + (f"; blocks with fewer such ({fewer}) are left out." if fewer else ".")
     )
 
 
@@ -34,9 +46,14 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     """Return a row for each block."""
     return [
         [part["name"], f"{part['size']:,}", minus(number(max(part["values"]))), minus(number(min(part["values"]))),
-         number(part["scale"], 3), f"{100 * part['top_error']:.0f} %"]
+         *_compared(part)]
         for part in sorted(found["parts"], key=lambda part: _order(part["name"])) if part["values"]
     ]  # fmt: skip
+
+
+def _compared(part: Mapping[str, Any]) -> list[str]:
+    count = part["top_count"]
+    return [number(part["scale"], 3), f"{100 * part['top_error']:.0f} %", f"{count}"] if count > 1 else ["", "", f"{count}"]
 
 
 def size(found: Mapping[str, Any]) -> tuple[float, float]:
@@ -51,27 +68,26 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     _draw_parts(parts, found)
     return (
         "Above: densities of the matrix and of its block-diagonal part. Below: the range of eigenvalues of each block, by "
-        f"{found['steps']} Lanczos steps in it."
+        f"{found['steps']} Lanczos steps in it. {UNRESOLVED}"
     )
 
 
 def _draw_density(axes: Axes, spectrum: Mapping[str, Any], whole: list[Ritz]) -> None:
-    total = sum(part["size"] for part in spectrum["parts"])
-    blocks = Ritz(
-        np.concatenate([part["values"] for part in spectrum["parts"]]),
-        np.concatenate([np.array(part["weights"]) * part["size"] / total for part in spectrum["parts"]]),
-        np.concatenate([part["residuals"] for part in spectrum["parts"]]),
-    )
-    values = np.concatenate([blocks.values, *[q.values for q in whole]])
-    weights = np.concatenate([blocks.weights, *[q.weights for q in whole]])
+    parts = [part for part in spectrum["parts"] if part["values"]]
+    blocks = [Ritz(*(np.array(part[key]) for key in ("values", "weights", "residuals"))) for part in parts]
+    sizes = np.array([part["size"] for part in parts], np.float64)
+    together, equal = sizes / sizes.sum(), np.full(len(whole), 1 / len(whole))
+    values = np.concatenate([q.values for q in [*blocks, *whole]])
+    weights = np.concatenate([*[q.weights * n for q, n in zip(blocks, together, strict=True)], *[q.weights for q in whole]])
     linear = linear_threshold(values, weights)
     span = float(np.ptp(symlog(values, linear)))
     width = float(np.clip(0.5 * span / len(whole[0].values), 0.05, 0.3))
     peaks = []
-    for parts, colour, label in ((whole, INK, "the matrix"), ([blocks], CYCLE[1], f"its blocks by {spectrum['blocks']}")):
-        shape = density_symlog(parts, points=1200, width=width, linear=linear)
+    its_blocks = f"its blocks by {spectrum['blocks']}"
+    for some, shares, colour, label in ((whole, equal, INK, "the matrix"), (blocks, together, CYCLE[1], its_blocks)):
+        shape = density_symlog(some, points=1200, width=width, linear=linear, shares=shares)
         peaks.append(float(shape.mean.max()))
-        axes.plot(symlog(shape.grid, linear), np.maximum(shape.mean, 1e-300), color=colour, label=label)
+        draw_curve(axes, shape, linear, color=colour, label=label)
     set_symlog(axes, "x", float(values.min()), float(values.max()), linear)
     axes.set_yscale("log")
     axes.set_ylim(max(peaks) * 1e-11, max(peaks) * 4)
