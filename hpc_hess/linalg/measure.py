@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from hpc_hess.linalg.quadrature import Ritz, ritz
 
 Float = NDArray[np.float64]
-Recurrence = tuple[ArrayLike, ArrayLike] | Ritz  # alpha and beta of a probe, m entries each, the last the residual norm
+Recurrence = tuple[ArrayLike, ArrayLike]  # alpha and beta of a probe, m entries each, the last the residual norm
+Probe = Recurrence | Ritz  # what a probe saw
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def sampling_error(size: int, probes: int, risk: float) -> float:
 class Radau:
     """Bounds of one probe's measure up to any point: Chebyshev, Markov, Stieltjes with a node put there.
 
-    In the basis of the Ritz vectors T with one row more is an arrow: the Ritz values, and beta_m times the last components of
-    their eigenvectors, whose signs alternate against those of the first components. Without beta_m nothing is known.
+    In the basis of the Ritz vectors T with one row more is an arrow: the Ritz values, and beta_m times the last components
+    of their eigenvectors, whose signs alternate against those of the first components. Without beta_m nothing is known.
     """
 
     def __init__(self, gauss: Ritz) -> None:
@@ -85,7 +86,7 @@ class Radau:
         return values, (self._first @ vectors[:-1]) ** 2
 
 
-def cumulative(recurrences: Sequence[Recurrence], points: ArrayLike, size: int, *, risk: float = 0.05) -> Cumulative:
+def cumulative(recurrences: Sequence[Probe], points: ArrayLike, size: int, *, risk: float = 0.05) -> Cumulative:
     """Return the cumulative spectral density at ``points`` with bounds that hold for all of them together."""
     x, rules = np.asarray(points, np.float64), [Radau(_gauss(r)) for r in recurrences]
     bounds = np.array([[rule.bounds(float(p)) for p in x] for rule in rules])  # (probe, point, 2)
@@ -97,7 +98,7 @@ def cumulative(recurrences: Sequence[Recurrence], points: ArrayLike, size: int, 
 
 
 def mass(
-    recurrences: Sequence[Recurrence], size: int, *, above: float = -math.inf, below: float = math.inf, risk: float = 0.05
+    recurrences: Sequence[Probe], size: int, *, above: float = -math.inf, below: float = math.inf, risk: float = 0.05
 ) -> Interval:  # fmt: skip
     """Return the share of eigenvalues in [``above``, ``below``], with bounds: negative mass, mass near zero."""
     ends = [x for x in (above, below) if math.isfinite(x)]
@@ -115,7 +116,7 @@ def mass(
     return Interval(max(0.0, low), mean, min(1.0, high))
 
 
-def _gauss(recurrence: Recurrence) -> Ritz:
+def _gauss(recurrence: Probe) -> Ritz:
     return recurrence if isinstance(recurrence, Ritz) else ritz(*recurrence)
 
 
@@ -132,7 +133,7 @@ def wasserstein_a_priori(size: int, probes: int, steps: int, *, risk: float = 0.
 
 
 def wasserstein_a_posteriori(
-    recurrences: Sequence[Recurrence], size: int, *, points: int = 100, risk: float = 0.05
+    recurrences: Sequence[Probe], size: int, *, points: int = 100, risk: float = 0.05
 ) -> float:  # fmt: skip
     """Bound W1 between the spectral measure and the mean quadrature, in units of the eigenvalues, from this run alone.
 
