@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -66,7 +67,7 @@ def note(counts: Counter[str], ended: Ended, what: str, bad: list[str]) -> None:
     counts[ended.how] += 1
     if not ended.good:
         bad.append(f"{what}: {ended.how} {ended.text}")
-        print(bad[-1], flush=True)
+        print(bad[-1], file=sys.stderr, flush=True)
 
 
 def main() -> None:
