@@ -54,8 +54,8 @@ class Density:
 
         Everywhere at once, or else at each place.
 
-        What the steps do not tell is bounded (``low``, ``high``). What probes scatter by is known: each eigenvalue's weight in
-        a probe is a squared normal number over N. So the estimate over the truth is about chi^2_k / k, where k counts the
+        What the steps do not tell is bounded (``low``, ``high``). What probes scatter by is known: each eigenvalue's weight
+        in a probe is a squared normal number over N. So the estimate over the truth is about chi^2_k / k, where k counts the
         eigenvalues under the kernel, (sum phi)^2 over sum phi^2 (Satterthwaite 1946), times the probes. The count of a
         density f is at least 1 and at least N f / peak. The band holds every f that is not refuted by what is known. The
         risk is shared by as many places as there are widths.

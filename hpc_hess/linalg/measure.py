@@ -52,8 +52,8 @@ def sampling_error(size: int, probes: int, risk: float) -> float:
 class Radau:
     """Bounds of one probe's measure up to any point: Chebyshev, Markov, Stieltjes with a node put there.
 
-    In the basis of the Ritz vectors T with one row more is an arrow: the Ritz values, and beta_m times the last components of
-    their eigenvectors, whose signs alternate against those of the first components. Without beta_m nothing is known.
+    In the basis of the Ritz vectors T with one row more is an arrow: the Ritz values, and beta_m times the last components
+    of their eigenvectors, whose signs alternate against those of the first components. Without beta_m nothing is known.
     """
 
     def __init__(self, gauss: Ritz) -> None:

@@ -48,8 +48,8 @@ def draw_curve(axes: Axes, shape: Density, linear: float, **look: Any) -> None:
 
 
 UNRESOLVED = (
-    "Hatched, without a line: the steps do not tell the density to a factor of two; it lies within the hatching, but for the "
-    "scatter of random probes."
+    "Hatched, without a line: the steps do not tell the density to a factor of two; it lies within the hatching, but for "
+    "the scatter of random probes."
 )  # of captions
 
 

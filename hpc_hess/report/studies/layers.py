@@ -31,13 +31,13 @@ def facts(found: Mapping[str, Any]) -> str:
     )
     most = max(part["top_count"] for part in found["parts"])
     if error is None or most < 2:  # of a run without errors: its top eigenvalues need not have converged
-        return said + "Too few of the largest eigenvalues are known to compare a block with the whole: more steps are needed."
+        return said + "Too few of the largest eigenvalues are known to compare a block with the whole: take more steps."
     best = min((part for part in found["parts"] if part["top_count"] == most), key=lambda part: part["top_error"])
     fewer = sum(part["top_count"] < most for part in found["parts"])
     return said + (
-        f"If one block stands for the whole, its {most} largest eigenvalues, times the best factor, miss those of the matrix "
-        f"by {number(100 * best['top_error'], 3)} % at best ({best['name']}, times {number(best['scale'], 3)}). Eigenvalues "
-        "count whose residual is below 1 % of them"
+        f"If one block stands for the whole, its {most} largest eigenvalues, times the best factor, miss those of the "
+        f"matrix by {number(100 * best['top_error'], 3)} % at best ({best['name']}, times {number(best['scale'], 3)}). "
+        "Eigenvalues count whose residual is below 1 % of them"
         + (f"; blocks with fewer such ({fewer}) are left out." if fewer else ".")
     )
 
