@@ -26,7 +26,10 @@ from hpc_hess.model.loss import CallableObjective, CausalLMObjective, shifted_ta
 from hpc_hess.model.precision import honest_casts, whole_rows
 from hpc_hess.model.shard import ShardedModel
 from hpc_hess.model.splice import (
+    BufferWatch,
+    Places,
     differentiable_kernels,
+    own_buffers,
     parameter_places,
     plain_forward,
     replaced_forwards,
@@ -82,6 +85,7 @@ class WholeModel:
         # a loss of one's own may hold parameters of any dtype, which stay where they are
         self._names = self._selected if own_loss else [name for name, _ in self._module.named_parameters()]
         self._way: Way = "dual"
+        self._written: Places = []  # buffers that a forward pass writes
         self._batches = [i for i in range(objective.num_micro_batches) if not self._is_dummy(i)]
         self._reason, self._reserved = reason, reserved
         self.notes: list[str] = []
@@ -139,13 +143,13 @@ class WholeModel:
         return pull((g_dot,), None if g is None else (g,))[0]
 
     def _loss(self, index: int, W: Tensors) -> Several:
-        with substituted(self._places, W):
+        with substituted(self._places, W), own_buffers(self._written):
             return (self._objective.contribution(self._module, index).total,)
 
     def _logits(self, index: int, W: Tensors) -> torch.Tensor:
         assert isinstance(self._objective, CausalLMObjective)
         batch = self._objective.micro_batches[index].to(self.space.device)
-        with substituted(self._places, W), whole_rows(self._module):
+        with substituted(self._places, W), whole_rows(self._module), own_buffers(self._written):
             out = self._module(**batch.arguments())
         return out.logits.flatten(0, 1)
 
@@ -217,9 +221,11 @@ class WholeModel:
         index = max(self._batches, key=self._size)
         with self._running(full) as notes:
             try:
+                buffers = BufferWatch(self._module)
                 leaves = {name: full[name].detach().requires_grad_() for name in self._selected}
                 with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda _: _):
                     (first,) = self._loss(index, leaves)
+                self._written = buffers.written()
                 (second,) = self._loss(index, leaves)
             except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
                 raise ModelError(f"cannot run {type(self._module).__name__} ({first_line(error)})") from error

@@ -24,7 +24,15 @@ from hpc_hess.errors import ModelError, SplitError
 from hpc_hess.model.blocklist import find_blocks
 from hpc_hess.model.loss import MicroBatch
 from hpc_hess.model.precision import whole_rows
-from hpc_hess.model.splice import Forward, Places, parameter_places, plain_forward, replaced_forwards, substituted
+from hpc_hess.model.splice import (
+    Forward,
+    Places,
+    own_buffers,
+    parameter_places,
+    plain_forward,
+    replaced_forwards,
+    substituted,
+)
 
 Tensors = Mapping[str, torch.Tensor]
 Arguments = list[list[Any]]  # per block call the flattened arguments, None where boundary and extra tensors go
@@ -96,6 +104,7 @@ class SplitModel:
         in_blocks = {name for names in self.names_of_block for name in names}
         self.names_outside = [name for name in self.places if name not in in_blocks]
         self.parts: Parts | None = None  # set by record.record()
+        self.written: Places = []  # buffers that a forward pass writes; likewise
 
     @property
     def num_calls(self) -> int:
@@ -160,7 +169,7 @@ class SplitModel:
         for leaf, extra in call.extras.items():
             leaves[leaf] = tensors[1 + extras.index(extra)]
         args, kwargs = tree_unflatten(leaves, call.structure)
-        with substituted(self.places, parameters), whole_rows(self.blocks[call.block]):
+        with substituted(self.places, parameters), own_buffers(self.written), whole_rows(self.blocks[call.block]):
             out = plain_forward(self.blocks[call.block])(*args, **kwargs)
         return tree_flatten(out)[0][call.out_boundary]
 
@@ -239,7 +248,10 @@ class SplitModel:
             for name in self.names_outside if name not in parameters
         }  # fmt: skip
         replacements = [*zip(self.blocks, forwards, strict=True), (self.head, on_head)]
-        with substituted(self.places, {**rest, **parameters}), replaced_forwards(replacements), whole_rows(self.module):
+        with (
+            substituted(self.places, {**rest, **parameters}), replaced_forwards(replacements), whole_rows(self.module),
+            own_buffers(self.written),
+        ):  # fmt: skip
             try:
                 return plain_forward(self.module)(**batch.arguments()).logits
             except Finished:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hpc_hess.errors import SplitError
 from hpc_hess.model.blocks import Arguments, Call, Parts, SplitModel
 from hpc_hess.model.loss import MicroBatch
-from hpc_hess.model.splice import plain_forward, substituted
+from hpc_hess.model.splice import BufferWatch, plain_forward, substituted
 
 Fetch = Callable[[list[str]], dict[str, torch.Tensor]]
 
@@ -38,6 +38,7 @@ def record(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, _never):
         outside = {name: t.detach().requires_grad_() for name, t in fetch(split.names_outside).items()}
         watch.name_parameters(outside)
+        buffers = BufferWatch(split.module)
         forwards = [watch.block_forward(i) for i in range(len(split.blocks))]
         try:
             logits = split.run(batch, outside, forwards, watch.on_head)
@@ -45,7 +46,7 @@ def record(
             text = str(error).strip().split("\n", 1)[0]
             raise SplitError(f"cannot run {watch.kind} block by block ({text})") from error
         watch.finish(logits)
-    split.parts = watch.parts
+    split.parts, split.written = watch.parts, buffers.written()
     with torch.no_grad():
         _compare_replay(split, batch, outside, watch)
         for other in others:

@@ -69,6 +69,36 @@ def replaced_forwards(replacements: list[tuple[nn.Module, Forward]]) -> Iterator
                 module.__dict__["forward"] = forward_before
 
 
+class BufferWatch:
+    """Which buffers of a module a forward pass writes (rotary frequencies that follow the length, for one)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = {
+            (owner, key): (buffer, buffer._version)
+            for owner in module.modules() for key, buffer in owner._buffers.items() if buffer is not None
+        }  # fmt: skip
+
+    def written(self) -> Places:
+        """Return the places that have changed since."""
+        return [
+            (owner, key) for (owner, key), (buffer, version) in self._before.items()
+            if owner._buffers.get(key) is not buffer or buffer._version != version
+        ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def own_buffers(places: Places) -> Iterator[None]:
+    """Give the modules copies of these buffers for a moment: a function that is transformed must write into its own."""
+    saved = [(owner, key, owner._buffers[key]) for owner, key in places]
+    try:
+        for owner, key, buffer in saved:
+            owner._buffers[key] = None if buffer is None else buffer.clone()
+        yield
+    finally:
+        for owner, key, buffer in saved:
+            owner._buffers[key] = buffer
+
+
 @contextlib.contextmanager
 def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
     """Use kernels that can be differentiated twice and forwards; yield one sentence for each switch.
