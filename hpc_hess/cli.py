@@ -21,8 +21,17 @@ _LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (other), 2 (bad input), 3 (numerics), 75 (stopped, run again)."""
+    for stream in (sys.stdout, sys.stderr):  # no command dies while printing, whatever the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    words = list(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        if not word.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in word):
+            shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            print(f"hpc-hess: error: the argument '{shown}' is not UTF-8: write it in UTF-8", file=sys.stderr)
+            return 2
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if args.command in _LAUNCHED:
         return _spmd(args)
     try:

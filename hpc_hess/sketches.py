@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hpc_hess.api import Operator
+from hpc_hess.errors import NumericsError
 from hpc_hess.intake import given
 from hpc_hess.model.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.precision import whole_rows
@@ -70,5 +71,8 @@ def gradient_sketches(
                 if gradient is not None:
                     flat = gradient.to(space.dtype).reshape(-1)
                     sketch.add(collection, flat, [parameter.global_offset], [parameter.numel])
-            rows.append(sketch.end(collection).cpu().numpy())
+            row = sketch.end(collection).cpu().numpy()
+            if not np.isfinite(row).all():
+                raise NumericsError(f"the gradient of batch {index} is not finite: check that batch and the weights")
+            rows.append(row)
     return np.stack(rows)

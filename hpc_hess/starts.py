@@ -43,7 +43,7 @@ def note_stop(world: World, out: Path, reason: str, *, progressed: bool) -> None
     with attempt(world, out / NAME, "count starts"):
         if world.rank == 0:
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-                count += int(json.loads((out / NAME).read_text())["without_progress"])
+                count += int(json.loads((out / NAME).read_text(encoding="utf-8"))["without_progress"])
             write_aside(out / NAME, json.dumps({"without_progress": count}) + "\n")
     if world.broadcast(count, "starts without progress") < _MOST:
         return

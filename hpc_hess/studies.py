@@ -138,7 +138,8 @@ def check_kept(config: Config, world: World, out: Path, attributes: dict[str, An
         for name in asked_for(config.analysis) if world.rank == 0 else ():
             folder = out / FOLDER / name
             if (folder / FOUND).exists():
-                _compare(folder, json.loads((folder / FOUND).read_text())["asked"], _asked(name, config.analysis))
+                kept = json.loads((folder / FOUND).read_text(encoding="utf-8"))
+                _compare(folder, kept["asked"], _asked(name, config.analysis))
             elif (folder / PIECES / FILE).exists():
                 found, bound_to = read_header(folder / PIECES / FILE).attributes, _bound_to(name, config, attributes)
                 # pieces are batches of columns; stores of before do not say of how many
@@ -166,7 +167,7 @@ def run_study(
     found: dict[str, Any] | None = None
     with attempt(world, folder, "look for a study"):
         if world.rank == 0 and (folder / FOUND).exists():
-            kept = json.loads((folder / FOUND).read_text())
+            kept = json.loads((folder / FOUND).read_text(encoding="utf-8"))
             if kept.get("digest", digest := _digest(kept["asked"], kept["found"])) != digest:
                 raise ValueError(f"{FOUND} does not match its checksum")
             found = kept["found"]

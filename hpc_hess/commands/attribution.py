@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,9 +18,9 @@ import torch
 
 from hpc_hess.commands.working import working
 from hpc_hess.config import Config
-from hpc_hess.errors import ConfigError, StoreError
+from hpc_hess.errors import ConfigError, NumericsError, StoreError
 from hpc_hess.linalg.solve import conjugate_gradients, minres
-from hpc_hess.model.data import Samples, load_samples, one_example
+from hpc_hess.model.data import Samples, load_samples, one_example, text_samples
 from hpc_hess.model.per_example import ExampleGradients
 from hpc_hess.model.tokenizer import LazyTokenizer
 from hpc_hess.parallel.world import World
@@ -63,6 +64,7 @@ class Sketcher:
         return found[:, :D], found[:, D].tolist()
 
 
+
 def build(config: Config, world: World) -> int:
     """Sketch the gradient of every example of the data set into OUT/sketches.h5; returns the exit code. Collective: yes.
 
@@ -102,7 +104,11 @@ def build(config: Config, world: World) -> int:
             began = time.perf_counter()
             ids = left[first : first + world.size]
             sketches, losses = sketcher.round(samples, ids)
-            writer.add(ids, sketches, losses)
+            good = _first_not_finite(sketches, losses)
+            writer.add(ids[:good], sketches[:good], losses[:good])
+            if good < len(ids):
+                writer.flush()  # the examples before it hold
+                raise NumericsError(_not_finite(f"example {ids[good]}{_place(samples, ids[good])}"))
             work.progressed = True  # before it stops, it writes them
             seconds = world.max_over_ranks(time.perf_counter() - began, "example time")
             slowest_s = max(slowest_s, seconds)
@@ -188,22 +194,33 @@ def query(config: Config, world: World, asked: Query) -> int:
         with attempt(world, out, "read the sketches"):
             if world.rank == 0:
                 kept = _read(out)
-                if asked.text:
-                    write_aside(out / "query.txt", asked.text)
         attributes = world.broadcast(kept.attributes if kept else {}, "settings of the sketches")
         problem = load_problem(config, world, progress)
         remedy = "query with the configuration they were built with, or choose another run.out"
         must_match(attributes, _identity(config, problem), f"{out / NAME} holds sketches", remedy)
         with world.together("read the query"), own_code_in_turn(config.model, world):
-            section = config.data.model_copy(
-                update={"source": asked.data or f"text:{out / 'query.txt'}", "sequences": asked.sequences, "rows": "pack"}
-            )
-            samples = load_samples(section, config.model, problem.source)
+            # every rank has the text from its own arguments: nothing is read that another command could write
+            if asked.text:
+                samples = text_samples(asked.text, config.data, config.model, problem.source)
+            else:
+                section = config.data.model_copy(
+                    update={"source": asked.data, "sequences": asked.sequences + 1, "rows": "pack"}
+                )
+                samples = load_samples(section, config.model, problem.source)
+                if len(samples) > asked.sequences:
+                    progress.note(f"the first {asked.sequences} rows of {asked.data} are asked about (--sequences)")
+                    section = section.model_copy(update={"sequences": asked.sequences})
+                    samples = load_samples(section, config.model, problem.source)
         progress.phase("gradient of the query")
         sketcher = Sketcher(config, problem, samples)
-        rows = [sketcher.round(samples, range(first, min(first + world.size, len(samples))))[0]
-                for first in range(0, len(samples), world.size)]  # fmt: skip
-        target = np.concatenate(rows).mean(0)
+        found = [sketcher.round(samples, range(first, min(first + world.size, len(samples))))
+                 for first in range(0, len(samples), world.size)]  # fmt: skip
+        rows = np.concatenate([sketches for sketches, _ in found])
+        bad = _first_not_finite(rows, [loss for _, losses in found for loss in losses])
+        if bad < len(rows):
+            raise NumericsError(_not_finite(f"row {bad} of the query"))
+        tokens = (samples.labels[:, 1:] >= 0).sum(1).numpy()  # the query's loss is a mean over tokens, not over rows
+        target = tokens @ rows / tokens.sum()
         plain = target
         damping = asked.damping or world.broadcast(influence.default_damping(kept.sketches) if kept else 0.0, "damping")
         if asked.precondition == "fisher":
@@ -213,9 +230,35 @@ def query(config: Config, world: World, asked: Query) -> int:
             target = _solved(config, problem, sketcher.sketch, target, damping, asked, progress)
     if kept is not None:
         used = None if asked.precondition == "none" else damping
-        _answer(config, problem, samples, asked, out, plain, target, used, kept)
+        with _answering(out):
+            _answer(config, problem, samples, asked, out, plain, target, used, kept)
     world.barrier("finish")
     return 0
+
+
+def _first_not_finite(sketches: np.ndarray, losses: Sequence[float]) -> int:
+    """Return how many examples come before the first whose loss or gradient is not finite; all of them where none is."""
+    finite = np.isfinite(sketches).all(1) & np.isfinite(losses)
+    return len(finite) if finite.all() else int(np.argmin(finite))
+
+
+def _not_finite(what: str) -> str:
+    return f"the loss or the gradient of {what} is not finite; check that text, the weights, and model.compute_dtype"
+
+
+def _place(samples: Samples, index: int) -> str:
+    return f" ({samples.places[index]})" if samples.places else ""
+
+
+@contextlib.contextmanager
+def _answering(out: Path) -> Iterator[None]:
+    """Let one query at a time write its answer. Local, rank 0."""
+    import fcntl
+
+    with (out / "attribution.lock").open("w", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class _Kept(NamedTuple):
@@ -270,6 +313,9 @@ def _answer(
     """Write and print the ranking. Rank 0."""
     from hpc_hess.report.attribution import answer_text, write_page  # matplotlib: not on the other ranks
 
+    norms = np.linalg.norm(kept.sketches, axis=1)
+    # the spread of an inner product of two sketches about that of the gradients, for a sketch as good as a Gaussian one
+    spread = np.linalg.norm(target) * norms / np.sqrt(config.sketch.dimension)
     values = influence.scores(target[None], kept.sketches)[0]
     cosines = influence.cosines(plain[None], kept.sketches)[0]
     tokenizer = LazyTokenizer(config.model, problem.source)
@@ -277,19 +323,22 @@ def _answer(
 
         def described(place: int) -> dict[str, Any]:
             row = int(kept.ids[place])
-            return {"id": row, "score": float(values[place]), "cosine": float(cosines[place]),
+            return {"id": row, "place": problem.samples.places[row] if row < len(problem.samples.places) else "",
+                    "score": float(values[place]), "error": float(spread[place]), "cosine": float(cosines[place]),
                     "loss": float(kept.losses[place]), "text": tokenizer.text(examples.tokens(row))}  # fmt: skip
 
         record = {
             "format": 1, "query": [tokenizer.text(row[row >= 0]) for row in _tokens(samples)],
             "precondition": asked.precondition, "damping": damping, "examples": len(kept.ids),
-            "sketch": config.sketch.model_dump(), "model": problem.source.name,
+            "sketch": config.sketch.model_dump(), "model": problem.source.name, "score_error": float(np.median(spread)),
+            "told_apart": float((np.abs(values) > 2 * spread).mean()),
             "top": [described(k) for k in influence.top(values, asked.top)],
             "bottom": [described(k) for k in influence.top(-values, min(asked.top, max(0, len(values) - asked.top)))],
         }  # fmt: skip
     write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     print(answer_text(record))
-    print(f"\nwritten to {out / RECORD_NAME} and {write_page(out, record, values, cosines)}")
+    page = f" and {write_page(out, record, values, cosines)}" if config.run.report else ""
+    print(f"\nwritten to {out / RECORD_NAME}{page}")
 
 
 def _tokens(samples: Samples) -> np.ndarray:

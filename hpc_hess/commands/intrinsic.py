@@ -325,7 +325,7 @@ class _Job:
         path = self._out / RECORD_NAME
         with attempt(self._world, path, "take up the search"):
             if self._world.rank == 0 and path.exists():
-                record = json.loads(path.read_text())
+                record = json.loads(path.read_text(encoding="utf-8"))
                 before = {"compute_dtype": self._asked["compute_dtype"]} | record["asked"]  # old records do not say it
                 must_match(
                     before, self._asked, f"{path} holds a search", "choose another run.out, or go back to that"

@@ -216,7 +216,7 @@ def _take_up(out: Path, world: World, identity: dict[str, Any]) -> dict[str, Any
     with attempt(world, out / RECORD_NAME, "take up the comparison"):
         path = out / RECORD_NAME
         if world.rank == 0 and path.exists():
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             before = {"compute_dtype": identity["compute_dtype"]} | found["identity"]  # old records do not say it
             must_match(
                 before, identity, f"{path} holds a comparison", "choose another run.out, or go back to that"

@@ -86,6 +86,16 @@ def load_samples(section: DataSection, model: ModelSection, source: Source) -> S
     return replace(samples, findings=[found, *findings, *tokenizer.findings])
 
 
+def text_samples(text: str, section: DataSection, model: ModelSection, source: Source) -> Samples:
+    """Return all of a text as rows of at most ``sequence_length`` tokens. Collective: no. Raises as :func:`load_samples`."""
+    tokenizer = LazyTokenizer(model, source)
+    ids = np.asarray(tokenizer(text), dtype=np.int64)
+    rows = [Document(row) for row in _pack([ids], section.sequence_length, len(ids))]
+    named = section.model_copy(update={"source": "--text", "sequences": len(rows), "rows": "pad"})
+    samples = make_samples(rows, named, vocabulary_size(source.hf_config), tokenizer.padding)
+    return replace(samples, findings=tokenizer.findings)
+
+
 def make_samples(rows: list[Document], section: DataSection, vocabulary: int, padding: int = 0) -> Samples:
     """Build Samples from rows, each of 2 to ``sequence_length`` tokens. Collective: no.
 

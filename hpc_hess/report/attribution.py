@@ -30,12 +30,30 @@ def answer_text(record: Mapping[str, Any]) -> str:
     """Return the screen's lines: the examples that speak most for the query, and most against it."""
     lines = ["", f"query: {_short(record['query'][0])}", f"scores: {method(record)}, {record['examples']} examples"]
     for title, key in (("for it", "top"), ("against it", "bottom")):
+        if not record[key]:
+            continue
         lines += ["", f"{title:<12}{'example':>8}  {'score':>10}  {'cosine':>7}  text"]
         lines += [
-            f"{'':<12}{row['id']:>8}  {number(row['score'], 3):>10}  {row['cosine']:>7.3f}  {_short(row['text'])}"
+            f"{'':<12}{row['id']:>8}{'' if is_known(row) else '~':1} {number(row['score'], 3):>10}  {row['cosine']:>7.3f}  "
+            + (f"[{row['place']}] " if row.get("place") else "") + _short(row["text"])
             for row in record[key]
         ]
+    lines += ["", trust(record)] if "score_error" in record else []
     return "\n".join(lines)
+
+
+def is_known(row: Mapping[str, Any]) -> bool:
+    """Whether a score is larger than twice the error that its sketch may have."""
+    return abs(row["score"]) > 2 * row.get("error", 0.0)
+
+
+def trust(record: Mapping[str, Any]) -> str:
+    """Say how far the scores can be trusted for the dimension of the sketch."""
+    return (
+        f"A score is known to about ± {number(record['score_error'], 2)} (|g| |G| / sqrt(D)): scores closer than that have "
+        f"no certain order; {number(100 * record['told_apart'], 2)} % of them differ from 0 by twice that much"
+        + ("; ~ marks listed ones that do not." if not all(map(is_known, [*record["top"], *record["bottom"]])) else ".")
+    )
 
 
 def method(record: Mapping[str, Any]) -> str:
@@ -55,6 +73,8 @@ def write_page(out: Path, record: Mapping[str, Any], scores: NDArray[np.float64]
         figure = new_figure(8, 3.2)
         left, right = figure.subplots(1, 2)
         left.hist(scores, bins=60, color="#b8bcc2")
+        if "score_error" in record:
+            left.axvspan(-2 * record["score_error"], 2 * record["score_error"], color="#b8bcc2", alpha=0.25, lw=0)
         for key, colour in (("top", POSITIVE), ("bottom", NEGATIVE)):
             values = [row["score"] for row in record[key]]
             left.plot(values, np.zeros(len(values)), "|", ms=14, mew=1.6, color=colour, clip_on=False)
@@ -64,12 +84,13 @@ def write_page(out: Path, record: Mapping[str, Any], scores: NDArray[np.float64]
         right.set(xlabel="cosine with the query's gradient", ylabel="score")
         plots = [drawn(
             figure, out, "attribution", "Scores of all examples",
-            "Left: how many examples have which score; strokes mark those listed below. Right: score against cosine; far "
+            "Left: how many examples have which score; strokes mark those listed below; grey: scores that the sketch "
+            "does not tell from 0. Right: score against cosine; far "
             "from a line, long gradients or the preconditioner decide.",
         )]  # fmt: skip
     rows = [
-        ("", [f"{sign}{place}", str(row["id"]), minus(number(row["score"], 3)), minus(f"{row['cosine']:.3f}"),
-              number(row["loss"], 4), row["text"]])
+        ("", [f"{sign}{place}", f"{row['id']} {row.get('place', '')}".strip(), minus(number(row["score"], 3)),
+              minus(f"{row['cosine']:.3f}"), number(row["loss"], 4), row["text"]])
         for sign, key in (("+", "top"), ("\u2212", "bottom")) for place, row in enumerate(record[key], 1)
     ]  # fmt: skip
     best = record["top"][0]
@@ -80,6 +101,7 @@ def write_page(out: Path, record: Mapping[str, Any], scores: NDArray[np.float64]
         columns=["Rank", "Example", "Score", "Cosine", "Loss", "Text"],
         legend=(
             f"Scores: {method(record)}. Positive: a step down this example's gradient lowers the loss of the query. + lists "
-            "the largest scores, \u2212 the smallest. Numbers are in attribution.json, all sketches in sketches.h5."
+            "the largest scores, \u2212 the smallest. Numbers are in attribution.json, all sketches in sketches.h5. "
+            + (minus(trust(record)) if "score_error" in record else "")
         ),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import matplotlib as mpl
 import numpy as np
@@ -47,7 +48,7 @@ def write_page(out: Path, record: Record, results: Sequence[Mapping[str, Any]]) 
     percent = f"{100 * record['outlier_above']:g} %"
     return write_comparison(
         out / PAGE_NAME, title="Dynamics of the Hessian", story=_story(runs, grid), notes=record["notes"], plots=plots,
-        columns=_COLUMNS, rows=[(f"{run['name']}/report.html", _cells(run)) for run in runs],
+        columns=_COLUMNS, rows=[(quote(f"{run['name']}/report.html"), _cells(run)) for run in runs],
         legend=(
             "Each name leads to the report of that run. R_NEG = |λ min| / λ max. Rₙ = λₙ / λ₁, where λₙ is the n-th "
             f"largest eigenvalue. Outliers: eigenvalues above {percent} of λ₁, then those below \u2212{percent} of it; ≥ "

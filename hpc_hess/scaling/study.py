@@ -119,8 +119,8 @@ class Measured:
 def measured(folder: Path) -> Measured:
     """Read what a finished run measured. Raises ConfigError where it is not finished."""
     try:
-        result = json.loads((folder / "result.json").read_text())
-        config = tomllib.loads((folder / "config.toml").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         events = read_events(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({type(error).__name__}): run it to its end first") from None
