@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,8 +68,12 @@ def reserve(path: Path) -> None:
 
 def allocated(path: Path) -> int:
     """Return the bytes that a file, or all files of a directory, take on the disk: holes take none."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    return sum(512 * file.stat().st_blocks for file in files)
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile by a job at work
+            info = file.lstat()
+            total += 512 * info.st_blocks if stat.S_ISREG(info.st_mode) else 0
+    return total
 
 
 def not_allocated(path: Path) -> int:
