@@ -7,7 +7,12 @@ import ctypes
 import errno
 import os
 import shutil
+<<<<<<< HEAD
 from collections.abc import Iterable, Iterator
+=======
+import stat
+from collections.abc import Iterable
+>>>>>>> w-space
 from pathlib import Path
 
 from hpc_hess.errors import HpcHessError, StoreError
@@ -68,8 +73,12 @@ def reserve(path: Path) -> None:
 
 def allocated(path: Path) -> int:
     """Return the bytes that a file, or all files of a directory, take on the disk: holes take none."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    return sum(512 * file.stat().st_blocks for file in files)
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile by a job at work
+            info = file.lstat()
+            total += 512 * info.st_blocks if stat.S_ISREG(info.st_mode) else 0
+    return total
 
 
 def not_allocated(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""B1 to B5: padding rows, frozen and unreached parameters, choices that are not frozen, forward passes that write buffers."""
+"""B1 to B5: padding rows, frozen and unreached parameters, choices, forward passes that write buffers."""
 
 from __future__ import annotations
 
@@ -289,7 +289,9 @@ def test_rows_of_a_model_that_minds_padding_come_one_by_one(ranks: int, tmp_path
     rows = [list(range(3, 13)), list(range(20, 50)), list(range(60, 72))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
     losses = [
-        nn.functional.cross_entropy(model(input_ids=torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum")
+        nn.functional.cross_entropy(
+            model(input_ids=torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"
+        )
         for row in rows
     ]  # fmt: skip
     right = float(sum(losses)) / sum(len(row) - 1 for row in rows)
