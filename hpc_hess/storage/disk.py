@@ -7,12 +7,8 @@ import ctypes
 import errno
 import os
 import shutil
-<<<<<<< HEAD
-from collections.abc import Iterable, Iterator
-=======
 import stat
-from collections.abc import Iterable
->>>>>>> w-space
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hpc_hess.errors import HpcHessError, StoreError
