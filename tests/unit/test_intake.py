@@ -20,9 +20,9 @@ def test_the_page_lists_every_check() -> None:
 def test_findings_are_shown_and_kept() -> None:
     shown: list[str] = []
     intake = Intake(shown.append)
-    intake.add(passed("data.source", "3 rows"), noted("model.frozen", "2 left out"), unchecked("model.causal", "no pass"))
+    intake.add(passed("data.source", "3 rows"), noted("model.frozen", "2 left"), unchecked("model.causal", "no pass"))
     assert shown == [
-        "intake: data.source: 3 rows", "intake: model.frozen: note: 2 left out", "intake: model.causal: not checked: no pass",
+        "intake: data.source: 3 rows", "intake: model.frozen: note: 2 left", "intake: model.causal: not checked: no pass",
     ]  # fmt: skip
     assert [finding["verdict"] for finding in intake.to_json()] == ["passed", "noted", "not checked"]
 
