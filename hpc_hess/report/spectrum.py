@@ -13,6 +13,7 @@ from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.report.words import count, number, residual_text
 
 Float = NDArray[np.float64]
+_COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
 _POSITIVE_KINDS = ("gauss_newton", "fisher")
 
 
@@ -152,7 +153,32 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
             + ('model.compute_dtype = "float32"' if rounded else mended)
             + " mends it."
         )
+    found += _operator_warnings(result)
     name = str((result.get("operator") or {}).get("name") or "")
     if name in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
         found.append(f"λ min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
+    return found
+
+
+def _operator_warnings(result: Mapping[str, Any]) -> list[str]:
+    """Return what the errors say beside their size: discrete choices as a likely cause, an operator without symmetry."""
+    errors = result.get("errors") or {}
+    error, found = errors.get("hvp_relative") or 0.0, []
+    changed: Mapping[str, int] = errors.get("choices_changed") or {}
+    measured = errors.get("hvp_relative_is") == "measured"
+    if not measured:
+        changed = {name: times for name, times in changed.items() if name not in _COMPARISONS}  # which may be mere kinks
+    if changed and (error > 0.01 or not measured):
+        ops = ", ".join(f"{times:,} of {name}" for name, times in changed.items())
+        found.append(
+            f"Discrete choices of the model changed within one step of a difference ({ops}), and operator.routing does not "
+            f"hold them: {'the likely cause of that error' if measured else 'the products may hold their jumps'}; "
+            'operator.method = "exact" mends it.'
+        )
+    symmetry = errors.get("symmetry")
+    if isinstance(symmetry, int | float) and symmetry > 1e-3 + 10 * error:
+        found.append(
+            f"The operator is not symmetric by {number(100 * symmetry, 2)} % of its largest eigenvalue, more than the "
+            "products' error explains: its eigenvalues cannot be trusted."
+        )
     return found
