@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -20,7 +22,7 @@ def find_blocks(module: nn.Module) -> nn.ModuleList | None:
 
 def _language_model(module: nn.Module) -> nn.Module | None:
     """Return the part of a composite Hugging Face model that its text configuration describes."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if text is config:
         return None
