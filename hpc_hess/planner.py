@@ -18,6 +18,7 @@ from hpc_hess.curvature.exact import StreamedOperator
 from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.self_check import Choice
 from hpc_hess.errors import ConfigError
+from hpc_hess.intake.choices import Choices
 from hpc_hess.intake.findings import Intake, unchecked
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.operator import LinearOperator, products
@@ -49,6 +50,9 @@ class _Differences(FiniteDifferenceHessian):
     def _move(self, v: Vector, factor: float, norm: float, *, dither: bool = False) -> tuple[float, bool]:
         self.gradient.model.move_parameters(self.theta0, v.data, factor)
         return factor * norm * norm, False
+
+    def _look(self, before: Choices | None = None) -> Choices | None:
+        return None
 
 
 def _calibrates(config: Config) -> bool:

@@ -66,6 +66,7 @@ class Tally:
     operator_state: dict[str, Any] = field(default_factory=dict)  # what the operator needs for a bitwise resume
     lock_step: int = 1  # the most probes that shared a product
     reached: dict[str, str] = field(default_factory=dict)  # the finding "model.reached", of the gradient at theta_0
+    choices: dict[str, int] | None = None  # discrete choices that changed within the first product's step, by operation
     routed: bool | None = None  # whether experts were chosen at theta_0, which every gradient repeats
 
     @classmethod
@@ -87,6 +88,7 @@ class Tally:
         self.predicted_error = max(self.predicted_error, record.predicted_error or 0.0)
         self.calibration_gradients += record.calibration * count
         self.flips += record.flips * count
+        self.choices = record.choices if self.choices is None else self.choices
 
     def note_phases(self, phases: dict[str, list[float]]) -> None:
         """Add one step's seconds of each phase: the largest over the ranks, and the mean."""
@@ -151,6 +153,7 @@ def make_result(
             "step_min": tally.step_min if tally.step_max else None,
             "step_max": tally.step_max or None,
             "expert_flips": tally.flips,
+            "choices_changed": tally.choices,
         },
         "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
                    "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,

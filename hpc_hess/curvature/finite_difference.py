@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.curvature.step_size import Concentration, StepController, concentration
 from hpc_hess.errors import NumericsError
+from hpc_hess.intake.choices import Choices
 from hpc_hess.model.gradient import Gradient
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
@@ -52,6 +54,7 @@ class FiniteDifferenceHessian:
         if gradient_0 is not None and not math.isfinite(gradient_0.norm()):
             raise NumericsError("the gradient is not finite at the model's parameters")
         self.base = gradient_0 if scheme == "forward" else None
+        self.choices: dict[str, int] | None = None  # discrete choices that changed within the first product's step
         self._minus: Vector | None = None  # kept: fresh memory of this size takes longer than its arithmetic
 
     def matvec(self, v: Vector) -> Vector:
@@ -72,8 +75,11 @@ class FiniteDifferenceHessian:
             eps = self._choose_step(v, spread) if isinstance(self.step, str) else self.step
             calibration_s = time.perf_counter() - began
             realised, result, gradients = self._quotient(v, eps, spread.norm)
+            moved = self._look() if self.choices is None else None  # where the last gradient was taken
         finally:
             self.gradient.model.write_parameters(self.theta0)
+        if moved is not None:
+            self.choices = self._changed(moved)
         controller.product_gradients += gradients
         error = None
         if isinstance(self.step, str):
@@ -81,7 +87,7 @@ class FiniteDifferenceHessian:
         self.records.append(
             ProductRecord(
                 eps, realised, gradients, controller.calibration_gradients - spent, calibration_s,
-                self._flips_since(flips), error,
+                self._flips_since(flips), error, self.choices,
             )
         )  # fmt: skip
         return result
@@ -93,6 +99,25 @@ class FiniteDifferenceHessian:
             return 0
         flips = torch.tensor([float(routing.num_flips - before)], dtype=torch.float64)
         return int(self.space.world.sum_over_ranks(flips, "expert flips"))
+
+    def _look(self, before: Choices | None = None) -> Choices | None:
+        """Note the discrete choices of the first micro-batch at the parameters of now, but frozen ones. Collective: yes."""
+        gradient, watch = self.gradient, Choices(before)
+        gradient.routing.begin()
+        gradient.routing.micro_batch = 0
+        try:
+            with gradient.model.measuring(), gradient.model.world.guard("discrete choices"), watch:
+                gradient.objective.contribution(gradient.model.module, 0)
+        finally:
+            gradient.routing.end()
+        return watch
+
+    def _changed(self, moved: Choices) -> dict[str, int]:
+        """Count the choices at theta_0 that differ from those of ``moved``, by operation, of all ranks. Collective: yes."""
+        here, total = self._look(moved), Counter[str]()
+        for found in self.space.world.gather(dict(here.changed) if here is not None else {}, "discrete choices"):
+            total.update(found)
+        return {name: count for name, count in sorted(total.items()) if count}
 
     def _choose_step(self, v: Vector, spread: Concentration) -> float:
         """Return eps for ``v``, after a calibration where the controller wants one. Collective: yes."""

@@ -11,7 +11,8 @@ class ProductRecord:
 
     Finite differences: ``step`` along the unit vector, the ``realised`` share of it, ``gradients`` of the product and
     of a ``calibration`` before it with its seconds, expert ``flips``, and the ``predicted_error`` relative to the
-    product's norm (None for a step given by number). Exact products leave the defaults.
+    product's norm (None for a step given by number); ``choices``: discrete choices that changed within the first product's
+    step, by operation. Exact products leave the defaults.
     """
 
     step: float | None = None
@@ -21,3 +22,4 @@ class ProductRecord:
     calibration_s: float = 0.0
     flips: int = 0
     predicted_error: float | None = None
+    choices: dict[str, int] | None = None

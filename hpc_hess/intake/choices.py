@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_MOST = 1 << 20  # entries of a result that are kept
 _INDICES = (
     "topk", "max", "min", "argmax", "argmin", "sort", "argsort", "kthvalue", "median", "mode", "searchsorted", "bucketize",
 )  # fmt: skip
@@ -57,10 +58,13 @@ class Choices(TorchFunctionMode):
         out = func(*args, **kwargs)
         choice = getattr(out, "indices", None) if isinstance(out, tuple) else out
         if isinstance(choice, torch.Tensor) and (name in _VALUES or not choice.is_floating_point()):
+            choice = choice.detach()
+            if name != "topk":  # which is replayed
+                choice = choice.reshape(-1)[:_MOST]
             noted = self._known(name)
             if noted is not None:
-                self.changed[name] += _differing(choice.detach(), noted, name)
-            self.noted.append((name, choice.detach().clone()))
+                self.changed[name] += _differing(choice, noted, name)
+            self.noted.append((name, choice.clone()))
         return out
 
     def _known(self, name: str) -> torch.Tensor | None:

@@ -101,7 +101,8 @@ def reached_finding(model: ShardedModel, gradient: Vector) -> Finding:
         return passed("model.reached", "every parameter tensor has a gradient")
     if count == size:
         return noted("model.reached", f"the loss depends on none of the {size:,} parameters: the matrix is zero")
-    names = ", ".join(f"'{parameter.name}'" for parameter in missed[:2]) + (", ..." if len(missed) > 2 else "")
+    largest = sorted(missed, key=lambda parameter: -parameter.numel)[:2]
+    names = ", ".join(f"'{parameter.name}'" for parameter in largest) + (", ..." if len(missed) > 2 else "")
     text = f"the loss does not depend on {count:,} of {size:,} parameters (their gradient is exactly zero): {names}"
     return noted("model.reached", text)
 

@@ -45,7 +45,7 @@ def _bitwise(repeat: float) -> str:
 
 def write_check_figure(found: Mapping[str, Any], folder: Path) -> Path | None:
     """Draw error against step for each vector, with the steps the program chose. None where no step was compared."""
-    vectors = [vector for vector in found.get("vectors", []) if "sweep" in vector]
+    vectors = [v for v in found.get("vectors", []) if any(row["error"] > 0 for row in v.get("sweep", []))]
     if not vectors:
         return None
     from matplotlib.figure import Figure

@@ -13,6 +13,7 @@ from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.report.words import count, number, residual_text
 
 Float = NDArray[np.float64]
+_COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
 _POSITIVE_KINDS = ("gauss_newton", "fisher")
 
 
@@ -162,11 +163,30 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
             + ('model.compute_dtype = "float32"' if rounded else mended)
             + " mends it."
         )
+    found += _choices(result)
     if (text := _asymmetry(result, max(abs(low or 0.0), abs(high or 0.0)))) is not None:
         found.append(text)
     if kind in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
         found.append(f"λ min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
     return found
+
+
+def _choices(result: Mapping[str, Any]) -> list[str]:
+    """Name discrete choices that changed within a step as the likely cause of a product's error."""
+    errors = result.get("errors") or {}
+    error: float = errors.get("hvp_relative") or 0.0
+    changed: Mapping[str, int] = errors.get("choices_changed") or {}
+    measured = errors.get("hvp_relative_is") == "measured"
+    if not measured:
+        changed = {name: times for name, times in changed.items() if name not in _COMPARISONS}  # which may be mere kinks
+    if not changed or (measured and error <= 0.01):
+        return []
+    ops = ", ".join(f"{times:,} of {name}" for name, times in changed.items())
+    return [
+        f"Discrete choices of the model changed within one step of a difference ({ops}), and operator.routing does not "
+        f"hold them: {'the likely cause of that error' if measured else 'the products may hold their jumps'}; "
+        'operator.method = "exact" mends it.'
+    ]
 
 
 # An exact product's rounding moves symmetry by less than this, relative to the largest |eigenvalue|.

@@ -59,6 +59,7 @@ def dense_product(model: torch.nn.Module, ids: torch.Tensor, names: list[str] | 
     from hpc_hess.model.precision import honest_casts
 
     model = model.double()
+    model.config._experts_implementation = "eager"  # grouped kernels know no float64
     named = dict(model.named_parameters())
     chosen = [named[name] for name in sorted(names if names is not None else named)]
     with honest_casts(torch.float64):

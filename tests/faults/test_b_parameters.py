@@ -1,4 +1,4 @@
-"""B1 to B5: padding rows, frozen and unreached parameters, choices, forward passes that write buffers."""
+"""B1 to B5: padding rows, frozen and unreached parameters, choices that are not frozen, forwards that write buffers."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_studies_of_a_composite_model_and_its_unreached_parameters(tmp_path: Pat
     run(make_config(settings_b(
         tmp_path / "model", tmp_path / "t.npy", tmp_path / "out", model__attention="eager", operator__method="exact",
         operator__kind="gauss_newton", lanczos__steps=3, analysis__class_groups=2, analysis__class_steps=2,
-        analysis__block_spectrum=["head"], analysis__block_steps=2,
+        analysis__block_diagonal=["head"], analysis__block_steps=2,
     )), world)  # fmt: skip
     result = result_of(tmp_path / "out")
     assert {"class_structure", "block_diagonal"} <= set(result["studies"])
@@ -278,21 +278,114 @@ def test_a_forward_pass_that_writes_buffers(ranks: int, tmp_path: Path) -> None:
     assert_right(found, *dense_product(model, ids_b()))
 
 
+_ROWS = [list(range(3, 13)), list(range(20, 50)), list(range(60, 72))]
+
+
 def _padded_rows(world: World, settings: dict[str, Any]) -> tuple[float, list[dict[str, str]]]:
-    problem = problem_of(world, settings)
+    """Return the loss and the intake of rows of different lengths, as rows = "pad" gives them. Collective: yes."""
+    from hpc_hess import problem as problems
+    from hpc_hess.model.data import make_samples
+
+    with pytest.MonkeyPatch.context() as patch:  # ids need no tokenizer
+        rows = [np.array(row) for row in _ROWS]
+        patch.setattr(problems, "load_samples", lambda section, model, source: make_samples(rows, section, 96))
+        problem = problem_of(world, settings)
     return problem.gradient.at_theta0()[0], problem.intake.to_json()
+
+
+def _loss_alone(model: Any) -> float:
+    """Return the token-weighted loss of the rows, each computed by itself."""
+    total = 0.0
+    for row in _ROWS:
+        logits = model(input_ids=torch.tensor([row])).logits[0, :-1]
+        total += float(nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum"))
+    return total / sum(len(row) - 1 for row in _ROWS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_rows_of_a_model_that_minds_padding_come_one_by_one(ranks: int, tmp_path: Path) -> None:
-    model = _phi3(tmp_path / "model").double()
-    rows = [list(range(3, 13)), list(range(20, 50)), list(range(60, 72))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
-    losses = [
-        nn.functional.cross_entropy(
-            model(input_ids=torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"
-        )
-        for row in rows
-    ]  # fmt: skip
-    right = float(sum(losses)) / sum(len(row) - 1 for row in rows)
-    pytest.skip(f"rows of ids are read from text only: {right}")
+    model = _phi3(tmp_path / "model")
+    settings = settings_of(
+        tmp_path / "model", tokens_b(tmp_path / "t.npy"), data__micro_batch=4, data__sequence_length=32,
+        model__master_dtype="float32", model__compute_dtype="float32",
+    )  # fmt: skip
+    found = [_padded_rows(World.alone(), settings)] if ranks == 1 else run_quickly(_padded_rows, ranks, settings)
+    for loss, intake in found:
+        assert loss == pytest.approx(_loss_alone(model), rel=1e-6)
+        [finding] = [f for f in intake if f["check"] == "model.padding"]
+        assert finding["verdict"] == "noted"
+
+
+def test_rows_of_another_model_stay_padded(tmp_path: Path) -> None:
+    model = model_b()
+    model.save_pretrained(tmp_path / "model")
+    settings = settings_of(tmp_path / "model", tokens_b(tmp_path / "t.npy"), data__micro_batch=4, data__sequence_length=32)
+    loss, intake = _padded_rows(World.alone(), settings)
+    assert loss == pytest.approx(_loss_alone(model), rel=1e-6)
+    [finding] = [f for f in intake if f["check"] == "model.padding"]
+    assert finding["verdict"] == "passed"
+
+
+# -- B4 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A router without topk whose experts are nearly equal."""
+    from transformers import AutoModelForCausalLM, PhimoeConfig
+
+    path = tmp_path_factory.mktemp("phimoe")
+    config = PhimoeConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.01, sliding_window=None,
+    )  # fmt: skip
+    model = fill_b(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate.weight" in name or "router.weight" in name:
+                parameter.copy_(parameter[:1] + 3e-4 * torch.randn_like(parameter))
+    model.save_pretrained(path / "model")
+    np.save(path / "t.npy", np.random.default_rng(0).integers(3, 96, 48))
+    return {"model": path / "model", "tokens": path / "t.npy", "model__attention": "eager", "data__sequence_length": 12,
+            "data__sequences": 4, "lanczos__steps": 12}  # fmt: skip
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_choices_that_are_not_frozen_are_named(
+    checked: bool, undecided: dict[str, Any], tmp_path: Path, world: World
+) -> None:
+    from hpc_hess.report.spectrum import warnings
+
+    run(make_config(settings_b(out=tmp_path / "out", operator__check=checked, **undecided)), world)
+    result = result_of(tmp_path / "out")
+    assert sum(result["errors"]["choices_changed"].values()) > 0
+    [caution] = [text for text in warnings(result) if "Discrete choices" in text]
+    assert 'operator.method = "exact"' in caution
+
+
+def test_their_exact_products_have_no_such_caution(undecided: dict[str, Any], tmp_path: Path, world: World) -> None:
+    from hpc_hess.report.spectrum import warnings
+
+    run(make_config(settings_b(out=tmp_path / "out", operator__method="exact", **undecided)), world)
+    result = result_of(tmp_path / "out")
+    assert result["errors"]["choices_changed"] is None
+    assert not [text for text in warnings(result) if "Discrete choices" in text]
+
+
+def test_a_model_without_choices_has_no_caution(tmp_path: Path, world: World) -> None:
+    from hpc_hess.report.spectrum import warnings
+
+    model_b().save_pretrained(tmp_path / "model")
+    out, tokens = tmp_path / "out", tokens_b(tmp_path / "t.npy")
+    run(make_config(settings_b(tmp_path / "model", tokens, out, lanczos__steps=3, operator__check=False)), world)
+    result = result_of(out)
+    assert result["errors"]["choices_changed"] == {}
+    assert not [text for text in warnings(result) if "Discrete choices" in text or "symmetric" in text]
+
+
+def test_an_operator_without_symmetry_is_named() -> None:
+    from hpc_hess.report.spectrum import warnings
+
+    assert any("not symmetric" in text for text in warnings({"errors": {"symmetry": 0.23, "hvp_relative": 1e-3}}))
+    assert not any("not symmetric" in text for text in warnings({"errors": {"symmetry": 1e-4, "hvp_relative": 1e-3}}))
