@@ -287,6 +287,8 @@ class Loop:
         self.tally.error_probe_absolute = error * size if size > 0 else product.norm()
         if error > MOST_ERROR and size > 0:
             cause = "the loss changes its form within the step, as near a parameter that is zero"
+            if choices := self.operator.last_record().choices:
+                cause = f"discrete choices of the model ({', '.join(choices)}) changed within the step"
             if self._exact is not None:
                 cause = f"{self.config.model.compute_dtype} is too coarse for this model"
             remedy = 'model.compute_dtype = "float32"' if self._exact is not None else 'operator.method = "exact"'

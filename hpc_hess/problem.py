@@ -107,7 +107,8 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
 
     intake.add(*read_weights(), spanned_finding(model))
     computes_in = dtype_of(config.model.compute_dtype if model.sharded else config.model.master_dtype)
-    found, alone = try_forward(model, plain, samples, world.rank % len(samples), read_weights, computes_in)
+    explained = partial(running, source.path, source.hf_config.get_text_config().to_dict())
+    found, alone = try_forward(model, plain, samples, world.rank % len(samples), read_weights, computes_in, explained)
     intake.add(*found)
     samples = replace(samples, alone=alone)
     routing = Routing(model.module, config.operator.routing)
@@ -120,7 +121,6 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     if config.operator.sketched:
         sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
     gradient = Gradient(model, objective, routing)
-    gradient.explained = partial(running, source.path, source.hf_config.get_text_config().to_dict())
     return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
 
 

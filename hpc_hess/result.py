@@ -227,8 +227,10 @@ def refuse_meaningless(result: dict[str, Any]) -> None:
     """Raise NumericsError where a finished run's products are so far from symmetric that no eigenvalue can be given."""
     asymmetry = result["errors"]["symmetry"]
     if asymmetry > MOST_ERROR:
+        choices = result["errors"].get("choices_changed")
+        cause = f" (discrete choices of the model changed within a step: {', '.join(choices)})" if choices else ""
         raise NumericsError(
-            f"the products are not symmetric: u.Hv and v.Hu differ by {100 * asymmetry:.3g} % of the largest |eigenvalue|; "
+            f"the products are not symmetric: u.Hv and v.Hu differ by {100 * asymmetry:.3g} % of the largest |eigenvalue|{cause}; "
             'no eigenvalue can be given: set operator.method = "exact", or look at hpc-hess check'
         )
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -23,15 +20,13 @@ class Gradient:
     """Loss and gradient over the whole data set.
 
     ``seconds`` holds the duration of every full evaluation on this rank. ``routing`` freezes (or counts)
-    mixture-of-experts decisions. ``watch`` sees the sums grow. ``explained`` turns an error of the very first forward
-    pass into a sentence.
+    mixture-of-experts decisions. ``watch`` sees the sums grow.
     """
 
     def __init__(self, model: ShardedModel, objective: Objective, routing: Routing | None = None) -> None:
         self.model, self.objective = model, objective
         self.routing = routing or Routing(model.module, "free")
         self.watch: Watch = Unwatched()
-        self.explained: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.seconds: list[float] = []
 
     @property
@@ -69,11 +64,10 @@ class Gradient:
                 for index in range(first, count):
                     self.routing.micro_batch = index
                     with model.world.guard(f"gradient, micro-batch {index + 1} of {count}"):
-                        with model.world.timers.phase("forward"), self.explained():
+                        with model.world.timers.phase("forward"):
                             contribution = self.objective.contribution(model.module, index)
                         with model.world.timers.phase("backward"):
                             model.backward(contribution.total)
-                    self.explained = contextlib.nullcontext
                     parts.append(contribution.per_sample.double())
                     ids.extend(contribution.sample_ids)
                     if whole:

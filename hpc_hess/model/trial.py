@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -17,12 +18,11 @@ from hpc_hess.parallel.vector import Vector
 
 # settings of a configuration that let a forward pass write weights, and their value that does not
 _SWITCHES = {"rescale_every": 0}
-_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 def try_forward(
     model: ShardedModel, plain: nn.Module | None, samples: Samples, row: int, refill: Callable[[], object],
-    dtype: torch.dtype,
+    dtype: torch.dtype, explained: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[list[Finding], bool]:  # fmt: skip
     """Run a few short forward passes; return what they show, and whether rows must not be padded. Collective: yes.
 
@@ -32,6 +32,7 @@ def try_forward(
     row : the sample that this rank takes.
     refill : puts the weights and buffers back, from where they came.
     dtype : that the model computes in.
+    explained : turns an error of a forward pass into a sentence about the configuration.
 
     Raises
     ------
@@ -45,12 +46,8 @@ def try_forward(
     def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         batch = MicroBatch([0], ids, mask, ids)
         objective = CausalLMObjective([batch], 1, model.space.device)
-        with model.measuring(), model.world.guard("first forward passes"):
-            try:
-                return objective.logits_and_targets(model.module, 0)[0]
-            except _ERRORS as error:
-                text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise ModelError(f"cannot run {name}: {text}") from error
+        with explained(), model.measuring(), model.world.guard("first forward passes"):
+            return objective.logits_and_targets(model.module, 0)[0]
 
     before = checksums(_state(model))
     first = logits(ids, torch.ones_like(ids))

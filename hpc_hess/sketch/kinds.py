@@ -73,7 +73,7 @@ def chain(settings: SketchSettings, size: int) -> Chain:
     if kind == "ffd":
         M = D
     if kind in ("affd", "afjl") and D > M:
-        raise ConfigError(f"blocks of {M} entries are smaller than sketch.dimension = {D}: take larger blocks")
+        raise ConfigError(f"sketch.dimension = {D} is not valid: it should be at most the block of {M} entries")
     blocks = -(-size // M)
 
     def transform(which: int, rows: int, *, columns: bool = False) -> Transform:

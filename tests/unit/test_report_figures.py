@@ -36,7 +36,7 @@ def test_every_figure_is_a_readable_png_and_svg(name, tmp_path):
         assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 10
         assert plot.svg.stat().st_size < 600_000
     several = len(result["probes"]) > 1
-    assert plots[0].caption.startswith("Mean of" if several else "One probe,")
+    assert plots[0].caption.startswith("Mean of" if several else "One probe")
     assert "with 95 % probability at each place" in plots[0].caption
 
 

@@ -27,7 +27,8 @@ def test_summary_names_the_extremes_the_trace_and_the_report(tmp_path):
         line.startswith("per step     product 13.4 s, Lanczos 310 ms, checkpoint 600 ms (one gra") for line in lines
     )
     assert any("at most 3 GiB a rank, 2 ranks" in line for line in lines)
-    assert lines[-1] == f"report       {tmp_path / 'report.html'}"
+    assert lines[-2] == f"report       {tmp_path / 'report.html'}"
+    assert lines[-1] == "no cautions"
 
 
 def test_summary_of_one_probe_and_of_little_else():
