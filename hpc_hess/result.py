@@ -230,7 +230,8 @@ def refuse_meaningless(result: dict[str, Any]) -> None:
         choices = result["errors"].get("choices_changed")
         cause = f" (discrete choices of the model changed within a step: {', '.join(choices)})" if choices else ""
         raise NumericsError(
-            f"the products are not symmetric: u.Hv and v.Hu differ by {100 * asymmetry:.3g} % of the largest |eigenvalue|{cause}; "
+            f"the products are not symmetric: u.Hv and v.Hu differ by {100 * asymmetry:.3g} % of the largest "
+            f"|eigenvalue|{cause}; "
             'no eigenvalue can be given: set operator.method = "exact", or look at hpc-hess check'
         )
 
