@@ -95,7 +95,9 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
                 master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
             )  # fmt: skip
         objective = _objective(config, ranks, vocabulary, world.device)
-        gradient = Gradient(model, objective, Routing(model.module, config.operator.routing))
+        routing = Routing(model.module, config.operator.routing)
+        routing.attach()
+        gradient = Gradient(model, objective, routing)
         if config.model.activation_checkpointing:
             checkpoint_blocks(model.module)
         watch = _MicroBatches(tracer)

@@ -69,6 +69,7 @@ REPLICATED = [Case("llama", hessian=True), Case("qwen2_moe"), Case("mixtral", mi
 def compute(world: World, case: Case) -> Answer:
     model = shard_toy(world, case.name, case.dtype, **case.options)
     routing = Routing(model.module, "frozen")
+    routing.attach()
     if case.checkpointing:
         checkpoint_blocks(model.module)
     objective = ragged_objective(world.rank, world.size, case.rows, case.micro_batch)
