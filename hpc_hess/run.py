@@ -146,7 +146,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             remove_product_store(world, out)
             clear_starts(world, out)
             if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
-                loop.tally.ritz_check = {}
+                loop.tally.ritz_check, loop.tally.ritz_ends = {}, {}
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
             result |= searched | ({"studies": studies} if studies else {})
             refuse_meaningless(result)
