@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -66,10 +67,19 @@ def run_ranks(
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that is free on the loopback interface now, as the next one is.
+
+    It is none of those that the system gives to outgoing connections (32768 and up on Linux): one of them would take it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000, 2)
+        with socket.socket() as probe, socket.socket() as after:
+            try:
+                probe.bind(("127.0.0.1", port))
+                after.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
 
 
 def clean_environment() -> dict[str, str]:

@@ -57,6 +57,8 @@ def unpack(message: bytes) -> Any:
 def _encode(value: Any, arrays: list[bytes]) -> Any:
     if type(value) in _PLAIN:
         return value
+    if isinstance(value, str) and not isinstance(value, np.generic):
+        return str(value)  # one that knows more than its text, on its own rank
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind not in "biufcSU":
             raise TypeError(f"ranks cannot tell each other arrays of {value.dtype}")

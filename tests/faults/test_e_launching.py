@@ -404,6 +404,8 @@ def _load_own(world_: World, directory: str, cache: str) -> str:
                 file.flush()
                 time.sleep(0.3)
 
+    # a rank inherits sys.path: another test may have put the ordinary cache there
+    sys.path[:] = [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE]
     dynamic_module_utils.HF_MODULES_CACHE = cache
     dynamic_module_utils.shutil = SimpleNamespace(copy=copy_slowly, copyfile=copy_slowly)  # type: ignore[attr-defined]
     section = ModelSection(source=directory, trust_remote_code=True, attention="eager")

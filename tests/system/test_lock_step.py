@@ -193,8 +193,6 @@ def go_with_little_memory(world: World, folder: Path) -> None:
         assert go(world, toy(folder / "auto"), 2) == 75
         with read_store(folder / "auto") as store:
             assert (store.schema.width, store.state.width) == (2, 2)
-    generations = [p.name for p in (folder / "auto").glob("krylov.ranks/*")]
-    assert go(world, toy(folder / "auto")) == 0  # there is more memory now, but that is no reason to rebuild the store
-    assert [p.name for p in (folder / "auto").glob("krylov.ranks/*")] == generations
+    assert go(world, toy(folder / "auto")) == 0  # there is more memory now, but that is no reason to start with four
     with read_store(folder / "auto") as store:
         assert (store.schema.width, store.state.complete(3)) == (2, True)
