@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import Graph, count, graph, imported, modules
+from benchmarks.house import Graph, count, graph, imported, modules, table
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hpc_hess"
@@ -192,3 +192,8 @@ def test_the_package_was_found() -> None:
 def test_a_wrong_arrow_is_seen(module: str, source: str, count: int) -> None:
     found = {module: list(imports(source, "x.py", module))}
     assert len(wrong_arrows(found) + wrong_libraries(found)) == count
+
+
+def test_the_page_lists_the_rooms_as_they_stand() -> None:
+    """``python -m benchmarks.house`` prints the table."""
+    assert table() in (ROOT / "docs" / "architecture.md").read_text()
