@@ -103,7 +103,11 @@ class SafetensorsReader:
         missing = [name for name, _ in skeleton.named_parameters() if name not in self._tensors]
         if missing:
             more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise ModelError(f"{self._directory} has no tensor for parameter '{missing[0]}'{more}")
+            longer = next((name for name in self._tensors if name.endswith(f".{missing[0]}")), None)
+            remedy = "check that config.json belongs to these weights, and that every file of them is there"
+            if longer is not None:
+                remedy = f"it holds '{longer}': save the model itself, not what wraps it (DataParallel, torch.compile, a trainer)"
+            raise ModelError(f"{self._directory} has no tensor for parameter '{missing[0]}'{more}: {remedy}")
         persistent = skeleton.state_dict().keys()
         buffers = [(n, b) for n, b in skeleton.named_buffers() if n in persistent and n in self._tensors]
         for name, place in [*skeleton.named_parameters(), *buffers]:
