@@ -306,8 +306,9 @@ def test_b_from_bare_ids_has_its_eigenvalue() -> None:
     [
         lambda s: s.density(width=-1.0), lambda s: s.density(axis="symlog", linear=0.0), lambda s: s.density(width="x"),
         lambda s: s.cumulative("x"), lambda s: s.cumulative([0.0, np.nan]), lambda s: s.cumulative([[0.0]]),
-        lambda s: s.cumulative([0.0], risk=0.0), lambda s: s.mass(above=5.0, below=1.0), lambda s: s.mass(above=1.0, below=1.0),
-        lambda s: s.mass(above=np.nan), lambda s: s.mass(below=0.0, risk=1.0), lambda s: s.wasserstein_bound(risk=-0.1),
+        lambda s: s.cumulative([0.0], risk=0.0), lambda s: s.mass(above=5.0, below=1.0),
+        lambda s: s.mass(above=1.0, below=1.0), lambda s: s.mass(above=np.nan), lambda s: s.mass(below=0.0, risk=1.0),
+        lambda s: s.wasserstein_bound(risk=-0.1),
     ],
 )  # fmt: skip
 def test_questions_that_have_no_answer_are_refused(ask: Callable[[hpc_hess.Spectrum], Any]) -> None:
