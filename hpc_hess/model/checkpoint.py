@@ -99,11 +99,11 @@ class SafetensorsReader:
                 if present:
                     self._tensors.setdefault(name, self._tensors[present[0]])
 
-    def _check(self, skeleton: nn.Module, stored: Iterable[str]) -> None:
+    def _check(self, skeleton: nn.Module, held: Iterable[str]) -> None:
         missing = [name for name, _ in skeleton.named_parameters() if name not in self._tensors]
         if missing:
             more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-            longer = next((name for name in stored if name.endswith(f".{missing[0]}")), None)
+            longer = next((name for name in held if name.endswith(f".{missing[0]}")), None)
             remedy = "check that config.json belongs to these weights, and that every file of them is there"
             if longer is not None:
                 remedy = f"it holds '{longer}': save the model itself, not its wrapper (DataParallel, torch.compile)"
