@@ -30,7 +30,8 @@ def expected() -> list[int]:
     o_proj, mlp = whole["layers.1.attn.o_proj.weight"], whole["layers.1.mlp.weight"]
     return [
         *whole["layers.0.attn.q_proj.weight"][-1, :], *sorted({*o_proj.ravel()[:2], *o_proj[1:, 2:4].ravel()}),
-        *sorted({*mlp.ravel()[:2], *mlp[::-2, 1::3].ravel()}), *whole["layers.1.norm.weight"].ravel()[:2], *whole["scale"].ravel(),
+        *sorted({*mlp.ravel()[:2], *mlp[::-2, 1::3].ravel()}), *whole["layers.1.norm.weight"].ravel()[:2],
+        *whole["scale"].ravel(),
     ]  # fmt: skip
 
 
