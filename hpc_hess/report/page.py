@@ -207,6 +207,11 @@ def _errors(errors: Any) -> list[Row]:
     rows = []
     for key, value in _flat(errors):
         head, _, rest = key.partition(".")
+        if head == "ritz" and "ritz_ends" in _table(errors):
+            continue  # it is one of them
+        if head == "ritz_ends":
+            end, _, rest = rest.partition(".")
+            head += f".{end}"
         label, meaning = ERROR_TERMS.get(head, (_label(head), ""))
         shown = minus_signs("not measured" if value is None else _quantity(key, value))
         rows.append(Row(label + (f", {_label(rest).lower()}" if rest else ""), shown, meaning))

@@ -140,7 +140,8 @@ ERROR_TERMS: dict[str, tuple[str, str]] = {
         "Product, absolute error",
         "largest measured |error of Hv| for |v| = 1; it widens every eigenvalue's interval",
     ),
-    "ritz_ends": ("Ritz pair (θ, y) of each end", "yᵀHy and ‖Hy - θy‖ with the exact product"),
+    "ritz_ends.lowest": ("Lowest Ritz pair (θ, y)", "yᵀHy and ‖Hy - θy‖ with the exact product"),
+    "ritz_ends.highest": ("Highest Ritz pair (θ, y)", "yᵀHy and ‖Hy - θy‖ with the exact product"),
     "hvp_relative_is": (
         "How it is known",
         "measured against the exact product (of bfloat16: in float32), or predicted from measured noise",
