@@ -36,6 +36,7 @@ from hpc_hess.report.words import (
     plural,
     rates,
     size,
+    spread_text,
     trace_text,
 )
 
@@ -133,10 +134,7 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
     meaning = sketch or (f"{num_params:,}" if (num_params or 0) >= 1e6 else "")
     spread = ""
     if trace.get("mean") is not None:
-        error = trace.get("stderr")
-        half = trace.get("half_width_95")
-        known = f"± {number(error, 2)} (standard error)" if half is None else f"± {number(half, 2)} (95 %)"
-        spread = "one probe: no error estimate" if error is None else known
+        spread = spread_text(trace) or "one probe: no error estimate"
     cards = [
         Row("λ max", number(high), interval_text(result, high, above, scale)),
         Row("λ min", number(low), interval_text(result, low, below, scale)),
