@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hpc_hess.api.operators import Operator
+from hpc_hess.errors import ConfigError
 from hpc_hess.intake import given
 from hpc_hess.linalg import density as densities
 from hpc_hess.linalg import diagonal as diagonals
@@ -68,19 +69,25 @@ class Spectrum:
             "linear": densities.density, "symlog": densities.density_symlog, "log": densities.density_log,
             "chebyshev": densities.density_chebyshev,
         }  # fmt: skip
+        for name in options.keys() & {"width", "linear", "epsilon"}:
+            if options[name] is not None and given.real(name, options[name]) <= 0:
+                raise ConfigError(f"{name} = {options[name]!r} is not greater than 0")
         return smooth[given.one_of("axis", axis, smooth)](self.quadratures, **options)
 
     def cumulative(self, points: Any, *, risk: float = 0.05) -> Cumulative:
         """Return the share of eigenvalues at or below ``points``, with bounds of the truth."""
-        return measure.cumulative(self._recurrences, points, self.size, risk=risk)
+        places = given.numbers_of("points", points)
+        return measure.cumulative(self._recurrences, places, self.size, risk=given.share("risk", risk))
 
     def mass(self, *, above: float = -math.inf, below: float = math.inf, risk: float = 0.05) -> Interval:
         """Return the share of eigenvalues in [``above``, ``below``], with bounds."""
-        return measure.mass(self._recurrences, self.size, above=above, below=below, risk=risk)
+        if not above < below:
+            raise ConfigError(f"above = {above!r} is not less than below = {below!r}")
+        return measure.mass(self._recurrences, self.size, above=above, below=below, risk=given.share("risk", risk))
 
     def wasserstein_bound(self, *, risk: float = 0.05) -> float:
         """Bound W1 between the spectrum and the mean quadrature, in units of the eigenvalues."""
-        return measure.wasserstein_a_posteriori(self._recurrences, self.size, risk=risk)
+        return measure.wasserstein_a_posteriori(self._recurrences, self.size, risk=given.share("risk", risk))
 
     @property
     def frobenius_norm(self) -> Estimate:

@@ -86,11 +86,16 @@ def trace_text(trace: Mapping[str, Any] | None) -> str:
     """Return the trace with its 95 % interval, or say that one probe gives no estimate of it."""
     if not trace or trace.get("mean") is None:
         return NONE
-    if trace.get("stderr") is None:
-        return f"{number(trace['mean'])} (one probe: no error estimate)"
-    if trace.get("half_width_95") is None:  # a run from before it was kept
-        return f"{number(trace['mean'])} ± {number(trace['stderr'], 2)} (standard error over probes)"
-    return f"{number(trace['mean'])} ± {number(trace['half_width_95'], 2)} (95 %, by the scatter of the probes)"
+    return f"{number(trace['mean'])} {spread_text(trace) or '(one probe: no error estimate)'}"
+
+
+def spread_text(trace: Mapping[str, Any]) -> str:
+    """Return what is known about a trace's error, or ""."""
+    if trace.get("half_width_95") is not None:
+        return f"± {number(trace['half_width_95'], 2)} (95 %)"
+    if trace.get("stderr") is not None:  # a run from before intervals were kept
+        return f"± {number(trace['stderr'], 2)} (standard error over probes)"
+    return ""
 
 
 def residual_text(residual: float | None, scale: float) -> str:
@@ -140,7 +145,8 @@ ERROR_TERMS: dict[str, tuple[str, str]] = {
         "Product, absolute error",
         "largest measured |error of Hv| for |v| = 1; it widens every eigenvalue's interval",
     ),
-    "ritz_ends": ("Ritz pair (θ, y) of each end", "yᵀHy and ‖Hy - θy‖ with the exact product"),
+    "ritz_ends.lowest": ("Lowest Ritz pair (θ, y)", "yᵀHy and ‖Hy - θy‖ with the exact product"),
+    "ritz_ends.highest": ("Highest Ritz pair (θ, y)", "yᵀHy and ‖Hy - θy‖ with the exact product"),
     "hvp_relative_is": (
         "How it is known",
         "measured against the exact product (of bfloat16: in float32), or predicted from measured noise",

@@ -55,6 +55,24 @@ def real(name: str, value: Any, least: float = -math.inf) -> float:
     return float(value)
 
 
+def share(name: str, value: Any) -> float:
+    """Return a number between 0 and 1, without the ends. Raises ConfigError."""
+    if not 0 < real(name, value) < 1:
+        raise ConfigError(f"{name} = {value!r} is not between 0 and 1")
+    return float(value)
+
+
+def numbers_of(name: str, value: Any) -> np.ndarray:
+    """Return one or several finite numbers, float64 [n]. Raises ConfigError."""
+    try:
+        found = np.atleast_1d(np.asarray(value, np.float64))
+    except (TypeError, ValueError):
+        found = np.full(1, np.nan)
+    if found.ndim != 1 or not np.isfinite(found).all():
+        raise ConfigError(f"{name} = {value!r} is not a list of finite numbers")
+    return found
+
+
 def patterns(name: str, value: Any) -> list[str]:
     """Return globs over parameter names: one, or several. Raises ConfigError."""
     found = [value] if isinstance(value, str) else list(value)

@@ -93,7 +93,9 @@ def cumulative(recurrences: Sequence[Probe], points: ArrayLike, size: int, *, ri
     mean = np.mean([[_share(rule.gauss, p) for p in x] for rule in rules], axis=0)
     t = sampling_error(size, len(rules), risk / max(len(x), 1))
     low, high = bounds[:, :, 0].mean(0) - t, bounds[:, :, 1].mean(0) + t
-    low, high = np.maximum.accumulate(low), np.minimum.accumulate(high[::-1])[::-1]  # it never falls
+    rising = np.argsort(x, kind="stable")
+    falling = rising[::-1]
+    low[rising], high[falling] = np.maximum.accumulate(low[rising]), np.minimum.accumulate(high[falling])  # it never falls
     return Cumulative(x, low.clip(0, 1), mean, high.clip(0, 1))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigh_tridiagonal
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 Float = NDArray[np.float64]
 
@@ -34,14 +34,20 @@ def ritz(alpha: ArrayLike, beta: ArrayLike) -> Ritz:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``count`` samples and its standard error (None for one)."""
+    """A mean over ``count`` samples and its standard error (None for one).
+
+    ``deviation``: of one sample, at most, where that is known better than by their scatter.
+    """
 
     mean: float
     stderr: float | None
     count: int = 0
+    deviation: float | None = None
 
     def half_width(self, risk: float = 0.05) -> float | None:
         """Return the half width of the mean's interval, with Student's factor for few samples; None where not known."""
+        if self.deviation is not None:
+            return float(ndtri(1 - risk / 2) * self.deviation / np.sqrt(self.count))
         if self.stderr is None or self.count < 2:
             return None
         return float(stdtrit(self.count - 1, 1 - risk / 2) * self.stderr)
@@ -54,5 +60,13 @@ def estimate(samples: ArrayLike) -> Estimate:
 
 
 def trace(quadratures: list[Ritz], size: int) -> Estimate:
-    """Hutchinson's estimate of tr A: size times <v, A v>, which is each probe's first moment (exact: alpha_1)."""
-    return estimate([size * float(q.weights @ q.values) for q in quadratures])
+    """Hutchinson's estimate of tr A: size times <v, A v>, which is each probe's first moment (exact: alpha_1).
+
+    Its variance over probes is at most 2 ||A||_F^2 (Avron, Toledo 2011), and size times |A v|^2, each probe's second moment
+    (exact: alpha_1^2 + beta_1^2), estimates that norm: few probes tell it far better than they tell their own scatter.
+    """
+    found = estimate([size * float(q.weights @ q.values) for q in quadratures])
+    beyond = [float(q.residuals[0]) ** 2 if len(q.values) == 1 else 0.0 for q in quadratures]  # beta_1, not in T
+    squares = [float(q.weights @ q.values**2) + more for q, more in zip(quadratures, beyond, strict=True)]
+    deviation = float(np.sqrt(2 * size * np.mean(squares)))
+    return replace(found, deviation=deviation if np.isfinite(deviation) else None)

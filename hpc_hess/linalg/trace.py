@@ -41,7 +41,10 @@ class Moments:
 
     @property
     def frobenius_estimate(self) -> Estimate:
-        """Frobenius norm with its standard error (to first order, that of the square over twice the norm)."""
+        """Frobenius norm with its standard error (to first order, that of the square over twice the norm).
+
+        No interval: squares are skewed, and Student's holds in 9 of 10 cases instead of 95 of 100.
+        """
         square = estimate(self.frobenius_squared)
         norm = math.sqrt(square.mean)
         return Estimate(norm, None if square.stderr is None else square.stderr / (2 * norm or 1.0))
@@ -95,7 +98,7 @@ def hutch_plus_plus(
         _project_out(basis, rank, w)
         samples.append(quadratic(w))
     rest = estimate(samples)
-    return Estimate(within + rest.mean, rest.stderr)
+    return Estimate(within + rest.mean, rest.stderr, rest.count)
 
 
 def xtrace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 _aten = torch.ops.aten
 _COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+_LONGEST_S = 0.5  # of the calls of one measurement, where three take less
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -53,9 +55,10 @@ class Limits(NamedTuple):
     bytes_per_s: float
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Limits:
-    """Time a matrix product and a copy here. Takes about half a second and 128 MiB of a CPU."""
-    return Limits(matmul_rate(device, dtype, repeats), copy_rate(device, repeats))
+@functools.cache
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Time a matrix product and a copy here, once a process. Takes about half a second and 128 MiB of a CPU."""
+    return Limits(matmul_rate(device, dtype), copy_rate(device))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -73,9 +76,9 @@ def copy_rate(device: torch.device, repeats: int = 5) -> float:
 
 
 def best_s(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the seconds of the fastest of some calls, after one that is not timed."""
-    times = []
-    for _ in range(repeats + 1):
+    """Return the seconds of the fastest of some calls, after one that is not timed; of fewer calls, where one is slow."""
+    times: list[float] = []
+    while len(times) < 3 or (len(times) <= repeats and sum(times) < _LONGEST_S):
         began = time.perf_counter()
         function()
         if device.type == "cuda":

@@ -331,3 +331,12 @@ def test_adapters_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match="PEFT adapter"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", ""])
+def test_weights_of_other_names_are_refused_with_the_reason(wrapper: str, tmp_path: Path) -> None:
+    save_b(tmp_path)
+    rewrite(tmp_path, lambda old: {(wrapper or "x") + name: tensor for name, tensor in old.items()})
+    remedy = rf"it holds '{wrapper}model\.embed_tokens\.weight': save the model" if wrapper else r"check that config\.json"
+    with pytest.raises(ModelError, match=rf"parameter 'model\.embed_tokens\.weight' and 20 others: {remedy}"):
+        load(tmp_path)

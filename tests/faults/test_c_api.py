@@ -296,3 +296,27 @@ def test_what_is_not_selected_may_have_any_type(method: Any, first: torch.dtype)
 def test_b_from_bare_ids_has_its_eigenvalue() -> None:
     operator = hpc_hess.hessian(model_b().double(), [IDS], method="exact")
     assert hpc_hess.slq(operator, steps=40).lambda_max == pytest.approx(HIGHEST_B, abs=1e-3)
+
+
+# -- what is asked of a spectrum ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda s: s.density(width=-1.0), lambda s: s.density(axis="symlog", linear=0.0), lambda s: s.density(width="x"),
+        lambda s: s.cumulative("x"), lambda s: s.cumulative([0.0, np.nan]), lambda s: s.cumulative([[0.0]]),
+        lambda s: s.cumulative([0.0], risk=0.0), lambda s: s.mass(above=5.0, below=1.0),
+        lambda s: s.mass(above=1.0, below=1.0), lambda s: s.mass(above=np.nan), lambda s: s.mass(below=0.0, risk=1.0),
+        lambda s: s.wasserstein_bound(risk=-0.1),
+    ],
+)  # fmt: skip
+def test_questions_that_have_no_answer_are_refused(ask: Callable[[hpc_hess.Spectrum], Any]) -> None:
+    model = nn.Linear(3, 1, bias=False).double()
+    inputs = torch.arange(12, dtype=torch.float64).reshape(4, 3)
+    operator = hpc_hess.hessian(model, [inputs], lambda m, x: (m(x) ** 2).mean(), method="exact")
+    spectrum = hpc_hess.slq(operator, steps=3)
+    assert spectrum.mass(below=np.inf).mean == pytest.approx(1.0)
+    assert spectrum.cumulative(1e9).mean == pytest.approx([1.0])
+    with pytest.raises(ConfigError, match="^(width|linear|points|risk|above) = "):
+        ask(spectrum)

@@ -16,7 +16,7 @@ from hpc_hess.commands.run.screen import summary_text
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.errors import NumericsError
-from hpc_hess.linalg.quadrature import estimate
+from hpc_hess.linalg.quadrature import estimate, ritz, trace
 from hpc_hess.parallel.world import World
 from hpc_hess.report.spectrum import warnings
 from hpc_hess.studies.quadrature.result import refuse_meaningless
@@ -91,6 +91,30 @@ def test_the_interval_of_a_mean_of_few_samples_holds(count: int) -> None:
 
 def test_one_sample_has_no_interval() -> None:
     assert estimate([3.0]).half_width() is None
+
+
+@pytest.mark.parametrize("probes", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_interval_of_the_trace_holds_for_any_number_of_probes(probes: int, steps: int) -> None:
+    """Of a matrix with few outliers, from the moments alone: alpha_1 and beta_1, as one or two steps give them."""
+    generator, size = np.random.default_rng(1), 200
+    axes = np.linalg.qr(generator.standard_normal((size, size)))[0]
+    values = np.r_[generator.normal(0, 0.1, size - 4), -20.0, -5.0, 8.0, 30.0]
+    matrix = (axes * values) @ axes.T
+    inside = 0
+    for _ in range(300):
+        found = []
+        for _ in range(probes):
+            v = generator.choice([-1.0, 1.0], size) / np.sqrt(size)
+            alpha = v @ matrix @ v
+            rest = matrix @ v - alpha * v
+            beta = np.linalg.norm(rest)
+            second = [rest @ matrix @ rest / beta**2, 1.0]
+            found.append(ritz([alpha], [beta]) if steps == 1 else ritz([alpha, second[0]], [beta, second[1]]))
+        half = trace(found, size).half_width()
+        assert half is not None
+        inside += abs(trace(found, size).mean - values.sum()) <= half
+    assert inside / 300 >= 0.92
 
 
 # -- symmetry, and the line that ends a run ----------------------------------------------------------------------------

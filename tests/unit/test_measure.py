@@ -93,6 +93,14 @@ def test_cumulative_and_masses_hold_over_seeds() -> None:
     assert (band.high - band.low)[outer].max() < 0.2
 
 
+def test_the_order_of_points_does_not_matter() -> None:
+    found, x = recurrences(0, 2, 20), np.array([3.0, -1.0, 40.0, 0.0])
+    mixed, rising = cumulative(found, x, SIZE), cumulative(found, np.sort(x), SIZE)
+    for name in ("low", "mean", "high"):
+        np.testing.assert_array_equal(getattr(mixed, name)[np.argsort(x)], getattr(rising, name))
+    assert mixed.low[2] > mixed.high[1]
+
+
 def test_wasserstein_bounds() -> None:
     span = float(np.ptp(spectrum()))
     held = 0

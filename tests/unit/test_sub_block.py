@@ -16,7 +16,8 @@ from hpc_hess.studies.sub_block.compute import Room, describe, heat_map, select,
 from tests.spawn import run_ranks
 from tests.unit.test_blockwise import SHAPES, SIZE, make_space, operator_of
 
-TEXTS = ["layers.0.attn.q_proj.weight[-1, :]", "layers.1.*[0:2]", "scale", "layers.1.attn.o_proj.weight[1:, 2:4]"]
+TEXTS = ["layers.0.attn.q_proj.weight[-1, :]", "layers.1.*[0:2]", "scale", "layers.1.attn.o_proj.weight[1:, 2:4]",
+         "layers.1.mlp.weight[::-2, 1::3]"]  # fmt: skip
 
 
 def expected() -> list[int]:
@@ -26,10 +27,11 @@ def expected() -> list[int]:
         count = int(np.prod(SHAPES[name]))
         whole[name] = np.arange(position, position + count).reshape(SHAPES[name])
         position += count
-    o_proj = whole["layers.1.attn.o_proj.weight"]
+    o_proj, mlp = whole["layers.1.attn.o_proj.weight"], whole["layers.1.mlp.weight"]
     return [
         *whole["layers.0.attn.q_proj.weight"][-1, :], *sorted({*o_proj.ravel()[:2], *o_proj[1:, 2:4].ravel()}),
-        *whole["layers.1.mlp.weight"].ravel()[:2], *whole["layers.1.norm.weight"].ravel()[:2], *whole["scale"].ravel(),
+        *sorted({*mlp.ravel()[:2], *mlp[::-2, 1::3].ravel()}), *whole["layers.1.norm.weight"].ravel()[:2],
+        *whole["scale"].ravel(),
     ]  # fmt: skip
 
 
@@ -96,6 +98,7 @@ def test_stopped_between_two_batches() -> None:
         ("layers.0.attn.q_prj.weight[0]", "no parameter .* called '.*q_prj.weight': 'layers.0.attn.q_proj.weight'"),
         ("embed.weight[5, 0]", r"goes beyond the parameter's shape \[5, 2\]"),
         ("embed.weight[0, 0, 0]", r"has 3 indices, the parameter's shape is \[5, 2\]"),
+        ("embed.weight[::0]", "step of .* is 0"),
         ("embed.weight[a]", "'a' in .* is neither an index nor a range"),
         ("embed.weight[", "is not a parameter's name with indices"),
         ("embed.weight[3:3]", "selects no entry"),

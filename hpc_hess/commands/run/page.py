@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpc_hess.commands.run.figures import Plot, write_figures
-from hpc_hess.console.words import ERROR_TERMS, NONE, count, duration, minus, number, plural, rates, size, trace_text
+from hpc_hess.console.words import (
+    ERROR_TERMS,
+    NONE,
+    count,
+    duration,
+    minus,
+    number,
+    plural,
+    rates,
+    size,
+    spread_text,
+    trace_text,
+)
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.measure import Interval
 from hpc_hess.report.spectrum import (
@@ -123,10 +135,7 @@ def _cards(result: Mapping[str, Any]) -> list[Row]:
     meaning = sketch or (f"{num_params:,}" if (num_params or 0) >= 1e6 else "")
     spread = ""
     if trace.get("mean") is not None:
-        error = trace.get("stderr")
-        half = trace.get("half_width_95")
-        known = f"± {number(error, 2)} (standard error)" if half is None else f"± {number(half, 2)} (95 %)"
-        spread = "one probe: no error estimate" if error is None else known
+        spread = spread_text(trace) or "one probe: no error estimate"
     cards = [
         Row("λ max", number(high), interval_text(result, high, above, scale)),
         Row("λ min", number(low), interval_text(result, low, below, scale)),
@@ -197,6 +206,11 @@ def _errors(errors: Any) -> list[Row]:
     rows = []
     for key, value in _flat(errors):
         head, _, rest = key.partition(".")
+        if head == "ritz" and "ritz_ends" in _table(errors):
+            continue  # it is one of them
+        if head == "ritz_ends":
+            end, _, rest = rest.partition(".")
+            head += f".{end}"
         label, meaning = ERROR_TERMS.get(head, (_label(head), ""))
         shown = minus_signs("not measured" if value is None else _quantity(key, value))
         rows.append(Row(label + (f", {_label(rest).lower()}" if rest else ""), shown, meaning))

@@ -34,10 +34,20 @@ def _line(label: str, text: str) -> str:
     return f"{label:<{_WIDTH}} {text}"
 
 
+def _study_lines(result: Mapping[str, Any]) -> list[str]:
+    if not (result.get("studies") or result.get("eigenpairs")):
+        return []  # nor is matplotlib imported, which takes a second
+    from hpc_hess.studies import views
+
+    lines = []
+    for name, view, found in views.parts(result):
+        label = {"block_diagonal": "blocks", "class_structure": "classes", "sub_block": "entries"}.get(name, name)
+        lines += [_line(label if not k else "", text) for k, text in enumerate(view.lines(found))]
+    return lines
+
+
 def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: str | Path | None) -> str:
     """Return the lines that end a run: extreme eigenvalues, trace, timing, where the report is."""
-    from hpc_hess.studies import views  # matplotlib: not on the other ranks
-
     low, high = extremes(result)
     below, above = extreme_residuals(result)
     scale = max(abs(low or 0.0), abs(high or 0.0))
@@ -52,9 +62,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
         lines.append(_line(label, number(value, 6) + (f"  ({text})" if text else "")))
     lines.append(_line("trace", trace_text(result.get("trace"))))
     lines.append(_line("spectrum", story(result)))
-    for name, view, found in views.parts(result):
-        label = {"block_diagonal": "blocks", "class_structure": "classes", "sub_block": "entries"}.get(name, name)
-        lines += [_line(label if not k else "", text) for k, text in enumerate(view.lines(found))]
+    lines += _study_lines(result)
     cautions = warnings(result)
     lines += [_line("caution", text) for text in cautions]
     parts = (("hvp_s", "product"), ("lanczos_s", "Lanczos"), ("checkpoint_s", "checkpoint"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ class SafetensorsReader:
         self._tensors = mapped.tensors
         _check_types(self._directory, stored, mapped, skeleton)
         self._tie(skeleton)
-        self._check(skeleton)
+        self._check(skeleton, stored)
         types = ", ".join(sorted({tensor.dtype for tensor in stored.values()}))
         where = files.names[0] if len(files.names) == 1 else f"{len(files.names)} files"
         self.findings = [
@@ -99,11 +99,15 @@ class SafetensorsReader:
                 if present:
                     self._tensors.setdefault(name, self._tensors[present[0]])
 
-    def _check(self, skeleton: nn.Module) -> None:
+    def _check(self, skeleton: nn.Module, held: Iterable[str]) -> None:
         missing = [name for name, _ in skeleton.named_parameters() if name not in self._tensors]
         if missing:
             more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise ModelError(f"{self._directory} has no tensor for parameter '{missing[0]}'{more}")
+            longer = next((name for name in held if name.endswith(f".{missing[0]}")), None)
+            remedy = "check that config.json belongs to these weights, and that every file of them is there"
+            if longer is not None:
+                remedy = f"it holds '{longer}': save the model itself, not its wrapper (DataParallel, torch.compile)"
+            raise ModelError(f"{self._directory} has no tensor for parameter '{missing[0]}'{more}: {remedy}")
         persistent = skeleton.state_dict().keys()
         buffers = [(n, b) for n, b in skeleton.named_buffers() if n in persistent and n in self._tensors]
         for name, place in [*skeleton.named_parameters(), *buffers]:

@@ -119,16 +119,18 @@ def _picked(text: str, index: str | None, shape: tuple[int, ...]) -> _Picked:
         raise ConfigError(f"analysis.sub_block: '{text}' has {len(parts)} indices, the parameter's shape is {list(shape)}")
     picked = []
     for part, size in zip([*parts, *[":"] * (len(sizes) - len(parts))], sizes, strict=True):
-        match = re.fullmatch(r"(-?\d+)|(-?\d+)?:(-?\d+)?", part)
+        match = re.fullmatch(r"(-?\d+)|(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?", part)
         if not match:
-            raise ConfigError(f"analysis.sub_block: '{part}' in '{text}' is neither an index nor a range as 0:32")
+            raise ConfigError(f"analysis.sub_block: '{part}' in '{text}' is neither an index nor a range as 0:32 or ::4")
         if match[1] is not None:
             if not -size <= int(match[1]) < size:
                 raise ConfigError(f"analysis.sub_block: '{text}' goes beyond the parameter's shape {list(shape)}")
             picked.append(range(size)[int(match[1]) % size :][:1])
         else:
-            stop = None if match[3] is None else int(match[3])
-            picked.append(range(size)[slice(None if match[2] is None else int(match[2]), stop)])
+            start, stop, step = (None if part is None else int(part) for part in match.groups()[1:])
+            if step == 0:
+                raise ConfigError(f"analysis.sub_block: the step of '{text}' is 0")
+            picked.append(range(size)[start:stop:step])
     return _Picked(tuple(picked), sizes)
 
 
