@@ -25,9 +25,9 @@ def differences(old: Any, new: Any, same_bits: bool, where: str = "") -> list[st
         pairs = enumerate(zip(old, new, strict=True))
         return [line for k, (a, b) in pairs for line in differences(a, b, same_bits, f"{where}/{k}")]
     if isinstance(old, float) and isinstance(new, float) and not same_bits:
-        equal = math.isclose(old, new, rel_tol=CLOSE, abs_tol=_CANCELLED)
+        equal = math.isclose(old, new, rel_tol=CLOSE, abs_tol=_CANCELLED) or repr(old) == repr(new)
     else:
-        equal = old == new and type(old) is type(new)
+        equal = repr(old) == repr(new)  # to the last bit; not a number is what it was, too
     return [] if equal else [f"{where}: {old!r} before, {new!r}"]
 
 
