@@ -22,9 +22,9 @@ from hpc_hess.model.sharded.skeleton import text_config, vocabulary_size
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.memory import host_bytes_free
 from hpc_hess.parallel.vector import Vector, VectorSpace
-from hpc_hess.parallel.world import World
 from hpc_hess.session.memory_budget import exact_product_bytes, room_for_rows
 from hpc_hess.session.problem import Problem
+from hpc_hess.session.session import Session
 from hpc_hess.session.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.disk import free_bytes, remove, rename_durably
@@ -114,11 +114,10 @@ def asked_for(analysis: AnalysisSection) -> list[str]:
     return [name for name, entry in _STUDIES.items() if getattr(analysis, entry.keys[0])]
 
 
-def check_studies(config: Config, world: World, problem: Problem) -> None:
+def check_studies(session: Session, problem: Problem) -> None:
     """Refuse what does not fit the model or the machine before anything is computed. Collective: yes. Raises ConfigError."""
-    analysis = config.analysis
+    world, out, analysis = session.world, session.out, session.config.analysis
     if analysis.sub_block:
-        out = Path(config.run.out)
         folder = out / FOLDER / "sub_block"
         there = world.broadcast(((folder / FOUND).exists(), (folder / PIECES / FILE).exists()), "look for a sub-block")
         memory = int(-world.max_over_ranks(-(host_bytes_free() // world.launch.local_size), "free memory"))
@@ -128,7 +127,7 @@ def check_studies(config: Config, world: World, problem: Problem) -> None:
         check_heads(problem.model.layout, _head_dim(problem))
 
 
-def check_kept(config: Config, world: World, out: Path, attributes: dict[str, Any]) -> None:
+def check_kept(session: Session, attributes: dict[str, Any]) -> None:
     """Refuse studies that the run directory holds with other settings, before anything is changed. Collective: yes.
 
     Raises
@@ -136,6 +135,7 @@ def check_kept(config: Config, world: World, out: Path, attributes: dict[str, An
     StoreError : it holds one; says which setting differs.
 
     """
+    config, world, out = session.config, session.world, session.out
     with attempt(world, out / FOLDER, "look for studies"):
         for name in asked_for(config.analysis) if world.rank == 0 else ():
             folder = out / FOLDER / name
@@ -157,13 +157,14 @@ def _bound_to(name: str, config: Config, attributes: dict[str, Any]) -> dict[str
 
 
 def run_study(
-    name: str, loop: Loop, out: Path, attributes: dict[str, Any], eigenvalues: Sequence[float]
-) -> tuple[str, dict[str, Any]]:
+    name: str, loop: Loop, attributes: dict[str, Any], eigenvalues: Sequence[float]
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Run one study to its end, or go on with it. Collective: yes.
 
     Returns why it stopped early, or "", and what it found. ``eigenvalues``: of the run's search, if there was one.
     """
-    entry, folder, world, analysis = _STUDIES[name], out / FOLDER / name, loop.world, loop.config.analysis
+    entry, world, analysis = _STUDIES[name], loop.world, loop.config.analysis
+    folder = loop.session.out / FOLDER / name
     inputs = Inputs(analysis, loop.recurrences(), sorted(eigenvalues))
     came_from = world.broadcast(entry.came_from(inputs), "what a study comes from")
     found: dict[str, Any] | None = None
@@ -190,7 +191,7 @@ def run_study(
             store.take_back()
             loop.ready()
             keep = Kept(name, loop, store, store_space)
-            found = entry.study(_bench(loop, entry, keep, folder, out, attributes)) | came_from
+            found = entry.study(_bench(loop, entry, keep, folder, attributes)) | came_from
         except InterruptedProductError as interrupted:
             return str(interrupted), {}
     with attempt(world, folder, "end a study"):
@@ -234,7 +235,7 @@ def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
     must_match(old, wanted, f"{folder} holds this study", "remove that directory to begin anew, or choose another run.out")
 
 
-def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attributes: dict[str, Any]) -> Bench:
+def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, attributes: dict[str, Any]) -> Bench:
     config, world, space = loop.config, loop.world, loop.space
 
     def basis(rows: int) -> Basis:
@@ -261,7 +262,7 @@ def _bench(loop: Loop, entry: Entry, keep: Kept, folder: Path, out: Path, attrib
         settings=config.analysis, seed=config.lanczos.seed, steps=config.lanczos.steps, operator=keep.operator, keep=keep,
         basis=basis,
         gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
-        eigenvectors=partial(read_eigenvectors, config, world, space, out, attributes), save=save,
+        eigenvectors=partial(read_eigenvectors, loop.session, space, attributes), save=save,
         save_vectors=save_vectors, head_dim=_head_dim(loop.problem), target_counts=lambda: _target_counts(loop),
         group_weights=lambda groups: _group_weights(loop, groups),
         pull=lambda cotangent: Gradient(loop.problem.model, Pullback(loop.problem.objective, cotangent))()[1],

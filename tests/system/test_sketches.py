@@ -302,7 +302,7 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
     whole = settings(pattern, tmp_path / "whole", "data.sequences=24")
     assert intrinsic_dimension(whole, world, search) == 0
     parts = settings(pattern, tmp_path / "parts", "data.sequences=24")
-    from hpc_hess.session.working import Stopper
+    from hpc_hess.session.stopping import Stopper
 
     calls = 0
 

@@ -26,7 +26,7 @@ from hpc_hess.model.data.tokenizer import LazyTokenizer
 from hpc_hess.parallel.world import World
 from hpc_hess.session.operators import build_operator, exact_operator, needs_gradient
 from hpc_hess.session.problem import Problem, load_problem, own_code_in_turn
-from hpc_hess.session.working import working
+from hpc_hess.session.session import opened
 from hpc_hess.sketch import influence
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch, SketchedOperator, part_of, whole_of
@@ -75,14 +75,14 @@ def build(config: Config, world: World) -> int:
     """
     out = Path(config.run.out)
     SketchSettings.of(config.sketch)  # an error now, not after the weights are read
-    with working(config, world, out, config.data.sequences) as work:
-        progress = work.progress
+    with opened(config, world, out, config.data.sequences) as session:
+        progress = session.progress
         problem = load_problem(config, world, progress)
         samples, examples, done = problem.samples, None, np.zeros(0, bool)
         with attempt(world, out, "open the sketches"):
             if world.rank == 0:
                 examples = prepare(out, _tokens(samples), config.sketch.dimension, _identity(config, problem))
-                work.held.callback(examples.close)
+                session.held.callback(examples.close)
                 done = examples.done
                 if not (out / "config.toml").exists():  # a run's own stays
                     write_aside(out / "config.toml", config.to_toml())
@@ -98,9 +98,9 @@ def build(config: Config, world: World) -> int:
         writer = _Writer(examples, out, world)
         sketcher, slowest_s = Sketcher(config, problem, samples), 0.0
         for first in range(0, len(left), world.size):
-            if reason := work.stopper.agreed(slowest_s):
+            if reason := session.stopper.agreed(slowest_s):
                 writer.flush()
-                return work.stopped(reason)
+                return session.stopped(reason)
             began = time.perf_counter()
             ids = left[first : first + world.size]
             sketches, losses = sketcher.round(samples, ids)
@@ -109,7 +109,7 @@ def build(config: Config, world: World) -> int:
             if good < len(ids):
                 writer.flush()  # the examples before it hold
                 raise NumericsError(_not_finite(f"example {ids[good]}{_place(samples, ids[good])}"))
-            work.progressed = True  # before it stops, it writes them
+            session.progressed = True  # before it stops, it writes them
             seconds = world.max_over_ranks(time.perf_counter() - began, "example time")
             slowest_s = max(slowest_s, seconds)
             count = len(done) - len(left) + first + len(ids)
@@ -231,7 +231,7 @@ def query(config: Config, world: World, asked: Query) -> int:
     if kept is not None:
         used = None if asked.precondition == "none" else damping
         with _answering(out):
-            _answer(config, problem, samples, asked, out, plain, target, used, kept)
+            _answer(config, problem, samples, asked, _Target(plain, target, used), kept)
     world.barrier("finish")
     return 0
 
@@ -306,18 +306,23 @@ def _solved(
     return whole_of(solution.x).cpu().numpy()
 
 
-def _answer(
-    config: Config, problem: Problem, samples: Samples, asked: Query, out: Path, plain: np.ndarray, target: np.ndarray,
-    damping: float | None, kept: _Kept,
-) -> None:  # fmt: skip
+class _Target(NamedTuple):
+    """What is looked for in sketch space, (D,): the query as it is, and after the preconditioner with this damping."""
+
+    plain: np.ndarray
+    solved: np.ndarray
+    damping: float | None
+
+
+def _answer(config: Config, problem: Problem, samples: Samples, asked: Query, target: _Target, kept: _Kept) -> None:
     """Write and print the ranking. Rank 0."""
     from hpc_hess.commands.attribute.page import answer_text, write_page  # matplotlib: not on the other ranks
 
-    norms = np.linalg.norm(kept.sketches, axis=1)
+    out, norms = Path(config.run.out), np.linalg.norm(kept.sketches, axis=1)
     # the spread of an inner product of two sketches about that of the gradients, for a sketch as good as a Gaussian one
-    spread = np.linalg.norm(target) * norms / np.sqrt(config.sketch.dimension)
-    values = influence.scores(target[None], kept.sketches)[0]
-    cosines = influence.cosines(plain[None], kept.sketches)[0]
+    spread = np.linalg.norm(target.solved) * norms / np.sqrt(config.sketch.dimension)
+    values = influence.scores(target.solved[None], kept.sketches)[0]
+    cosines = influence.cosines(target.plain[None], kept.sketches)[0]
     tokenizer = LazyTokenizer(config.model, problem.source)
     with Examples(out / NAME) as examples:
 
@@ -329,7 +334,7 @@ def _answer(
 
         record = {
             "format": 1, "query": [tokenizer.text(row[row >= 0]) for row in _tokens(samples)],
-            "precondition": asked.precondition, "damping": damping, "examples": len(kept.ids),
+            "precondition": asked.precondition, "damping": target.damping, "examples": len(kept.ids),
             "sketch": config.sketch.model_dump(), "model": problem.source.name, "score_error": float(np.median(spread)),
             "told_apart": float((np.abs(values) > 2 * spread).mean()),
             "top": [described(k) for k in influence.top(values, asked.top)],

@@ -24,7 +24,7 @@ from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.session.model_files import cut_like_selected, read_tensors, save_model
 from hpc_hess.session.problem import Problem, load_problem, own_code_in_turn
-from hpc_hess.session.working import working
+from hpc_hess.session.session import opened
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.disk import explaining
 from hpc_hess.storage.events import append_lines
@@ -101,8 +101,8 @@ def finetune(config: Config, world: World, training: Training) -> int:
 
     """
     out = training.out
-    with working(config, world, out, training.steps) as work:
-        progress = work.progress
+    with opened(config, world, out, training.steps) as session:
+        progress = session.progress
         with world.together("read the model's configuration"), own_code_in_turn(config.model, world):
             source = resolve_source(config.model)
         bound_to = _identity(config, training, source)
@@ -133,12 +133,12 @@ def finetune(config: Config, world: World, training: Training) -> int:
         for step in range(start or 0, missing[-1] + 1):
             if step in missing:
                 loop.save(step)
-                work.progressed = True
+                session.progressed = True
                 progress.note(f"saved {checkpoint(out, step)}")
             if step == missing[-1]:
                 break
-            if reason := work.stopper.agreed(loop.slowest_s):
-                return work.stopped(reason, f" before step {step + 1}")
+            if reason := session.stopper.agreed(loop.slowest_s):
+                return session.stopped(reason, f" before step {step + 1}")
             loss = loop.step(step)
             progress.resume_at(step + 1)
             progress.status(f"training: step {step + 1} of {training.steps} | loss {number(loss, 5)}")

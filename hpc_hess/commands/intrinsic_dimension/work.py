@@ -27,8 +27,8 @@ from hpc_hess.model.data.data import objective_of
 from hpc_hess.model.sharded.loss import CausalLMObjective
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import Problem, load_problem
+from hpc_hess.session.session import Session, opened
 from hpc_hess.session.stopping import InterruptedProductError
-from hpc_hess.session.working import Work, working
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch
 from hpc_hess.storage.agree import attempt
@@ -113,20 +113,20 @@ def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
 
     """
     out = Path(config.run.out)
-    with working(config, world, out, 1) as work:
+    with opened(config, world, out, 1) as session:
         if config.operator.routing != "free":
             config = config.model_copy(update={"operator": config.operator.model_copy(update={"routing": "free"})})
-        problem = load_problem(config, world, work.progress)
+        problem = load_problem(config, world, session.progress)
         if len(problem.samples) <= search.held_out:
             raise ConfigError(
                 f"--held-out {search.held_out} leaves nothing of {len(problem.samples)} sequences to train on: raise "
                 "data.sequences"
             )
-        job = _Job(config, problem, search, work, out)
+        job = _Job(config, problem, search, session)
         try:
             job.run()
         except InterruptedProductError as interrupted:
-            return work.stopped(str(interrupted))
+            return session.stopped(str(interrupted))
         page = None
         with attempt(world, out / RECORD_NAME, "write the page", of=OSError):
             if world.rank == 0:
@@ -146,15 +146,15 @@ def intrinsic_dimension(config: Config, world: World, search: Search) -> int:
 class _Job:
     """The phases: measure at theta_0, ordinary training, the search, the check."""
 
-    def __init__(self, config: Config, problem: Problem, search: Search, work: Work, out: Path) -> None:
-        self._problem, self._search, self._out = problem, search, out
-        self._work, self._world, self._progress, self._stopper = work, work.world, work.progress, work.stopper
+    def __init__(self, config: Config, problem: Problem, search: Search, session: Session) -> None:
+        self._problem, self._search, self._out = problem, search, session.out
+        self._session, self._world, self._progress, self._stopper = session, session.world, session.progress, session.stopper
         count = len(problem.samples) - search.held_out
         self._train, self._test = range(count), range(count, len(problem.samples))
         settings = SketchSettings.of(config.sketch, dimension=search.largest)
         self._sketch = Sketch(problem.model.layout.num_params_full, settings)
         self._theta0 = problem.model.read_parameters()
-        self._row = min(config.data.micro_batch, max(1, search.batch // work.world.size))
+        self._row = min(config.data.micro_batch, max(1, search.batch // session.world.size))
         self._slowest_s = 0.0
         self._asked = asdict(search) | {
             "sketch": config.sketch.model_dump() | {"dimension": search.largest},
@@ -314,7 +314,7 @@ class _Job:
                 for old in [*self._out.glob(f"*-{Whole.file}"), *self._out.glob(f"*-{Subspace.file}")]:
                     if old.name != state:
                         old.unlink()
-        self._kept, self._work.progressed = "", True
+        self._kept, self._session.progressed = "", True
 
     def _take_up(self) -> tuple[Progressed, str]:
         """Return what an earlier run of the same search left: what is known, the file of a training. Collective: yes.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from hpc_hess.commands.run.screen import print_summary
 from hpc_hess.config import Config
-from hpc_hess.console.progress import Progress, make_progress
 from hpc_hess.console.words import probes_text
 from hpc_hess.curvature.exact.exact import StreamedOperator
 from hpc_hess.curvature.exact.whole_model import ExactOperator, WholeModel
@@ -23,12 +22,13 @@ from hpc_hess.session.memory_budget import Bases, Place, exact_product_bytes, lo
 from hpc_hess.session.operators import exact_operator
 from hpc_hess.session.partial_products import ProductWatch, open_product_store, remove_product_store
 from hpc_hess.session.problem import Problem, dtype_of, load_problem
-from hpc_hess.session.starts import clear_starts, note_stop, progress_mark
+from hpc_hess.session.session import Session, opened
+from hpc_hess.session.starts import progress_mark
 from hpc_hess.session.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
 from hpc_hess.storage.disk import size_text
-from hpc_hess.storage.events import EVENTS_NAME, EventLog
+from hpc_hess.storage.events import EVENTS_NAME
 from hpc_hess.storage.identity import same
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.opening import put_aside
@@ -66,27 +66,23 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
     HpcHessError : as one sentence for the user; the run directory keeps every committed step.
 
     """
-    world.make_mesh(config.parallel.replicate)
-    out = Path(config.run.out)
     total = config.lanczos.steps * config.lanczos.probes
-    with make_progress(world.rank == 0, total) as progress, contextlib.ExitStack() as held:
-        stopper = stopper or held.enter_context(Stopper(world, config.run.time_limit, config.run.grace_s))
-        lock = RunLock.acquire(out, world)
-        held.callback(lambda: lock.release())  # the one that it is by then
+    with opened(config, world, Path(config.run.out), total, stopper=stopper) as session:
+        out, progress = session.out, session.progress
         there = world.broadcast((out / FILE).exists(), "run directory")  # nobody else changes it from here on
         existing = there and config.run.resume != "never"
         if config.run.resume == "must" and not there:
             raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
         limits = [] if existing else _limits(config, world)
         problem = load_problem(config, world, progress)
-        check_studies(config, world, problem)
+        check_studies(session, problem)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
         if config.run.resume == "never":
-            lock = _put_aside(out, world, lock, progress)
+            _put_aside(session)
         if found:
-            check_search(config, world, out, attributes)
-            check_kept(config, world, out, attributes)
+            check_search(session, attributes)
+            check_kept(session, attributes)
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
         studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
@@ -98,7 +94,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         place = place_basis(
             world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
         )
-        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock, complete))
+        store = session.held.enter_context(_open_store(session, problem, found, attributes, place, complete))
         if not complete:
             store.take_back()
         with attempt(world, out / "config.toml", "write the configuration"):
@@ -106,13 +102,10 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
                 write_aside(out / "config.toml", _to_go_on(config).to_toml())
         for note in filter(None, [place.note(config.lanczos), *_kept_basis_notes(config, found)]):
             progress.note(note)
-        events = EventLog(out, world)
         before = progress_mark(out, sum(store.state.lengths)) if world.rank == 0 else []
-        with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
-            loop = Loop(
-                config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
-                bases=Bases(place, problem.space, config.lanczos, store), width=min(wanted, place.width),
-            )  # fmt: skip
+        with _watched(session, problem, exact, place) as watch:
+            bases = Bases(place, problem.space, config.lanczos, store)
+            loop = Loop(session, problem, store, watch, exact, bases, min(wanted, place.width))
             loop.tally.baseline_bytes = problem.program_bytes
             loop.tally.limits = loop.tally.limits or limits
             reason = loop.run()
@@ -121,14 +114,12 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             searched: dict[str, Any] = {}
             studies: dict[str, Any] = {}
             if config.analysis.eigenpairs and not reason:
-                reason, searched["eigenpairs"] = _search(
-                    config, world, loop, out, attributes, events=events, progress=progress, stopper=stopper, watch=watch
-                )
+                reason, searched["eigenpairs"] = _search(loop, attributes)
             for name in asked_for(config.analysis):
                 if not reason:
                     loop.bases.free()
                     values = [pair["value"] for pair in searched.get("eigenpairs", {}).get("pairs", [])]
-                    reason, studies[name] = run_study(name, loop, out, attributes, values)
+                    reason, studies[name] = run_study(name, loop, attributes, values)
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             done = "before the first step"
@@ -140,18 +131,18 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
             again = "" if config.run.resume != "never" else ' with run.resume = "auto"'
             progress.note(f"stopped early {done}{part}: {reason}; run the same command{again} to go on")
-            after = progress_mark(out, sum(state.lengths)) if world.rank == 0 else []
-            note_stop(world, out, reason, progressed=before != after)
+            session.progressed = world.rank == 0 and before != progress_mark(out, sum(state.lengths))
+            session.count_stop(reason)
         else:
             remove_product_store(world, out)
-            clear_starts(world, out)
+            session.got_through()
             if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
                 loop.tally.ritz_check, loop.tally.ritz_ends = {}, {}
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
             result |= searched | ({"studies": studies} if studies else {})
             refuse_meaningless(result)
             result["cautions"] = warnings(result)
-            report = _write_result(config, world, out, result)  # under the lock: another job may wait for it
+            report = _write_result(session, result)  # under the lock: another job may wait for it
     if reason:
         world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
         return EXIT_STOPPED
@@ -161,13 +152,14 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
     return 0
 
 
-def _write_result(config: Config, world: World, out: Path, result: dict[str, Any]) -> Path | None:
+def _write_result(session: Session, result: dict[str, Any]) -> Path | None:
     """Write result.json and the report; return the report's path on rank 0. Collective: yes. Raises StoreError."""
+    world, out = session.world, session.out
     with attempt(world, out / RESULT_NAME, "write the result"):
         if world.rank == 0:
             write_aside(out / RESULT_NAME, to_json(result))
     report = None
-    if config.run.report:
+    if session.config.run.report:
         with attempt(world, out / "report.html", "write the report", of=OSError):
             if world.rank == 0:
                 from hpc_hess.commands.run.page import write_report  # matplotlib: not on the other ranks
@@ -176,18 +168,17 @@ def _write_result(config: Config, world: World, out: Path, result: dict[str, Any
     return report
 
 
-def _put_aside(out: Path, world: World, lock: RunLock, progress: Progress) -> RunLock:
-    """Put what ``out`` holds aside, where it holds a run; return the lock of an empty ``out``. Collective: yes."""
-    aside = ""
+def _put_aside(session: Session) -> None:
+    """Put the run that the directory holds aside; the session has the lock of an empty one then. Collective: yes."""
+    out, world, aside = session.out, session.world, ""
     with attempt(world, out, "put the old run aside"):
         if world.rank == 0 and any((out / name).exists() for name in (FILE, EVENTS_NAME, RESULT_NAME)):
             aside = str(put_aside(out))
     aside = world.broadcast(aside, "put the old run aside")
-    if not aside:
-        return lock
-    progress.note(f"the run that {out} held is {aside} from now on")
-    lock.release()
-    return RunLock.acquire(out, world)
+    if aside:
+        session.progress.note(f"the run that {out} held is {aside} from now on")
+        session.lock.release()
+        session.lock = RunLock.acquire(out, world)
 
 
 def _to_go_on(config: Config) -> Config:
@@ -204,45 +195,43 @@ def _limits(config: Config, world: World) -> list[float]:
 
 
 @contextlib.contextmanager
-def _watched(
-    config: Config, world: World, problem: Problem, exact: ExactOperator | None, stopper: Stopper, out: Path,
-    place: Place, progress: Progress,
-) -> Iterator[ProductWatch]:  # fmt: skip
+def _watched(session: Session, problem: Problem, exact: ExactOperator | None, place: Place) -> Iterator[ProductWatch]:
     """Let products be kept within and given up in time, as far as they can be. Collective: yes."""
+    config = session.config
     with contextlib.ExitStack() as held:
         store, every = None, config.store.checkpoint_every
         if isinstance(exact, WholeModel) and every:
-            progress.note("store.checkpoint_every has no effect: exact products of the whole model are not kept in parts")
+            session.progress.note(
+                "store.checkpoint_every has no effect: exact products of the whole model are not kept in parts"
+            )
             every = 0
         store = open_product_store(
-            config, world, problem.model.space, out, every, place.width, shared=exact is not None and exact.lock_step
-        )
+            config, session.world, problem.model.space, session.out, every, place.width,
+            shared=exact is not None and exact.lock_step,
+        )  # fmt: skip
         if store is not None:
             held.enter_context(store)
-        watch = ProductWatch(stopper, store, every, place.width)
+        watch = ProductWatch(session.stopper, store, every, place.width)
         problem.gradient.watch = watch
         if isinstance(exact, StreamedOperator):
             exact.watch = watch
         yield watch
 
 
-def _search(
-    config: Config, world: World, loop: Loop, out: Path, attributes: dict[str, Any], *, events: EventLog, progress: Progress,
-    stopper: Stopper, watch: ProductWatch,
-) -> tuple[str, dict[str, Any]]:  # fmt: skip
+def _search(loop: Loop, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Search for eigenpairs after the quadrature; return why it stopped early, or "", and what was found."""
+    session, space = loop.session, loop.space
     loop.bases.free()
-    space = loop.space
-    device = eigen_basis_device(config, world, space, exact_product_bytes(config, loop.problem.model))
-    with open_eigen_store(config, world, space, out, attributes) as store:
-        if not search_ended(store, config.analysis):
+    device = eigen_basis_device(session, space, exact_product_bytes(session.config, loop.problem.model))
+    with open_eigen_store(session, space, attributes) as store:
+        if not search_ended(store, session.config.analysis):
             store.take_back()
             try:
                 operator = loop.ready()
             except InterruptedProductError as interrupted:
                 return str(interrupted), {}
             search = EigenLoop(
-                config, world, operator, store, device, events=events, progress=progress, stopper=stopper, watch=watch,
+                session, operator, store, device, loop.watch,
                 gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]),
             )  # fmt: skip
             if reason := search.run():
@@ -284,12 +273,13 @@ def _lock_step(config: Config, found: _Existing | None, shared: bool) -> int:
 
 
 def _open_store(
-    config: Config, world: World, problem: Problem, out: Path, found: _Existing | None, attributes: dict[str, Any],
-    place_of_basis: Place, lock: RunLock, complete: bool,
+    session: Session, problem: Problem, found: _Existing | None, attributes: dict[str, Any], place_of_basis: Place,
+    complete: bool,
 ) -> Store:  # fmt: skip
-    lanczos, rows = config.lanczos, basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
-    place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": world,
-                             "driver": config.store.driver, "lock": lock}  # fmt: skip
+    config, out, lanczos = session.config, session.out, session.config.lanczos
+    rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
+    place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": session.world,
+                             "driver": config.store.driver, "lock": session.lock}  # fmt: skip
     if complete:
         return Store.open(out, **place)  # as it is: no row will be written
     if found:

@@ -24,7 +24,7 @@ from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.session.memory_budget import room_for_rows
 from hpc_hess.session.problem import Problem, load_problem
-from hpc_hess.session.working import working
+from hpc_hess.session.session import opened
 from hpc_hess.sketch.comparison import correlation
 from hpc_hess.sketch.kinds import KINDS, SketchSettings
 from hpc_hess.sketch.sketch import Sketch
@@ -68,8 +68,8 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
 
     """
     out = Path(config.run.out)
-    with working(config, world, out, config.data.sequences) as work:
-        progress = work.progress
+    with opened(config, world, out, config.data.sequences) as session:
+        progress = session.progress
         problem = load_problem(config, world, progress)
         examples = len(problem.samples) - asked.queries
         if examples < 2:
@@ -85,13 +85,13 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
             progress.phase(f"{asked.queries} whole gradients")
             table.begin()
         for index in range(len(record["rows"]), examples):
-            if reason := work.stopper.agreed(table.slowest_s):
-                return work.stopped(reason)
+            if reason := session.stopper.agreed(table.slowest_s):
+                return session.stopped(reason)
             record["rows"].append(table.row(asked.queries + index))
             with attempt(world, out, "keep a row"):
                 if world.rank == 0:
                     write_aside(out / RECORD_NAME, json.dumps(record) + "\n")
-            work.progressed = True
+            session.progressed = True
             progress.resume_at(asked.queries + index + 1)
             progress.status(f"example {index + 1} of {examples}")
         page, found = None, summary(record)

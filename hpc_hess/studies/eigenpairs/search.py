@@ -9,28 +9,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from hpc_hess.config import AnalysisSection, Config
-from hpc_hess.console.progress import Progress
 from hpc_hess.console.words import number
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import Pairs, ThickRestart
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector, VectorSpace
-from hpc_hess.parallel.world import World
 from hpc_hess.session.memory_budget import room_for_rows
 from hpc_hess.session.operators import CurvatureOperator
 from hpc_hess.session.partial_products import ProductWatch
-from hpc_hess.session.stopping import InterruptedProductError, Stopper
+from hpc_hess.session.session import Session
+from hpc_hess.session.stopping import InterruptedProductError
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
-from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.schema import FILE, read_header
@@ -55,14 +52,14 @@ class EigenLoop:
     """
 
     def __init__(
-        self, config: Config, world: World, operator: CurvatureOperator, store: Store, device: torch.device, *,
-        events: EventLog, progress: Progress, stopper: Stopper, watch: ProductWatch,
+        self, session: Session, operator: CurvatureOperator, store: Store, device: torch.device, watch: ProductWatch,
         gradient: Callable[[], Vector] | None = None,
     ) -> None:  # fmt: skip
-        self._config, self._world, self._operator, self._store = config, world, operator, store
-        self._events, self._progress, self._stopper, self._watch = events, progress, stopper, watch
+        self._config, self._world, self._operator, self._store = session.config, session.world, operator, store
+        self._events, self._progress, self._stopper = session.events, session.progress, session.stopper
+        self._watch = watch
         self._gradient = gradient
-        analysis, size = config.analysis, config.analysis.vectors
+        analysis, size = session.config.analysis, session.config.analysis.vectors
         self._basis = Basis(operator.space, size + 1, device)
         self._search = ThickRestart(
             operator, self._basis, size, analysis.eigenpairs, analysis.which, analysis.tolerance
@@ -236,7 +233,7 @@ class EigenLoop:
         return float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max())
 
 
-def check_search(config: Config, world: World, out: Path, attributes: dict[str, Any]) -> None:
+def check_search(session: Session, attributes: dict[str, Any]) -> None:
     """Refuse to go on with another search than the run directory holds, or to show it as another. Collective: yes.
 
     Raises
@@ -244,10 +241,10 @@ def check_search(config: Config, world: World, out: Path, attributes: dict[str, 
     StoreError : it holds another search, or one that has gone further than is asked for.
 
     """
-    folder, analysis = out / FOLDER, config.analysis
+    config, folder, analysis = session.config, session.out / FOLDER, session.config.analysis
     remedy = "remove that directory to search anew, or choose another run.out"
-    with attempt(world, folder / FILE, "look for a search for eigenpairs"):
-        if world.rank == 0 and analysis.eigenpairs and (folder / FILE).exists():
+    with attempt(session.world, folder / FILE, "look for a search for eigenpairs"):
+        if session.world.rank == 0 and analysis.eigenpairs and (folder / FILE).exists():
             header = read_header(folder / FILE)
             must_match(header.attributes, _bound_to(config, attributes), f"{folder} holds a search", remedy)
             state = _state_of(newest(header.schema.slots, header.ledger, folder / FILE))
@@ -291,7 +288,7 @@ def _ended(state: dict[str, Any], analysis: AnalysisSection) -> bool:
     return _finished(state) or _products(state) >= analysis.most_products
 
 
-def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path, attributes: dict[str, Any]) -> Store:
+def open_eigen_store(session: Session, space: VectorSpace, attributes: dict[str, Any]) -> Store:
     """Open or create the store of a search, bound to ``attributes`` and to what is searched. Collective: yes.
 
     A search that ended otherwise than is asked for now, and has given its basis back, begins anew.
@@ -301,8 +298,9 @@ def open_eigen_store(config: Config, world: World, space: VectorSpace, out: Path
     StoreError : it holds another search.
 
     """
-    folder, analysis = out / FOLDER, config.analysis
-    check_search(config, world, out, attributes)
+    config, world, analysis = session.config, session.world, session.config.analysis
+    folder = session.out / FOLDER
+    check_search(session, attributes)
     bound_to, anew = _bound_to(config, attributes), False
     place: dict[str, Any] = {
         "layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver,
@@ -333,21 +331,20 @@ def pairs_found(store: Store) -> dict[str, Any]:
     return dict(json.loads(store.state.extra)["found"])
 
 
-def read_eigenvectors(
-    config: Config, world: World, space: VectorSpace, out: Path, attributes: dict[str, Any]
-) -> list[tuple[float, Vector]]:
+def read_eigenvectors(session: Session, space: VectorSpace, attributes: dict[str, Any]) -> list[tuple[float, Vector]]:
     """Return the pairs that the run's search found, ascending; none where it did not search. Collective: yes."""
-    if not config.analysis.eigenpairs or not store_exists(out / FOLDER, world):
+    analysis = session.config.analysis
+    if not analysis.eigenpairs or not store_exists(session.out / FOLDER, session.world):
         return []
-    with open_eigen_store(config, world, space, out, attributes) as store:
-        pairs = pairs_found(store)["pairs"] if search_ended(store, config.analysis) else []
+    with open_eigen_store(session, space, attributes) as store:
+        pairs = pairs_found(store)["pairs"] if search_ended(store, analysis) else []
         return [
             (pair["value"], space.wrap(torch.from_numpy(store.read_row(0, pair["row"])).to(space.device)))
             for pair in sorted(pairs, key=lambda p: p["value"])
         ]
 
 
-def eigen_basis_device(config: Config, world: World, space: VectorSpace, exact_bytes: int) -> torch.device:
+def eigen_basis_device(session: Session, space: VectorSpace, exact_bytes: int) -> torch.device:
     """Return where the search's basis lies: the device if it fits there, else host memory. Collective: yes.
 
     Raises
@@ -355,4 +352,4 @@ def eigen_basis_device(config: Config, world: World, space: VectorSpace, exact_b
     ConfigError : it fits nowhere; names how many vectors would.
 
     """
-    return room_for_rows(world, space, config.analysis.vectors + 1, exact_bytes, "analysis.basis_size")
+    return room_for_rows(session.world, space, session.config.analysis.vectors + 1, exact_bytes, "analysis.basis_size")

@@ -12,8 +12,6 @@ from dataclasses import asdict
 
 import numpy as np
 
-from hpc_hess.config import Config
-from hpc_hess.console.progress import Progress
 from hpc_hess.console.words import probes_text
 from hpc_hess.curvature.exact.whole_model import ExactOperator
 from hpc_hess.errors import ModelError, NumericsError, StoreError
@@ -22,7 +20,6 @@ from hpc_hess.linalg.lanczos import Lanczos, next_products
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.model.data.trial import reached_finding
 from hpc_hess.parallel.vector import Vector, VectorSpace
-from hpc_hess.parallel.world import World
 from hpc_hess.profiling.flops import FlopCounter
 from hpc_hess.session.memory_budget import Bases, peak_bytes
 from hpc_hess.session.operators import (
@@ -36,8 +33,8 @@ from hpc_hess.session.operators import (
 from hpc_hess.session.partial_products import ProductWatch
 from hpc_hess.session.problem import Problem, check_repeatable
 from hpc_hess.session.reference import check_ends, relative_difference
-from hpc_hess.session.stopping import InterruptedProductError, Stopper
-from hpc_hess.storage.events import EventLog
+from hpc_hess.session.session import Session
+from hpc_hess.session.stopping import InterruptedProductError
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store
 from hpc_hess.studies.quadrature.result import MOST_ERROR, Tally
@@ -50,19 +47,20 @@ class Loop:
 
     Parameters
     ----------
-    exact : the operator's exact products with operator.method = "exact", else None.
     watch : follows the products of ``problem.gradient`` and ``exact``.
+    exact : the operator's exact products with operator.method = "exact", else None.
     bases : where the vectors of a group lie.
     width : of the groups that begin here.
 
     """
 
     def __init__(
-        self, config: Config, world: World, problem: Problem, store: Store, *, events: EventLog, progress: Progress,
-        stopper: Stopper, watch: ProductWatch, exact: ExactOperator | None, bases: Bases, width: int,
+        self, session: Session, problem: Problem, store: Store, watch: ProductWatch, exact: ExactOperator | None,
+        bases: Bases, width: int,
     ) -> None:  # fmt: skip
-        self.config, self.world, self.problem, self.store = config, world, problem, store
-        self.events, self.progress, self.stopper, self.watch = events, progress, stopper, watch
+        self.session, self.problem, self.store, self.watch = session, problem, store, watch
+        self.config, self.world, self.events = session.config, session.world, session.events
+        self.progress, self.stopper = session.progress, session.stopper
         self.bases, self.width = bases, width
         self.space: VectorSpace = problem.space
         self.tally = Tally.from_json(store.state.extra)
@@ -71,7 +69,7 @@ class Loop:
         self._exact = exact
         self._compared_with: CurvatureOperator | None = None
         self._gradient: Vector | None = None  # at theta_0, where that one needs it
-        self._checking = wants_reference(config)
+        self._checking = wants_reference(session.config)
         self._uncommitted: tuple[int, list[Member], bytes] | None = None
 
     def run(self) -> str:

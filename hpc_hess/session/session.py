@@ -1,0 +1,87 @@
+"""The session: what a command is given to work with, from the lock of its directory to the last line that it prints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_hess.config import Config
+from hpc_hess.console.progress import Progress, make_progress
+from hpc_hess.parallel.world import World
+from hpc_hess.session.starts import clear_starts, note_stop
+from hpc_hess.session.stopping import EXIT_STOPPED, Stopper
+from hpc_hess.storage.events import EventLog
+from hpc_hess.storage.lock import RunLock
+
+
+@dataclass
+class Session:
+    """A command at work in the directory ``out``, which it alone writes to.
+
+    Attributes
+    ----------
+    stopper : asks to stop, by signals and time limits, until the session ends.
+    lock : of ``out``. ``held`` gives it back, after everything that was entered later.
+    progressed : something was kept that the next start can go on from.
+
+    """
+
+    config: Config
+    world: World
+    out: Path
+    progress: Progress
+    stopper: Stopper
+    lock: RunLock
+    events: EventLog
+    held: contextlib.ExitStack
+    progressed: bool = False
+    _counted: bool = False
+
+    def stopped(self, reason: str, when: str = "") -> int:
+        """Say why the command ends early; return its exit code. Collective: yes.
+
+        Raises
+        ------
+        ConfigError : it is the third start in a row without progress.
+
+        """
+        self.progress.note(f"stopped early{when}: {reason}; run the same command to go on")
+        self.count_stop(reason)
+        self.world.barrier("stop")
+        return EXIT_STOPPED
+
+    def count_stop(self, reason: str) -> None:
+        """Count a start that ends early. Collective: yes. Raises ConfigError as :meth:`stopped`."""
+        note_stop(self.world, self.out, reason, progressed=self.progressed)
+        self._counted = True
+
+    def got_through(self) -> None:
+        """Forget starts that ended early without progress. Collective: yes."""
+        clear_starts(self.world, self.out)
+        self._counted = True
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, world: World, out: Path, total: int, *, stopper: Stopper | None = None
+) -> Iterator[Session]:  # fmt: skip
+    """Form the mesh, show progress of ``total`` steps, listen to signals and time limits, lock ``out``. Collective: yes.
+
+    ``stopper`` : of a command that runs several sessions; else signals and run.time_limit count from here on.
+
+    Raises
+    ------
+    HpcHessError : the mesh is not possible; another job has the directory.
+
+    """
+    world.make_mesh(config.parallel.replicate)
+    with make_progress(world.rank == 0, total) as progress, contextlib.ExitStack() as held:
+        stopper = stopper or held.enter_context(Stopper(world, config.run.time_limit, config.run.grace_s))
+        lock = RunLock.acquire(out, world)
+        session = Session(config, world, out, progress, stopper, lock, EventLog(out, world), held)
+        held.callback(lambda: session.lock.release())  # the one that it is by then
+        yield session
+        if not session._counted:
+            session.got_through()
