@@ -158,7 +158,7 @@ class RunSection(_Section):
 
 
 class Config(_Section):
-    """The whole configuration. Sections and keys are listed in the README."""
+    """The whole configuration. Sections and keys are listed in docs/configuration.md."""
 
     model: ModelSection = ModelSection()
     parameters: ParametersSection = ParametersSection()

@@ -106,7 +106,7 @@ def test_more_products_go_on_with_a_search(place: Path, world: World, tmp_path: 
 
 def test_automatic_damping_follows_the_probes(place: Path, world: World, tmp_path: Path) -> None:
     def suggested() -> float:
-        """1.1 times what the lowest Ritz value and its residual reach below zero: as the README says."""
+        """1.1 times what the lowest Ritz value and its residual reach below zero: as docs/spectra.md says."""
         own = [ritz(probe["alpha"], probe["beta"]) for probe in result_of(out)["probes"]]
         return max(-1.1 * min(q.values[0] - q.residuals[0] for q in own), 0.01 * max(q.values[-1] for q in own))
 
