@@ -231,6 +231,34 @@ def intake() -> str:
                   | {kind: str(sum(row["verdict"] == kind for row in ran)) for kind in kinds}])  # fmt: skip
 
 
+def trusted() -> str:
+    claims, bad = rows("coverage"), rows("fuzz")
+    levels = [row for row in claims if row["stated"] < 1]
+    least = min(levels, key=lambda row: float(row["observed"]) - float(row["stated"]))
+    loaded, damaged = bad[0]["tried"], max(row["tried"] for row in bad if row["what"].startswith("damaged"))
+    whole = [row for row in rows("intake_time") if row["check"] == "all checks"]
+    disk = {row["when"]: float(row["MB"]) for row in rows("bytes_left")}
+    return asked(
+        (f"statements of intervals, bands and bounds, over {claims[0]['seeds']} seeds: clearly below their level", "0",
+         f"{sum(below(row) for row in claims)} of {len(claims)}; the least: {show(float(least['observed']))} for "
+         f"{show(float(least['stated']))}", "coverage"),
+        ("mutated configurations; tracebacks among their ends", "18,000; 0",
+         f"{loaded:,}; {sum(row['traceback'] for row in bad[:2])}", "fuzz"),
+        ("damaged run directories; tracebacks; crashes of the HDF5 library", "300; 0; 0",
+         f"{damaged}; {sum(row['traceback'] for row in bad[2:])}; {sum(row['crash'] for row in bad[2:])}", "fuzz"),
+        *((f"the intake's share of the demo's time, {row['method']}", "3 %", row["of the run"], "intake_time") for row in whole),
+        ("disk space of the demo's run directory: at most while it runs, when it is killed half way, at its end", "-; -; 100 MB",
+         "; ".join(f"{show(disk[when])} MB" for when in ("at most, while it runs", "killed half way", "gone on with to its end")),
+         "bytes_left"),
+    )  # fmt: skip
+
+
+def below(row: Row) -> bool:
+    """Return whether a statement holds less often than it says, by more than twice what chance explains."""
+    level, seeds = float(row["stated"]), int(row["seeds"])
+    return float(row["observed"]) < level - 2 * (level * (1 - level) / seeds) ** 0.5
+
+
 def weak() -> str:
     return pivot(rows("weak_scaling"), {"model": "model", "tokens a rank": "tokens a rank"}, lambda row: (
         f"{row['ranks']} ranks", float(row["traffic, s"]) / float(row["arithmetic, s"])))  # fmt: skip
@@ -258,7 +286,7 @@ _PEER = {
 }  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
     "four": four, "right": right, "cost": cost, "space": space, "stopped": stopped, "pairs": pairs, "planned": planned,
-    "weak": weak, "blocks": blocks, "sketch-cost": sketch_cost, "intrinsic": intrinsic, "intake": intake,
+    "weak": weak, "blocks": blocks, "sketch-cost": sketch_cost, "intrinsic": intrinsic, "intake": intake, "trusted": trusted,
     "products": lambda: chosen("products", _PRODUCT),
     "products-1b": lambda: chosen("products_llama_1b", _PRODUCT),
     "products-05b": lambda: chosen("products_llama_05b", _PRODUCT),
