@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_hess.errors import HpcHessError, LaunchError
+from hpc_hess import __version__
+from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
 
 _LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check", "intrinsic-dimension")
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hpc-hess", description="Hessian spectra of large language models, sharded over processes and nodes."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="compute a spectrum, or go on with one (alone, torchrun, mpirun or srun)")
@@ -61,9 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     intrinsic = commands.add_parser("intrinsic-dimension", help="find how few dimensions suffice to fine-tune (like run)")
     launched = (run, check, finetune, dynamics, build, query, compare, intrinsic)
     for command in launched:
-        command.add_argument("config", help="TOML file; every key has a default")
+        demo = command in (run, check)
+        command.add_argument("config", nargs="?" if demo else None, help="TOML file; every key has a default"
+                             + " (the demo: SmolLM2-135M)" * demo)  # fmt: skip
         command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                              help="override one key; may be repeated")  # fmt: skip
+    for command in (run, check):
+        command.add_argument("--toy", action="store_true", help="a tiny model of random weights, instead of CONFIG")
     run.add_argument("--resume", choices=["auto", "never", "must"], help="short for --set run.resume=...")
 
     finetune.add_argument("--steps", type=int, default=200, help="updates (200)")
@@ -171,7 +177,7 @@ def _spmd(args: argparse.Namespace) -> int:
     # heavy imports only where they are needed: --help answers at once
     end_with_launcher(os.environ)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop is heeded once there is something to commit
-    from hpc_hess.config import Config, load_config
+    from hpc_hess.config import DEMO, TOY, Config, load_config
     from hpc_hess.parallel.world import World
 
     config, error = Config(), None
@@ -179,8 +185,11 @@ def _spmd(args: argparse.Namespace) -> int:
     overrides = list(args.overrides)
     if args.command == "run" and args.resume:
         overrides.append(f'run.resume="{args.resume}"')
+    toy = getattr(args, "toy", False)
     try:
-        config = load_config(args.config, overrides)
+        if toy and args.config:
+            raise ConfigError("--toy takes the place of a configuration: leave one of the two out")
+        config = load_config(args.config or (TOY if toy else DEMO), overrides)
         command = _command(args)
     except HpcHessError as caught:
         error = caught

@@ -15,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpc_hess.errors import ConfigError
 
+PACKAGE = Path(__file__).resolve().parent  # holds launch/configs and launch/data
+DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
+TOY = str(PACKAGE / "launch/configs/toy.toml")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -201,12 +205,16 @@ _NOT_IDENTITY = [
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file, apply ``section.key=value`` overrides, validate.
 
+    ``launch/configs/NAME.toml`` is the package's own where the working directory has none.
+
     Raises
     ------
     ConfigError : no such file, not TOML, unknown key (with the nearest valid one), wrong type or value.
 
     """
     path = Path(path)
+    if not path.exists() and (PACKAGE / path).is_file():
+        path = PACKAGE / path
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
