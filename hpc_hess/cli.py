@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hpc_hess import __version__
 from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
@@ -44,8 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence for what does not parse, and exit code 2; what is misspelt is answered with what is nearest."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what was parsed and an empty list: a command knows best what its own arguments could be."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"see {self.prog} --help"
+            self.error(f"unknown argument '{unknown[0]}': {hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line and end with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hpc-hess", description="Hessian spectra of large language models, sharded over processes and nodes."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -88,8 +106,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _sketch_arguments(query, compare, intrinsic)
 
+    printed = commands.add_parser("config", help="print a configuration of all keys, with their defaults and meanings")
+    form = printed.add_mutually_exclusive_group()
+    form.add_argument("--minimal", action="store_true", help="only the keys that matter first")
+    form.add_argument("--markdown", action="store_true", help="as docs/configuration.md")
+    printed.set_defaults(function=_config)
+
     plan = commands.add_parser("plan", help="predict memory and time of a run on other machines, in this process alone")
-    plan.add_argument("config", help="TOML file of the run")
+    plan.add_argument("config", nargs="?", help="TOML file of the run (the demo)")
     plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                       help="override one key; may be repeated")  # fmt: skip
     plan.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="several: a table")
@@ -131,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     report.set_defaults(function=_report)
 
-    for command in (*launched, plan, inspect, clean, report):
+    for command in (*launched, printed, plan, inspect, clean, report):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -254,15 +278,23 @@ def _filled(kind: type[Any], args: argparse.Namespace) -> Any:
     return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
+def _config(args: argparse.Namespace) -> int:
+    from hpc_hess.config_page import commented_toml, markdown
+
+    print(markdown() if args.markdown else commented_toml(minimal=args.minimal), end="")
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     import json
 
-    from hpc_hess.config import load_config
+    from hpc_hess.config import DEMO, load_config
+
+    config = load_config(args.config or DEMO, args.overrides)  # before torch is imported: an error comes at once
     from hpc_hess.planner import Planner
     from hpc_hess.report.plan import plan_text, suggestions_text, sweep_text
     from hpc_hess.scaling.plan import describe, powers_up_to
 
-    config = load_config(args.config, args.overrides)
     planner = Planner(config, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30))
     intake = planner.intake(lambda line: print(line, file=sys.stderr)).to_json()
     nodes = powers_up_to(max(args.nodes)) if args.sweep else args.nodes
