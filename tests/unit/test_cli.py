@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpc_hess import __version__
-from hpc_hess.cli import main
+from hpc_hess.arguments import Comparison, Query, Search, Training, filled
+from hpc_hess.cli import _parser, main
+from hpc_hess.errors import ConfigError
 
 _LOADED = "import sys; from hpc_hess.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\nprint(*sys.modules)"
 
@@ -62,3 +66,51 @@ def test_the_toy_takes_no_configuration() -> None:
                           check=False)  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "hpc-hess: error: --toy takes the place of a configuration: leave one of the two out\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "wanted"),
+    [
+        ("finetune C --out d", Training, Training(Path("d"))),
+        ("finetune --out d --save-at 0,10,50 C --steps 60 --optimizer adamw --learning-rate 1e-3", Training,
+         Training(Path("d"), 60, 1e-3, save_at=(0, 10, 50), optimizer="adamw")),
+        ("attribute query C --text words", Query, Query("words")),
+        ("attribute query C --data text:F --precondition fisher --damping 0.5 --top 3", Query,
+         Query(data="text:F", precondition="fisher", damping=0.5, top=3)),
+        ("sketch-check C", Comparison, Comparison()),
+        ("sketch-check C --kinds affd qk --bits 10 13 --queries 2", Comparison, Comparison(("affd", "qk"), (10, 13), 2)),
+        ("intrinsic-dimension C", Search, Search()),
+        ("intrinsic-dimension --no-verify C --every 7 --target 30.5 --held-out 4 --metric accuracy", Search,
+         Search(every=7, target=30.5, held_out=4, verify=False)),
+    ],
+)  # fmt: skip
+def test_arguments_are_the_fields_of_what_a_command_is_asked(words: str, kind: type[Any], wanted: Any) -> None:
+    args = _parser().parse_args(words.split())
+    assert args.config == "C"
+    assert filled(kind, args) == wanted
+
+
+def test_steps_that_are_none() -> None:
+    with pytest.raises(ConfigError, match="--save-at '1,b' is not valid: it should be steps such as"):
+        filled(Training, _parser().parse_args(["finetune", "C", "--out", "d", "--save-at", "1,b"]))
+
+
+@pytest.mark.parametrize(
+    "words", ["run C --set a.b=1 --debug", "run --set a.b=1 C", "run --set a.b=1 --debug C", "check --debug C --set a.b=1",
+              "plan --nodes 1 2 --gpu h200 --set a.b=1 C"]
+)  # fmt: skip
+def test_the_configuration_stands_anywhere(words: str) -> None:
+    args = _parser().parse_args(words.split())
+    assert (args.config, args.overrides) == ("C", ["a.b=1"])
+    left_out = _parser().parse_args([word for word in words.split() if word != "C"])
+    assert (left_out.config, left_out.overrides) == (None, ["a.b=1"])
+
+
+def test_help_lists_every_command_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    groups = ["\nspectra:", "\ntraining:", "\nattribution:", "\nplanning:", "\nlooking at runs:"]
+    assert [shown.index(group) for group in groups] == sorted(shown.index(group) for group in groups)
+    for name in _parser()._subparsers._group_actions[0].choices:  # type: ignore[union-attr]
+        assert shown.count(f"\n  {name} ") == 1
