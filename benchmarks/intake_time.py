@@ -22,13 +22,17 @@ from benchmarks.common import ROOT, write
 
 # what is checked: the module and the name that callers use
 CHECKS = {
-    "first forward passes": [("hpc_hess.problem", "try_forward")],
-    "parameters spanned and reached": [("hpc_hess.problem", "spanned_finding"), ("hpc_hess.loop", "reached_finding")],
-    "fingerprint of the model": [("hpc_hess.model.source", "fingerprint")],
-    "directory, own code": [("hpc_hess.model.source", name) for name in ("find_weight_files", "weight_like", "decide")],
-    "tensors": [("hpc_hess.model.checkpoint", name) for name in ("_check_types", "unused_findings", "_missing_buffers")],
-    "discrete choices": [("hpc_hess.curvature.finite_difference", "FiniteDifferenceHessian._look")],
-}
+    "first forward passes": [("session.problem", "try_forward")],
+    "parameters spanned and reached": [
+        ("session.problem", "spanned_finding"), ("studies.quadrature.loop", "reached_finding"),
+    ],
+    "fingerprint of the model": [("model.sources.source", "fingerprint")],
+    "directory, own code": [("model.sources.source", name) for name in ("find_weight_files", "weight_like", "decide")],
+    "tensors": [
+        ("model.sources.checkpoint", name) for name in ("_check_types", "unused_findings", "_missing_buffers")
+    ],
+    "discrete choices": [("curvature.differences.finite_difference", "FiniteDifferenceHessian._look")],
+}  # fmt: skip
 
 
 def timed(config: str, overrides: list[str], report: Path) -> int:
@@ -38,7 +42,7 @@ def timed(config: str, overrides: list[str], report: Path) -> int:
     began, seconds, inside = time.perf_counter(), defaultdict[str, float](float), [False]
 
     def watch(check: str, module: str, name: str) -> None:
-        holder: Any = importlib.import_module(module)
+        holder: Any = importlib.import_module(f"hpc_hess.{module}")
         *path, last = name.split(".")
         for part in path:
             holder = getattr(holder, part)

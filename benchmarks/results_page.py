@@ -246,10 +246,10 @@ def trusted() -> str:
          f"{loaded:,}; {sum(row['traceback'] for row in bad[:2])}", "fuzz"),
         ("damaged run directories; tracebacks; crashes of the HDF5 library", "300; 0; 0",
          f"{damaged}; {sum(row['traceback'] for row in bad[2:])}; {sum(row['crash'] for row in bad[2:])}", "fuzz"),
-        *((f"the intake's share of the demo's time, {row['method']}", "3 %", row["of the run"], "intake_time") for row in whole),
-        ("disk space of the demo's run directory: at most while it runs, when it is killed half way, at its end", "-; -; 100 MB",
-         "; ".join(f"{show(disk[when])} MB" for when in ("at most, while it runs", "killed half way", "gone on with to its end")),
-         "bytes_left"),
+        *((f"the intake's share of the demo's time, {row['method']}", "3 %", row["of the run"], "intake_time")
+          for row in whole),
+        *((f"disk space of the demo's run directory, {when}", limit, f"{show(disk[when])} MB", "bytes_left") for when, limit
+          in (("at most, while it runs", ""), ("killed half way", ""), ("gone on with to its end", "100 MB"))),
     )  # fmt: skip
 
 
