@@ -18,8 +18,8 @@ PACKAGE = ROOT / "hpc_hess"
 # Rooms from the ground up. An import goes to a room of a lower floor, or stays in its own.
 FLOORS: list[set[str]] = [
     {"__init__", "errors", "console", "profiling"},
-    {"config", "arguments", "parallel"},
-    {"config_page", "intake", "linalg", "storage"},
+    {"config", "parallel"},
+    {"arguments", "config_page", "intake", "linalg", "storage"},
     {"model", "sketch", "report"},
     {"curvature"},
     {"session"},
