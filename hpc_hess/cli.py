@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpc_hess import __version__
-from hpc_hess.arguments import Comparison, Query, Search, Training, add_arguments, filled
+from hpc_hess.commands.arguments import Comparison, Query, Search, Training, add_arguments, filled
 from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
 
@@ -267,7 +267,7 @@ def _command(args: argparse.Namespace) -> Callable[..., int]:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from hpc_hess.config_page import commented_toml, markdown
+    from hpc_hess.commands.config_page import commented_toml, markdown
 
     print(markdown() if args.markdown else commented_toml(minimal=args.minimal), end="")
     return 0

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hpc_hess.arguments import Query
+from hpc_hess.commands.arguments import Query
 from hpc_hess.commands.working import working
 from hpc_hess.config import Config
 from hpc_hess.errors import NumericsError, StoreError

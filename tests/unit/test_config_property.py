@@ -10,8 +10,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_hess.commands.config_page import commented_toml
 from hpc_hess.config import Config, load_config
-from hpc_hess.config_page import commented_toml
 from hpc_hess.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = Config().model_dump()
