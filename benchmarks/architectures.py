@@ -15,8 +15,8 @@ from torch import nn
 
 import hpc_hess
 from benchmarks.common import RESULTS, write
-from hpc_hess.model.loss import CallableObjective, causal_lm_loss
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.sharded.loss import CallableObjective, causal_lm_loss
+from hpc_hess.model.sharded.precision import honest_casts
 from tests.dense import dense_hessian
 from tests.numerics.test_finite_difference import _write_out as write_out
 from tests.toys import TOYS, VOCAB, toy_model

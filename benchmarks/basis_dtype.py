@@ -14,11 +14,11 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.common import write
+from hpc_hess.commands.run import page
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.world import World
-from hpc_hess.report import page
-from hpc_hess.run import run
 from hpc_hess.storage.reader import StoreView, read_store
 
 CASES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS, run_program, write
-from hpc_hess.report.studies import parts
 from hpc_hess.report.style import STYLE
+from hpc_hess.studies.views import parts
 
 
 def rows_of(study: dict[str, Any]) -> list[dict[str, Any]]:

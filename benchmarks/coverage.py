@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from benchmarks.common import write
-from hpc_hess.analysis.block_diagonal import known_top
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.density import Density, density, density_chebyshev, density_log, density_symlog, symlog
 from hpc_hess.linalg.diagonal import diagonal_hutchinson, xdiag
@@ -27,6 +26,7 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
+from hpc_hess.studies.block_diagonal.compute import known_top
 
 SIZE = 300
 Float = np.ndarray

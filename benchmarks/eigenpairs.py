@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.common import ROOT, run_program, write
 from hpc_hess.config import make_config
-from hpc_hess.model.data import load_samples
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.data.data import load_samples
+from hpc_hess.model.sources.source import resolve_source
 
 OURS, PEER, STRICT = "hpc_hess", "eigsh on curvlinops", "the same, tighter"
 Run = dict[str, Any]

@@ -17,10 +17,10 @@ import torch
 from benchmarks.common import write
 from benchmarks.tiny_models import VOCABULARY, names, tiny_model
 from hpc_hess.config import make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import load_problem
-from hpc_hess.report.progress import Progress
+from hpc_hess.session.problem import load_problem
 
 _LONGEST_S = 120
 

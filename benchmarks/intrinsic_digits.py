@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import ROOT, write
-from hpc_hess.sketch.intrinsic_dimension import spread_in_bits
+from hpc_hess.commands.intrinsic_dimension.rule import spread_in_bits
 
 SHADES = 17
 SHAPE = {

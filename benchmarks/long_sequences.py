@@ -20,13 +20,13 @@ def measure(what: str, length: int, threads: int) -> dict[str, float]:
     """Return seconds and peak memory of "gradient", "exact", or "elementary" (exact, without chunks)."""
     import torch
 
-    from hpc_hess.check import start_vector
     from hpc_hess.config import make_config
-    from hpc_hess.curvature.exact import ExactHessian
-    from hpc_hess.model import attention
+    from hpc_hess.console.progress import Progress
+    from hpc_hess.curvature.exact.exact import ExactHessian
+    from hpc_hess.model.blocks import attention
     from hpc_hess.parallel.world import World
-    from hpc_hess.problem import load_problem
-    from hpc_hess.report.progress import Progress
+    from hpc_hess.session.problem import load_problem
+    from hpc_hess.session.reference import start_vector
 
     torch.set_num_threads(threads)
     if what == "elementary":

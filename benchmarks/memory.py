@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.common import run_program, write
 from hpc_hess.config import make_config
-from hpc_hess.model.blocklist import find_blocks
-from hpc_hess.model.data import load_samples
-from hpc_hess.model.skeleton import build_skeleton
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.data.data import load_samples
+from hpc_hess.model.sharded.blocklist import find_blocks
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.source import resolve_source
 
 
 def activation_bytes(sequence_length: int) -> tuple[int, int, int, int]:

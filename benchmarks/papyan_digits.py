@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import hpc_hess
 from benchmarks.common import RESULTS, write
-from hpc_hess.classifiers import Batch, Decomposition, decompose
+from hpc_hess.api.classifiers import Batch, Decomposition, decompose
 from hpc_hess.linalg.density import symlog
 from hpc_hess.report.style import CYCLE, MUTED, STYLE, set_symlog
 

@@ -31,16 +31,16 @@ import numpy as np
 import torch
 
 from benchmarks.common import ROOT, write
-from hpc_hess.check import start_vector
 from hpc_hess.config import make_config
-from hpc_hess.curvature.exact import ExactHessian
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
-from hpc_hess.curvature.streaming import Settings
+from hpc_hess.console.progress import make_progress
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.exact.exact import ExactHessian
+from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import make_progress
+from hpc_hess.session.problem import Problem, load_problem
+from hpc_hess.session.reference import start_vector
 
 OURS = {
     "central": "hpc_hess, central differences", "forward": "hpc_hess, forward differences",

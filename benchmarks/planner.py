@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.common import LLAMAS, ROOT, random_llama, run_program, write
 from hpc_hess.config import make_config
-from hpc_hess.planner import trace
-from hpc_hess.scaling.machine import Machine, seconds
+from hpc_hess.planning.machine import Machine, seconds
+from hpc_hess.planning.planner import trace
 
 SHAPES = {f"Llama, {name}": LLAMAS[name] for name in ("9 M", "51 M", "347 M")}
 SMOLLM2 = "SmolLM2-135M"

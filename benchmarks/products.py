@@ -21,19 +21,19 @@ from typing import Any
 import torch
 
 from benchmarks.common import random_llama, write
-from hpc_hess.check import extreme_ritz_vector, start_vector
 from hpc_hess.config import make_config
-from hpc_hess.curvature.exact import ExactHessian
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
-from hpc_hess.curvature.gauss_newton import GaussNewton
-from hpc_hess.curvature.streaming import Settings
+from hpc_hess.console.progress import make_progress
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.exact.exact import ExactHessian
+from hpc_hess.curvature.exact.gauss_newton import GaussNewton
+from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.memory import gigabytes, release_memory
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import make_progress
+from hpc_hess.session.problem import Problem, load_problem
+from hpc_hess.session.reference import extreme_ritz_vector, start_vector
 
 NUM_PROBES = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

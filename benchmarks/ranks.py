@@ -11,13 +11,13 @@ import numpy as np
 
 from benchmarks.common import write
 from hpc_hess.config import make_config
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.console.progress import Progress
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import load_problem
-from hpc_hess.report.progress import Progress
+from hpc_hess.session.problem import load_problem
 from tests.spawn import run_ranks
 from tests.toys import TOYS, toy_directory
 

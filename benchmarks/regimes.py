@@ -17,83 +17,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.func import functional_call
 
-from benchmarks.common import RESULTS, machine, random_llama, write
-from hpc_hess.check import extreme_ritz_vector, start_vector
-from hpc_hess.config import make_config
-from hpc_hess.curvature.exact import ExactHessian
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
-from hpc_hess.curvature.step_size import concentration
+from benchmarks import regimes_krylov
+from benchmarks.common import machine, random_llama, write
+from benchmarks.regimes_curves import CURVES, DTYPES, SMOLLM2, VECTORS, summary, truncation_of
+from benchmarks.regimes_figures import draw
+from benchmarks.regimes_formats import BFloat16Objective, exact_product, hold_bfloat16_weights, load
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.differences.step_size import concentration
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import Lanczos
-from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import CausalLMObjective, Contribution
+from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
-from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import make_progress
+from hpc_hess.session.problem import Problem
+from hpc_hess.session.reference import extreme_ritz_vector, start_vector
 
-SMOLLM2 = "SmolLM2-135M"
 TOYS: dict[str, dict[str, int]] = {  # Llama shape, tied embeddings, seeded weights of spread 1 / sqrt(hidden)
     "0.09 M": {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 256},
     "1 M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 1024},
     "10 M": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 8, "vocab_size": 4096},
 }
-DTYPES = ("float64", "float32", "bfloat16", "bfloat16, weights too")
-VECTORS = ("random", "Ritz", "final norm")
-CURVES = RESULTS / "regimes_curves.json"
-
-
-# -- the function in each number format ----------------------------------------------------------------------------
-
-
-class _BFloat16Copy(nn.Module):
-    """The module, called with its parameters cast to bfloat16; gradients flow back to the float32 masters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, **inputs: Any) -> Any:
-        cast = {name: p.to(torch.bfloat16) for name, p in self.module.named_parameters()}
-        return functional_call(self.module, cast, kwargs=inputs)  # ties are kept
-
-
-class BFloat16Objective(CausalLMObjective):
-    """The same loss, computed in bfloat16 up to the logits; the cross-entropy is float32, as in the program."""
-
-    def __init__(self, plain: CausalLMObjective) -> None:
-        super().__init__(plain.micro_batches, plain.num_tokens, plain.device)
-
-    def contribution(self, module: nn.Module, index: int) -> Contribution:
-        return super().contribution(_BFloat16Copy(module), index)
-
-
-def hold_bfloat16_weights(problem: Problem) -> None:
-    """Round the parameters to values that bfloat16 can hold."""
-    model = problem.model
-    model.write_parameters(model.read_parameters().bfloat16().to(model.space.dtype))
-
-
-def load(config: dict[str, Any], dtype: str) -> Problem:
-    """Load the function with parameters in ``dtype`` (float64 or float32)."""
-    model = {**config.get("model", {}), "master_dtype": dtype, "compute_dtype": dtype}
-    return load_problem(make_config({**config, "model": model}), World.alone("cpu"), make_progress(False, 1))
-
-
-def exact_product(problem: Problem, compute: torch.dtype | None = None) -> ExactHessian:
-    return ExactHessian(problem.model, problem.objective, compute_dtype=compute)
 
 
 # -- vectors ---------------------------------------------------------------------------------------------------------
@@ -212,96 +162,6 @@ def _error(product: Vector, reference: torch.Tensor) -> float:
     return float((product.data.double() - reference).norm() / reference.norm())
 
 
-# -- what the curves say -----------------------------------------------------------------------------------------------
-
-
-def fit(curve: dict[str, Any], truncation: float | None = None) -> dict[str, float | None]:
-    """Fit error = T eps^2 beyond the best step and R / eps before it, and cross them.
-
-    A side is the points, going away from the best step, while each has over 1.5 times the error of the last (further
-    out the step is lost when it is stored) and, beyond the best step, the error is below 0.3 (the leading term rules).
-    ``truncation``: T where it is known better (it belongs to the function, not to the number format). ``optimum``
-    minimises (T eps^2)^2 + (R / eps)^2.
-    """
-    points = sorted(curve["points"], key=lambda p: p["eps"])
-    i = min(range(len(points)), key=lambda k: points[k]["error"])
-    found: dict[str, float | None] = {}
-    for side, power, way in (("truncation", 2, points[i:]), ("rounding", -1, points[i::-1])):
-        kept = _rising(way)
-        if side == "truncation":
-            kept = [p for p in kept if p["error"] < 0.3]
-        x, y = (np.log([p[key] for p in kept]) for key in ("eps", "error"))
-        found[f"{side}_slope"] = float(np.polyfit(x, y, 1)[0]) if len(x) >= 3 else None
-        found[side] = float(np.exp(np.median(y - power * x))) if len(x) >= 2 else None
-    found["truncation"] = truncation or found["truncation"]
-    if found["truncation"] and found["rounding"]:
-        found["crossing"] = (found["rounding"] / found["truncation"]) ** (1 / 3)
-        found["optimum"] = found["crossing"] * 2 ** (-1 / 6)
-    return found
-
-
-def _rising(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the points after the first whose error is over twice its error and 1.5 times that of the one before."""
-    kept: list[dict[str, Any]] = []
-    for before, point in pairwise(points):
-        rises = point["error"] > 1.5 * before["error"]
-        if kept and not rises:
-            break
-        if rises and point["error"] > 2 * points[0]["error"]:
-            kept.append(point)
-    return kept
-
-
-def truncation_of(curves: list[dict[str, Any]], like: dict[str, Any]) -> float | None:
-    """Return T of the float64 curve of the same model and vector, if there is one."""
-    for c in curves:
-        if (c["model"], c["vector"], c["dtype"]) == (like["model"], like["vector"], "float64"):
-            return fit(c)["truncation"]
-    return None
-
-
-def usable(curve: dict[str, Any], bound: float = 0.01) -> tuple[float | None, float | None]:
-    """Return the steps between which the error is below ``bound``, interpolated; None where the sweep ends first."""
-    points = sorted(curve["points"], key=lambda p: p["eps"])
-    good = [i for i, p in enumerate(points) if p["error"] < bound]
-    if not good:
-        return math.nan, math.nan
-
-    def cross(inside: int, outside: int) -> float | None:
-        if not 0 <= outside < len(points):
-            return None
-        a, b = points[inside], points[outside]
-        share = math.log(bound / a["error"]) / math.log(b["error"] / a["error"])
-        return a["eps"] * (b["eps"] / a["eps"]) ** share
-
-    return cross(good[0], good[0] - 1), cross(good[-1], good[-1] + 1)
-
-
-def summary(curve: dict[str, Any], truncation: float | None) -> dict[str, Any]:
-    """One row of the table."""
-    best, auto, fitted = min(curve["points"], key=lambda p: p["error"]), curve["auto"], fit(curve, truncation)
-    low, high = usable(curve)
-    ends = [curve["points"][0]["eps"], curve["points"][-1]["eps"]]
-    span = "none" if low is not None and math.isnan(low) else (
-        f"{'<' if low is None else ''}{low or ends[0]:.1e} to {'>' if high is None else ''}{high or ends[1]:.1e}"
-    )  # fmt: skip
-    return {
-        "model": curve["model"], "format": curve["dtype"], "vector": curve["vector"],
-        "participation": curve["participation"], "error < 1 %, eps": span,
-        "best eps": best["eps"], "best error": best["error"],
-        "slope near": _round(fitted["rounding_slope"]), "slope far": _round(fitted["truncation_slope"]),
-        "crossing": fitted.get("crossing"), "optimum of the fit": fitted.get("optimum"),
-        "auto eps": auto["eps"] if auto else None, "auto error": auto["error"] if auto else None,
-        "auto predicted": auto["predicted"] if auto else None,
-        "auto / best": auto["error"] / best["error"] if auto else None,
-        "exact product's error": curve["exact_error"],
-    }  # fmt: skip
-
-
-def _round(x: float | None) -> float | None:
-    return None if x is None else round(x, 2)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", action="store_true", help="measure SmolLM2-135M, 1 x 128 tokens, and not the toys")
@@ -330,11 +190,7 @@ def main() -> None:
            "toys": "1 x 64 random tokens", SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
            "threads": torch.get_num_threads()})  # fmt: skip
     if not (args.smollm2 or args.figures or args.no_krylov):
-        from benchmarks import regimes_krylov
-
         regimes_krylov.main()
-    from benchmarks.regimes_figures import draw
-
     draw()
 
 

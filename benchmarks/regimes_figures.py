@@ -12,12 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks import regimes, regimes_krylov
 from benchmarks.common import RESULTS
+from benchmarks.regimes_curves import CURVES, DTYPES, KRYLOV_CURVES, SMOLLM2, VECTORS, fit, truncation_of
 from hpc_hess.report.style import CYCLE, INK, MUTED, STYLE
 
-COLOURS = dict(zip(regimes.DTYPES, (INK, CYCLE[0], CYCLE[1], CYCLE[4]), strict=True))
-_LINES = dict(zip(regimes.DTYPES, ("o-", "o-", "o-", "o:"), strict=True))  # the last lies on the one before
+COLOURS = dict(zip(DTYPES, (INK, CYCLE[0], CYCLE[1], CYCLE[4]), strict=True))
+_LINES = dict(zip(DTYPES, ("o-", "o-", "o-", "o:"), strict=True))  # the last lies on the one before
 PRODUCTS = {
     "exact float64": INK, "exact float32": CYCLE[0], "exact bfloat16": CYCLE[1], "central float32, auto": CYCLE[2],
     "central float32, 0.001": CYCLE[3], "central float32, 0.01": CYCLE[4], "central float32, 0.1": CYCLE[5],
@@ -35,8 +35,8 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
     """Error against step: a column for each model, a row for each vector."""
     models = list(dict.fromkeys(c["model"] for c in curves))
     figure = _figure(3.3 * len(models) + 0.4, 8.6)
-    grid = figure.subplots(len(regimes.VECTORS), len(models), sharex=True, sharey=True, squeeze=False)
-    for row, kind in zip(grid, regimes.VECTORS, strict=True):
+    grid = figure.subplots(len(VECTORS), len(models), sharex=True, sharey=True, squeeze=False)
+    for row, kind in zip(grid, VECTORS, strict=True):
         for axes, model in zip(row, models, strict=True):
             if not any((curve["model"], curve["vector"]) == (model, kind) for curve in curves):
                 axes.set_visible(False)
@@ -44,7 +44,7 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
             axes.axhline(0.01, color=MUTED, lw=0.8, ls=(0, (1, 2)), zorder=1)
             for curve in curves:
                 if (curve["model"], curve["vector"]) == (model, kind):
-                    _draw_curve(axes, curve, regimes.truncation_of(curves, curve))
+                    _draw_curve(axes, curve, truncation_of(curves, curve))
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlim(5e-9, 60)
@@ -52,7 +52,7 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
         row[0].set_ylabel(f"{kind} vector\nrelative error of H v" if kind != "final norm" else
                           "vector on the final norm\nrelative error of H v")  # fmt: skip
     for axes, model in zip(grid[0], models, strict=True):
-        axes.set_title(model if model == regimes.SMOLLM2 else f"toy, {model} parameters")
+        axes.set_title(model if model == SMOLLM2 else f"toy, {model} parameters")
     for column in grid.T:
         lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.set_xlabel("step eps along the unit vector")
@@ -73,7 +73,7 @@ def _draw_curve(axes: Axes, curve: dict[str, Any], truncation_constant: float | 
     colour = COLOURS[curve["dtype"]]
     eps, error = (np.array([p[k] for p in curve["points"]]) for k in ("eps", "error"))
     axes.plot(eps, error, _LINES[curve["dtype"]], color=colour, ms=3, lw=1.3)
-    found = regimes.fit(curve, truncation_constant)
+    found = fit(curve, truncation_constant)
     if "crossing" in found:
         crossing, truncation = float(found["crossing"] or 0), float(found["truncation"] or 0)
         across = np.geomspace(crossing / 30, crossing * 30, 2)  # both lines go on beyond the crossing
@@ -152,10 +152,10 @@ def _scatter(axes: Axes, runs: list[dict[str, Any]]) -> None:
 def draw() -> None:
     """Draw what has been measured."""
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
-        if regimes.CURVES.exists():
-            draw_sweep(json.loads(regimes.CURVES.read_text())["curves"])
-        if regimes_krylov.CURVES.exists():
-            draw_krylov(json.loads(regimes_krylov.CURVES.read_text())["runs"])
+        if CURVES.exists():
+            draw_sweep(json.loads(CURVES.read_text())["curves"])
+        if KRYLOV_CURVES.exists():
+            draw_krylov(json.loads(KRYLOV_CURVES.read_text())["runs"])
 
 
 if __name__ == "__main__":

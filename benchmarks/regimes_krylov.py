@@ -27,25 +27,25 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 
-from benchmarks.common import RESULTS, machine, random_llama, write
-from benchmarks.regimes import BFloat16Objective, hold_bfloat16_weights, load
-from hpc_hess.check import start_vector
-from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
-from hpc_hess.curvature.gauss_newton import GaussNewton
+from benchmarks.common import machine, random_llama, write
+from benchmarks.regimes_curves import KRYLOV_CURVES
+from benchmarks.regimes_formats import BFloat16Objective, hold_bfloat16_weights, load
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
+from hpc_hess.curvature.exact.gauss_newton import GaussNewton
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.linalg.quadrature import Ritz, ritz
-from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
-from hpc_hess.problem import Problem
+from hpc_hess.session.problem import Problem
+from hpc_hess.session.reference import start_vector
 
 Float = NDArray[np.float64]
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 48}
 ROWS, LENGTH, STEPS = 2, 32, 100
-CURVES = RESULTS / "regimes_krylov_curves.json"
 FIXED = (1e-3, 1e-2, 1e-1)
 
 
@@ -190,7 +190,7 @@ def main() -> None:
                     runs.append({"matrix": matrix, "product": name, "reorthogonalise": reorthogonalise,
                                  "steps": process.step_count, "end": end, **found})  # fmt: skip
                     print(summary(runs[-1]), flush=True)
-    CURVES.write_text(json.dumps({"machine": machine(), "spectra": spectra, "runs": runs}) + "\n")
+    KRYLOV_CURVES.write_text(json.dumps({"machine": machine(), "spectra": spectra, "runs": runs}) + "\n")
     write("regimes_krylov", "Lanczos with products of different quality, 100 steps, against a dense float64 spectrum",
           [summary(r) for r in runs],
           {"parameters": len(full), "tokens": f"{ROWS} x {LENGTH}", "steps": STEPS, "start": "rademacher, seed 0"},

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.common import ROOT, write
 from hpc_hess.config import ModelSection
-from hpc_hess.model.skeleton import build_skeleton
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.store import Store

@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 from benchmarks.common import write
 from benchmarks.sketch_memory import sketch_once
 from hpc_hess.config import make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
-from hpc_hess.report.progress import Progress
+from hpc_hess.session.problem import Problem, load_problem
 from hpc_hess.sketch.implicit import implicit_gradient, implicit_product
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch

@@ -15,14 +15,14 @@ import torch
 
 from benchmarks.common import write
 from hpc_hess.config import make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import ThickRestart, eigenpairs
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import load_problem
-from hpc_hess.products import exact_operator
-from hpc_hess.report.progress import Progress
+from hpc_hess.session.operators import exact_operator
+from hpc_hess.session.problem import load_problem
 from hpc_hess.sketch.comparison import eigenvalue_error
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch, SketchedOperator

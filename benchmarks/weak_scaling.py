@@ -1,7 +1,7 @@
 """Weak scaling by the planner: one sequence a rank, from one node to 128, on GPUs that are not here.
 
 Each point traces the program as one of so many ranks; arithmetic and traffic are those of a machine described by its data
-sheet (see hpc_hess.scaling.machine). Nothing is run: this shows where traffic would overtake, not what a cluster did.
+sheet (see hpc_hess.planning.machine). Nothing is run: this shows where traffic would overtake, not what a cluster did.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, write
 from hpc_hess.config import make_config
-from hpc_hess.planner import Planner
+from hpc_hess.planning.planner import Planner
 
 SHAPES = {"Llama 3 8B": "llama3_8b", "Llama 3 70B": "llama3_70b"}
 PER_NODE = 8

@@ -4,7 +4,6 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_MODULES = {"decompose": "classifiers", "sketched": "sketches", "gradient_sketches": "sketches"}
 __all__ = [
     "Spectrum", "decompose", "diagonal", "eigenpairs", "gradient_sketches", "hessian", "sketched", "slq", "solve",
     "sub_block", "trace",
@@ -14,5 +13,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the notebook functions on first use, so that ``hpc-hess --help`` does not wait for torch."""
     if name in __all__:
-        return getattr(importlib.import_module(f"hpc_hess.{_MODULES.get(name, 'api')}"), name)
+        return getattr(importlib.import_module("hpc_hess.api"), name)
     raise AttributeError(f"module 'hpc_hess' has no attribute '{name}'")

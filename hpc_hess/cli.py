@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hpc_hess import __version__
+import hpc_hess
 from hpc_hess.commands.arguments import Comparison, Query, Search, Training, add_arguments, filled
 from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Hessian spectra of large language models, sharded over processes and nodes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {hpc_hess.__version__}")
     commands = _Commands(parser)
     _spectra(commands)
     _training(commands)
@@ -236,32 +236,32 @@ def _spmd(args: argparse.Namespace) -> int:
 def _command(args: argparse.Namespace) -> Callable[..., int]:
     """Return the function of a configuration and a World that the arguments ask for. Raises ConfigError."""
     if args.command == "run":
-        from hpc_hess.run import run
+        from hpc_hess.commands.run.work import run
 
         return run
     if args.command == "check":
-        from hpc_hess.check import check
+        from hpc_hess.commands.check.work import check
 
         return check
     if args.command == "dynamics":
-        from hpc_hess.commands.dynamics import dynamics
+        from hpc_hess.commands.dynamics.work import dynamics
 
         return functools.partial(dynamics, models=args.models, sequences=args.sequences, out=args.out)
     if args.command == "attribute":
-        from hpc_hess.commands.attribution import build, query
+        from hpc_hess.commands.attribute.work import build, query
 
         if args.part == "build":
             return build
         return functools.partial(query, asked=filled(Query, args))
     if args.command == "sketch-check":
-        from hpc_hess.commands.sketch_check import sketch_check
+        from hpc_hess.commands.sketch_check.work import sketch_check
 
         return functools.partial(sketch_check, asked=filled(Comparison, args))
     if args.command == "intrinsic-dimension":
-        from hpc_hess.commands.intrinsic import intrinsic_dimension
+        from hpc_hess.commands.intrinsic_dimension.work import intrinsic_dimension
 
         return functools.partial(intrinsic_dimension, search=filled(Search, args))
-    from hpc_hess.commands.finetune import finetune
+    from hpc_hess.commands.finetune.work import finetune
 
     return functools.partial(finetune, training=filled(Training, args))
 
@@ -279,9 +279,9 @@ def _plan(args: argparse.Namespace) -> int:
     from hpc_hess.config import DEMO, load_config
 
     config = load_config(args.config or DEMO, args.overrides)  # before torch is imported: an error comes at once
-    from hpc_hess.planner import Planner
-    from hpc_hess.report.plan import plan_text, suggestions_text, sweep_text
-    from hpc_hess.scaling.plan import describe, powers_up_to
+    from hpc_hess.commands.plan.page import plan_text, suggestions_text, sweep_text
+    from hpc_hess.planning.plan import describe, powers_up_to
+    from hpc_hess.planning.planner import Planner
 
     planner = Planner(config, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30))
     intake = planner.intake(lambda line: print(line, file=sys.stderr)).to_json()
@@ -302,7 +302,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _scaling(args: argparse.Namespace) -> int:
-    from hpc_hess import scale
+    from hpc_hess.commands.scaling import work as scale
 
     if args.part == "run":
         return scale.run_study(args.study, args.point)
@@ -312,7 +312,7 @@ def _scaling(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from hpc_hess.report.screen import inspect_run
+    from hpc_hess.commands.run.screen import inspect_run
 
     return inspect_run(args.run, verify=args.verify)
 
@@ -324,7 +324,7 @@ def _clean(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hpc_hess.report.page import rewrite_report
+    from hpc_hess.commands.run.page import rewrite_report
 
     print(rewrite_report(args.run))
     return 0

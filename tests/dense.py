@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hpc_hess.model.loss import Objective
+from hpc_hess.model.sharded.loss import Objective
 
 
 def dense_hessian(module: nn.Module, objective: Objective, batch: int = 64) -> torch.Tensor:

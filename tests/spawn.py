@@ -15,7 +15,7 @@ from typing import Any
 # Ranks are forked from a server that has imported torch, which takes seconds; each still joins a World of its own. Not
 # h5py: built for MPI it would start MPI in the server.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.modeling_utils", "hpc_hess.model.shard"])
+CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.modeling_utils", "hpc_hess.model.sharded.shard"])
 _FOREIGN = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL")
 _GRACE_S = 5.0  # how long the other ranks may take to say what they saw after the first failure
 

@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hpc_hess.eigen_loop import FOLDER as EIGENPAIRS
+from hpc_hess.console.words import printable, size
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.world import World
-from hpc_hess.product_watch import FOLDER as PRODUCT
-from hpc_hess.report.words import printable, size
+from hpc_hess.session.partial_products import FOLDER as PRODUCT
 from hpc_hess.storage.disk import allocated, remove
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE
 from hpc_hess.storage.space import Space
-from hpc_hess.studies import FOLDER as STUDIES
-from hpc_hess.studies import FOUND, PIECES
+from hpc_hess.studies.eigenpairs.search import FOLDER as EIGENPAIRS
+from hpc_hess.studies.runner import FOLDER as STUDIES
+from hpc_hess.studies.runner import FOUND, PIECES
 
 _UNFINISHED = ("*.part", "*.part.npy", "*.h5.new")  # files that a job was writing aside when it was killed
 

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from hpc_hess.linalg.operator import LinearOperator
-from hpc_hess.model.loss import Contribution
+from hpc_hess.model.sharded.loss import Contribution
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 
@@ -49,7 +49,7 @@ class LogitSource(Protocol):
 
 
 class Pullback:
-    """The objective whose gradient is J^T u / n for cotangents u at the logits. Satisfies model.loss.Objective."""
+    """The objective whose gradient is J^T u / n for cotangents u at the logits. Satisfies model.sharded.loss.Objective."""
 
     def __init__(self, source: LogitSource, cotangent: Cotangent) -> None:
         self._source, self._cotangent = source, cotangent

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hpc_hess.report.rundir import write_aside
 from hpc_hess.report.template import render_template
+from hpc_hess.storage.run_files import write_aside
 
 
 class Drawn(NamedTuple):

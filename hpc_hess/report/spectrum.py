@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_hess.console.words import count, number, residual_text
 from hpc_hess.linalg.quadrature import Ritz, ritz
-from hpc_hess.report.words import count, number, residual_text
 
 Float = NDArray[np.float64]
 _COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from hpc_hess.console.words import minus, number
 from hpc_hess.linalg.density import symlog
-from hpc_hess.report.words import minus, number
 
 # Okabe and Ito (2008); negative curvature is always blue, positive always vermilion
 NEGATIVE, POSITIVE, INK, MUTED = "#0072B2", "#D55E00", "#1a1a1a", "#6b6b6b"

@@ -12,10 +12,10 @@ from unittest import mock
 
 import tomli_w
 
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, load_config
 from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.world import World
-from hpc_hess.run import run
 from tests.faults.trying import Ended, try_apart
 
 _NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e308, 2**31, 2**32, 2**63 - 1, float("inf"),
@@ -148,7 +148,7 @@ def try_run(config: Config, out: Path, world: World, limit_s: float = 60.0) -> E
     config = config.model_copy(update=sections)
 
     def call() -> int:
-        with mock.patch("hpc_hess.run._limits", return_value=[1e9, 1e9]):
+        with mock.patch("hpc_hess.commands.run.work._limits", return_value=[1e9, 1e9]):
             return run(config, world)
 
     return try_apart(call, limit_s)

@@ -13,12 +13,12 @@ from unittest import mock
 import h5py
 import numpy as np
 
+from hpc_hess.commands.run.page import rewrite_report
+from hpc_hess.commands.run.screen import inspect_run
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.parallel.world import World
-from hpc_hess.report.page import rewrite_report
-from hpc_hess.report.screen import inspect_run
-from hpc_hess.run import run
-from hpc_hess.stopping import Stopper
+from hpc_hess.session.stopping import Stopper
 from tests.faults.trying import Ended, try_apart
 from tests.toys import toy_directory
 
@@ -159,7 +159,8 @@ def stopped_after(config: Config, world: World, steps: int) -> int:
         asked[0] += 1
         return "a test asks for it" if asked[0] > steps else ""
 
-    with mock.patch.object(Stopper, "agreed", agreed), mock.patch("hpc_hess.run._limits", return_value=[1e9, 1e9]):
+    limits = mock.patch("hpc_hess.commands.run.work._limits", return_value=[1e9, 1e9])
+    with mock.patch.object(Stopper, "agreed", agreed), limits:
         return run(config, world)
 
 
@@ -172,7 +173,7 @@ def tried(base: Base, rng: random.Random, out: Path, world: World) -> tuple[str,
     what = f"{base.run_dir.name}/{damage(rng, out)}"
 
     def resume() -> str:
-        with mock.patch("hpc_hess.run._limits", return_value=[1e9, 1e9]):
+        with mock.patch("hpc_hess.commands.run.work._limits", return_value=[1e9, 1e9]):
             code = run(moved(base.config, out), world)
         if compared(out) != base.result:
             raise AssertionError("a resume gave another result, and said nothing")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from hpc_hess.config import make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import Problem, load_problem
-from hpc_hess.products import build_operator, exact_operator
-from hpc_hess.report.progress import Progress
+from hpc_hess.session.operators import build_operator, exact_operator
+from hpc_hess.session.problem import Problem, load_problem
 from tests.sharded import assemble, from_global, send
 
 
@@ -56,7 +56,7 @@ def whole(ranks: list[dict[str, Any]], key: str) -> np.ndarray:
 
 def dense_product(model: torch.nn.Module, ids: torch.Tensor, names: list[str] | None = None) -> tuple[float, np.ndarray]:
     """Return (loss, H v) by double backward on the model itself in float64; of the parameters ``names``, sorted."""
-    from hpc_hess.model.precision import honest_casts
+    from hpc_hess.model.sharded.precision import honest_casts
 
     model = model.double()
     model.config._experts_implementation = "eager"  # grouped kernels know no float64

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from hpc_hess.config import ModelSection, make_config
 from hpc_hess.errors import ModelError, StoreError
-from hpc_hess.model.skeleton import build_skeleton
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from tests.faults.support import (
     HIGHEST_B,
@@ -147,7 +147,7 @@ def test_a8_a_tensor_changed_in_the_middle_is_another_model(tmp_path: Path, worl
 
 
 def test_a8_every_tensor_counts_also_where_they_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpc_hess.model import fingerprint
+    from hpc_hess.model.sources import fingerprint
 
     monkeypatch.setattr(fingerprint, "_READ", 1 << 18)
     save_wide(tmp_path)
@@ -173,7 +173,7 @@ def test_a8_own_code_belongs_to_the_model(tmp_path: Path) -> None:
 
 def test_a8_runs_of_the_earlier_fingerprint_go_on(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run directory holds what the earlier version wrote: the sha256 over the ends of the files, without a kind."""
-    from hpc_hess import run as program
+    from hpc_hess.commands.run import work as program
 
     save_wide(tmp_path / "model")
     section = ModelSection(source=str(tmp_path / "model"))
@@ -191,7 +191,7 @@ def test_a8_runs_of_the_earlier_fingerprint_go_on(tmp_path: Path, world: World, 
 
 
 def test_a8_a_query_with_another_model_is_refused(tmp_path: Path, world: World) -> None:
-    from hpc_hess.commands.attribution import Query, build, query
+    from hpc_hess.commands.attribute.work import Query, build, query
 
     save_wide(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -224,8 +224,8 @@ def test_b_itself_still_gives_its_numbers(tmp_path: Path, world: World) -> None:
 
 def loaded_on_ranks(world: World, values: dict[str, Any]) -> tuple[str, list[str]]:
     """Load the problem; return what was refused, and the checks that found something."""
-    from hpc_hess.problem import load_problem
-    from hpc_hess.report.progress import make_progress
+    from hpc_hess.console.progress import make_progress
+    from hpc_hess.session.problem import load_problem
 
     world.make_mesh(1)
     try:

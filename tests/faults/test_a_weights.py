@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from tests.faults.support import (
     LOSS_B,

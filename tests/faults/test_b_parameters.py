@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import hpc_hess
-from hpc_hess.check import check
+from hpc_hess.commands.check.work import check
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.errors import NumericsError
 from hpc_hess.parallel.world import World
-from hpc_hess.run import run
 from tests.faults.ranks import assert_right, dense_product, problem_of, products, settings_of
 from tests.faults.support import fill_b, ids_b, model_b, result_of, settings_b, tokens_b
 from tests.quick import run_quickly
@@ -284,9 +284,9 @@ _ROWS = [list(range(3, 13)), list(range(20, 50)), list(range(60, 72))]
 
 def _padded_rows(world: World, settings: dict[str, Any]) -> tuple[float, list[dict[str, str]]]:
     """Return the loss and the intake of rows of different lengths, as rows = "pad" gives them. Collective: yes."""
-    from hpc_hess import problem as problems
-    from hpc_hess.model.data import make_samples
-    from hpc_hess.model.documents import Document
+    from hpc_hess.model.data.data import make_samples
+    from hpc_hess.model.data.documents import Document
+    from hpc_hess.session import problem as problems
 
     with pytest.MonkeyPatch.context() as patch:  # ids need no tokenizer
         rows = [Document(np.array(row)) for row in _ROWS]

@@ -12,9 +12,9 @@ import torch
 
 from hpc_hess.config import load_config, make_config
 from hpc_hess.errors import DataError
-from hpc_hess.model.data import Samples, load_samples, micro_batches
-from hpc_hess.model.loss import CausalLMObjective
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.data.data import Samples, load_samples, micro_batches
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sources.source import resolve_source
 from tests.faults.support import edit_config, ids_b, model_b, save_b, write_config
 
 TEXT = "the cat sat on the mat 12345  sat on the cat"
@@ -221,9 +221,9 @@ def test_ids_are_those_of_tokenizer_json(model: Path, tmp_path: Path) -> None:
 
 
 def test_findings_of_the_data_stand_in_the_result(model: Path, tmp_path: Path) -> None:
+    from hpc_hess.console.progress import Progress
     from hpc_hess.parallel.world import World
-    from hpc_hess.problem import load_problem
-    from hpc_hess.report.progress import Progress
+    from hpc_hess.session.problem import load_problem
 
     (tmp_path / "a.txt").write_text(TEXT)
     values = {"model": {"source": str(model)}, "data": {"source": f"text:{tmp_path / 'a.txt'}", "sequence_length": 10}}

@@ -17,10 +17,10 @@ import hpc_hess
 from hpc_hess.errors import ConfigError, HpcHessError, ModelError
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.solve import conjugate_gradients, minres
-from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import CausalLMObjective, own_objective
-from hpc_hess.model.routing import Routing
-from hpc_hess.model.shard import whole_model
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.loss import CausalLMObjective, own_objective
+from hpc_hess.model.sharded.routing import Routing
+from hpc_hess.model.sharded.shard import whole_model
 from tests.faults.support import ids_b, model_b
 from tests.toys import toy_model
 from tests.unit.test_lanczos import make_space

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.commands.attribution import Query, build, query
+from hpc_hess.commands.attribute.work import Query, build, query
 from hpc_hess.config import make_config
 from hpc_hess.errors import NumericsError
 from hpc_hess.parallel.world import World

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_hess.report.dynamics import quote
+from hpc_hess.commands.dynamics.page import quote
 from tests.faults.support import command, save_b, settings_b, tokens_b, write_config
 from tests.system.launching import ROOT, environment
 

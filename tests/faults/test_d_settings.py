@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_hess.commands.finetune import Training
-from hpc_hess.commands.intrinsic import Search
+from hpc_hess.commands.finetune.work import Training
+from hpc_hess.commands.intrinsic_dimension.work import Search
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.world import World
-from hpc_hess.run import run
-from hpc_hess.starts import NAME as STARTS
-from hpc_hess.stopping import Stopper
+from hpc_hess.session.starts import NAME as STARTS
+from hpc_hess.session.stopping import Stopper
 from hpc_hess.storage.reader import read_store
 from tests.faults.support import HIGHEST_B, LOWEST_B, result_of, save_b, settings_b, tokens_b
 from tests.quick import run_quickly
@@ -180,7 +180,7 @@ def test_fewer_probes_do_not_show_the_check_of_others(place: Path, world: World,
 def test_a_sub_block_that_does_not_fit_is_refused_before_the_first_gradient(
     place: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_hess import studies
+    from hpc_hess.studies import runner as studies
 
     out = tmp_path / "run"
     monkeypatch.setattr(studies, "host_bytes_free", lambda: 8 * 6 * 200**2)
@@ -264,7 +264,7 @@ def _three_starts(world: World, config: Config) -> list[int]:
 def test_a_training_without_a_checkpoint_gives_up_too(
     place: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_hess.commands.finetune import finetune
+    from hpc_hess.commands.finetune.work import finetune
 
     config, training = settings(place, tmp_path / "unused"), Training(tmp_path / "out", steps=3, batch=2)
     agreed = Stopper.agreed

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess import studies
-from hpc_hess.commands import dynamics as dynamics_module
-from hpc_hess.commands.dynamics import dynamics
+from hpc_hess.commands.dynamics import work as dynamics_module
+from hpc_hess.commands.dynamics.work import dynamics
+from hpc_hess.commands.run.page import rewrite_report
+from hpc_hess.commands.run.screen import inspect_run
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, load_config, make_config
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.linalg.lanczos import Lanczos, Window
@@ -32,11 +34,7 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from hpc_hess.report.page import rewrite_report
-from hpc_hess.report.rundir import write_aside
-from hpc_hess.report.screen import inspect_run
-from hpc_hess.run import run
-from hpc_hess.scaling.study import measured
+from hpc_hess.planning.sweep import measured
 from hpc_hess.storage import events as events_module
 from hpc_hess.storage import examples
 from hpc_hess.storage.events import EventLog, append_lines, read_events
@@ -44,6 +42,8 @@ from hpc_hess.storage.journal import Member
 from hpc_hess.storage.lock import NAME, RunLock
 from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.reader import read_store
+from hpc_hess.storage.run_files import write_aside
+from hpc_hess.studies import runner as studies
 from tests.faults.fuzz_store import stopped_after
 from tests.parallel.test_store_faults import small_disk  # noqa: F401 (a fixture)
 from tests.quick import run_quickly, start_ranks
@@ -72,7 +72,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def speed() -> Iterator[None]:
     """How fast this machine is takes a second to measure and concerns nothing here."""
-    with mock.patch("hpc_hess.run._limits", return_value=[1e9, 1e9]):
+    with mock.patch("hpc_hess.commands.run.work._limits", return_value=[1e9, 1e9]):
         yield
 
 
@@ -489,10 +489,10 @@ def test_result_and_report_are_written_under_the_lock(world: World, toy: Path, t
 
         return call
 
-    from hpc_hess.report import page
+    from hpc_hess.commands.run import page
 
     with (
-        mock.patch("hpc_hess.run.write_aside", attempted("write", write_aside)),
+        mock.patch("hpc_hess.commands.run.work.write_aside", attempted("write", write_aside)),
         mock.patch.object(page, "write_report", attempted("report", page.write_report)),
     ):
         assert run(settings(toy, out, "run.report=true"), world) == 0

@@ -22,7 +22,7 @@ from hpc_hess.parallel import launcher, world
 from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world, own_address
 from hpc_hess.parallel.orphan import find_launcher, is_gone
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import own_code_in_turn
+from hpc_hess.session.problem import own_code_in_turn
 from tests.faults.support import config_b
 from tests.quick import run_quickly
 from tests.system.launching import (
@@ -393,8 +393,8 @@ def _load_own(world_: World, directory: str, cache: str) -> str:
     """Load configuration and model where copying a file takes a while, as on a slow file system."""
     from transformers import dynamic_module_utils
 
-    from hpc_hess.model.skeleton import build_skeleton
-    from hpc_hess.model.source import resolve_source
+    from hpc_hess.model.sharded.skeleton import build_skeleton
+    from hpc_hess.model.sources.source import resolve_source
 
     def copy_slowly(source: Any, target: Any) -> None:
         text = Path(source).read_text()

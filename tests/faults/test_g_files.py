@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hpc_hess.commands.finetune import Training, finetune
+from hpc_hess.commands.finetune.work import Training, finetune
 from hpc_hess.config import ModelSection, make_config
 from hpc_hess.errors import ModelError
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from tests.faults.support import LOSS_B, edit_config, save_b, settings_b, tokens_b
 from tests.faults.weights import double, loss_of, own_model

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.commands.intrinsic import _Job
+from hpc_hess.commands.intrinsic_dimension.work import _Job
 from hpc_hess.curvature.decomposition import Groups, weights
-from hpc_hess.curvature.exact import ExactHessian
-from hpc_hess.curvature.whole_model import WholeModel
+from hpc_hess.curvature.exact.exact import ExactHessian
+from hpc_hess.curvature.exact.whole_model import WholeModel
 from hpc_hess.errors import CollectiveError, DataError, LaunchError
 from hpc_hess.linalg import probes
-from hpc_hess.model.exchange import Exchange
+from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.parallel import messages, shared_memory
 from hpc_hess.parallel import world as world_module
 from hpc_hess.parallel.launcher import Launch

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.check import check
+from hpc_hess.commands.check.work import check
+from hpc_hess.commands.run.screen import summary_text
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.quadrature import estimate
 from hpc_hess.parallel.world import World
-from hpc_hess.report.screen import summary_text
 from hpc_hess.report.spectrum import warnings
-from hpc_hess.result import refuse_meaningless
-from hpc_hess.run import run
+from hpc_hess.studies.quadrature.result import refuse_meaningless
 from tests.faults.support import (
     HIGHEST_B,
     LOWEST_B,

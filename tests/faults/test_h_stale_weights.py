@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hpc_hess.curvature.decomposition import most_frequent, weights
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
-from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.shard import ShardedModel
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.world import World
 from tests.quick import run_quickly
 from tests.sharded import assemble, from_global, ragged_objective, send, shard_toy

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from hpc_hess.commands.clean import clean
+from hpc_hess.commands.run.screen import inspect_run
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.parallel.world import World
-from hpc_hess.report.screen import inspect_run
-from hpc_hess.run import run
 from hpc_hess.storage import build, disk, opening, store
 from hpc_hess.storage.disk import allocated
 from hpc_hess.storage.lock import RunLock

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import ModelSection, make_config
-from hpc_hess.model.skeleton import build_skeleton
-from hpc_hess.model.source import Source, resolve_source
-from hpc_hess.model.weights import WeightReader, fill, open_reader
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.source import Source, resolve_source
+from hpc_hess.model.sources.weights import WeightReader, fill, open_reader
 from hpc_hess.parallel.world import World
-from hpc_hess.run import run
 from tests.faults.support import config_b, edit_config, ids_b, model_b, result_of, save_b, settings_b, tokens_b
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.func import jvp, vjp, vmap
 
-from hpc_hess.model import attention as module
-from hpc_hess.model.attention import Mask, _elementary, attention
+from hpc_hess.model.blocks import attention as module
+from hpc_hess.model.blocks.attention import Mask, _elementary, attention
 
 QUERIES = 23
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_hess.curvature.exact import ExactHessian
+from hpc_hess.curvature.exact.exact import ExactHessian
 from tests.numerics.exact_case import case, error, reference, vectors, widened
 from tests.toys import toy_model
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpc_hess.curvature.exact import ExactHessian
-from hpc_hess.curvature.gauss_newton import GaussNewton, Residual
-from hpc_hess.curvature.streaming import Settings
+from hpc_hess.curvature.exact.exact import ExactHessian
+from hpc_hess.curvature.exact.gauss_newton import GaussNewton, Residual
+from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.errors import ModelError, NumericsError
-from hpc_hess.model.loss import CallableObjective, shifted_targets
-from hpc_hess.model.precision import survives
-from hpc_hess.model.shard import whole_model
+from hpc_hess.model.sharded.loss import CallableObjective, shifted_targets
+from hpc_hess.model.sharded.precision import survives
+from hpc_hess.model.sharded.shard import whole_model
 from tests.numerics.exact_case import (
     ToyBlock,
     ToyLM,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_hess.curvature.exact import ExactHessian
-from hpc_hess.curvature.gauss_newton import GaussNewton
+from hpc_hess.curvature.exact.exact import ExactHessian
+from hpc_hess.curvature.exact.gauss_newton import GaussNewton
 from hpc_hess.linalg.lanczos import Lanczos
-from hpc_hess.model.loss import CausalLMObjective, MicroBatch
-from hpc_hess.model.shard import ShardedModel, shard_model
+from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from tests.numerics.exact_case import NO_SDPA, micro_batches, objective

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_hess.curvature import step_size
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian, Scheme
+from hpc_hess.curvature.differences import step_size
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import ritz
-from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import CallableObjective, CausalLMObjective, Contribution, Objective
-from hpc_hess.model.precision import honest_casts
-from hpc_hess.model.routing import Routing
-from hpc_hess.model.shard import ShardedModel, whole_model
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, Contribution, Objective
+from hpc_hess.model.sharded.precision import honest_casts
+from hpc_hess.model.sharded.routing import Routing
+from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 from tests.dense import dense_hessian, hessian_product

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_hess.curvature import whole_model
-from hpc_hess.curvature.exact import ExactHessian, StreamedOperator
-from hpc_hess.curvature.gauss_newton import EmpiricalFisher, GaussNewton, Residual
-from hpc_hess.curvature.whole_model import WholeModel, exact_or_whole
+from hpc_hess.curvature.exact import whole_model
+from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
+from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
+from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
 from hpc_hess.errors import HpcHessError, ModelError, NumericsError
-from hpc_hess.model.loss import CausalLMObjective, MicroBatch
-from hpc_hess.model.shard import ShardedModel, shard_model
-from hpc_hess.model.shard import whole_model as wrap
+from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.sharded.shard import ShardedModel, shard_model
+from hpc_hess.model.sharded.shard import whole_model as wrap
 from hpc_hess.parallel.world import World
 from tests.numerics.exact_case import (
     ToyBlock,

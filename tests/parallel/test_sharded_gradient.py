@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.curvature.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
 from hpc_hess.linalg.probes import fill
-from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.loss import Contribution
-from hpc_hess.model.precision import honest_casts
-from hpc_hess.model.routing import Routing
-from hpc_hess.model.shard import checkpoint_blocks
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.loss import Contribution
+from hpc_hess.model.sharded.precision import honest_casts
+from hpc_hess.model.sharded.routing import Routing
+from hpc_hess.model.sharded.shard import checkpoint_blocks
 from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.world import World
 from tests.sharded import Whole, assemble, ragged_objective, ragged_rows, send, shard_toy, without_shared_memory

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.probes import normals
-from hpc_hess.model.loss import MicroBatch
-from hpc_hess.model.per_example import ExampleGradients
-from hpc_hess.model.precision import honest_casts
+from hpc_hess.model.blocks.per_example import ExampleGradients
+from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import VectorSpace

@@ -18,17 +18,17 @@ from torch.nn.functional import cross_entropy
 
 from hpc_hess import cli
 from hpc_hess.commands.arguments import Training, parse_steps
-from hpc_hess.commands.dynamics import OUTLIER, dynamics, plan, ratios
-from hpc_hess.commands.finetune import batch_rows, checkpoint, finetune
+from hpc_hess.commands.dynamics.work import OUTLIER, dynamics, plan, ratios
+from hpc_hess.commands.finetune.work import batch_rows, checkpoint, finetune
 from hpc_hess.config import Config, make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.errors import ConfigError, ModelError, NumericsError, StoreError
-from hpc_hess.model.data import load_samples
-from hpc_hess.model.precision import honest_casts
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.data.data import load_samples
+from hpc_hess.model.sharded.precision import honest_casts
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import load_problem
-from hpc_hess.report.progress import Progress
-from hpc_hess.saving import save_model
+from hpc_hess.session.model_files import save_model
+from hpc_hess.session.problem import load_problem
 from tests.spawn import run_ranks
 from tests.system.launching import environment, wait_until
 from tests.toys import toy_directory

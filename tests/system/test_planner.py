@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from hpc_hess.cli import main
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.world import World
-from hpc_hess.planner import Planner, trace
-from hpc_hess.run import run
-from hpc_hess.scaling.machine import KNOWN, Machine, seconds
-from hpc_hess.scaling.plan import Plan
-from hpc_hess.scaling.tracing import Collective, Operation, Work
+from hpc_hess.planning.machine import KNOWN, Machine, seconds
+from hpc_hess.planning.plan import Plan
+from hpc_hess.planning.planner import Planner, trace
+from hpc_hess.planning.tracing import Collective, Operation, Work
 
 HIDDEN, INNER, LAYERS, VOCABULARY, LENGTH = 256, 512, 4, 1024, 64
 BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.check import check
+from hpc_hess.commands.check.work import check
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
-from hpc_hess.curvature import whole_model
+from hpc_hess.curvature.exact import whole_model
 from hpc_hess.errors import ConfigError, ModelError, NumericsError
-from hpc_hess.model.gradient import Gradient
-from hpc_hess.model.shard import whole_model as wrap
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.shard import whole_model as wrap
 from hpc_hess.parallel import memory
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import check_repeatable
-from hpc_hess.run import run
+from hpc_hess.session.problem import check_repeatable
 from tests.numerics.exact_case import micro_batches, objective
 from tests.spawn import run_ranks
 from tests.toys import toy_model
@@ -109,7 +109,7 @@ def test_differences_of_the_perplexity_are_compared_with_the_perplexity(world: W
 
 @pytest.fixture
 def unsplittable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_hess.model.blocks.find_blocks", lambda module: None)
+    monkeypatch.setattr("hpc_hess.model.blocks.blocks.find_blocks", lambda module: None)
 
 
 DOUBLE = {"model__master_dtype": "float64", "model__compute_dtype": "float64"}
@@ -120,7 +120,7 @@ def test_the_whole_model_gives_the_streamed_recurrence(
 ) -> None:
     options = {"operator__method": "exact", "model__activation_checkpointing": True, **DOUBLE}
     streamed = finished(settings(toys, tmp_path / "streamed", **options), world)["probes"][0]
-    monkeypatch.setattr("hpc_hess.model.blocks.find_blocks", lambda module: None)
+    monkeypatch.setattr("hpc_hess.model.blocks.blocks.find_blocks", lambda module: None)
     capsys.readouterr()
     whole = finished(settings(toys, tmp_path / "whole", **options), world)["probes"][0]
     shown = " ".join("".join(capsys.readouterr()).split())
@@ -150,7 +150,7 @@ def test_a_whole_model_that_does_not_fit(
 
 def _two_ranks(world: World, toys: str, out: str) -> None:
     """The whole model in float64, and bfloat16 where one weight of the last rank's shard is no bfloat16 number."""
-    import hpc_hess.model.blocks as blocks
+    import hpc_hess.model.blocks.blocks as blocks
 
     run(settings(Path(toys), Path(out) / "bf16", model__source=str(Path(toys) / "almost"), **BF16), world)
     blocks.find_blocks = lambda module: None

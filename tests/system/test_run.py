@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.errors import ConfigError, DataError, HpcHessError, LayoutError, ModelError, NumericsError, StoreError
 from hpc_hess.parallel.world import World
-from hpc_hess.run import run
 from hpc_hess.storage.reader import read_store
 from tests.dense import dense_hessian
 from tests.toys import toy_directory, toy_model
@@ -51,9 +51,9 @@ def test_eigenvalues_match_the_dense_hessian(world: World, toy: Path, tmp_path: 
     """Extreme eigenvalues to 1e-6 of |lambda|max with float64 masters, through the whole program."""
     from transformers import AutoModelForCausalLM
 
-    from hpc_hess.model.data import load_samples, micro_batches
-    from hpc_hess.model.loss import CausalLMObjective
-    from hpc_hess.model.source import resolve_source
+    from hpc_hess.model.data.data import load_samples, micro_batches
+    from hpc_hess.model.sharded.loss import CausalLMObjective
+    from hpc_hess.model.sources.source import resolve_source
 
     only = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
     config = make_config(

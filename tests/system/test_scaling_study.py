@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_hess.cli import main
-from hpc_hess.scaling.machine import Machine
+from hpc_hess.planning.machine import Machine
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

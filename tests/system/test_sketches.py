@@ -14,24 +14,24 @@ import pytest
 import torch
 
 from hpc_hess import cli
-from hpc_hess.commands import attribution
-from hpc_hess.commands.intrinsic import Search, intrinsic_dimension
-from hpc_hess.commands.sketch_check import Comparison, sketch_check
+from hpc_hess.commands.attribute import work as attribution
+from hpc_hess.commands.intrinsic_dimension.rule import DoublingRule
+from hpc_hess.commands.intrinsic_dimension.work import Search, intrinsic_dimension
+from hpc_hess.commands.run.page import write_report
+from hpc_hess.commands.run.work import run
+from hpc_hess.commands.sketch_check.work import Comparison, sketch_check
 from hpc_hess.config import Config, make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.linalg import probes
-from hpc_hess.model.data import one_example
-from hpc_hess.model.per_example import ExampleGradients
+from hpc_hess.model.blocks.per_example import ExampleGradients
+from hpc_hess.model.data.data import one_example
 from hpc_hess.parallel.world import World
-from hpc_hess.planner import Planner
-from hpc_hess.problem import load_problem
-from hpc_hess.products import exact_operator
-from hpc_hess.report.page import write_report
-from hpc_hess.report.progress import Progress
-from hpc_hess.run import run
+from hpc_hess.planning.planner import Planner
+from hpc_hess.session.operators import exact_operator
+from hpc_hess.session.problem import load_problem
 from hpc_hess.sketch.comparison import bits_for, correlation, eigenvalue_error
 from hpc_hess.sketch.influence import fisher_preconditioned
-from hpc_hess.sketch.intrinsic_dimension import DoublingRule
 from hpc_hess.sketch.sketch import SketchedOperator, part_of
 from hpc_hess.storage import examples as stored
 from hpc_hess.storage.examples import Examples
@@ -302,7 +302,7 @@ def test_an_interrupted_search_goes_on_to_the_same_end(
     whole = settings(pattern, tmp_path / "whole", "data.sequences=24")
     assert intrinsic_dimension(whole, world, search) == 0
     parts = settings(pattern, tmp_path / "parts", "data.sequences=24")
-    from hpc_hess.commands.working import Stopper
+    from hpc_hess.session.working import Stopper
 
     calls = 0
 

@@ -15,7 +15,7 @@ import h5py
 import psutil
 import pytest
 
-from hpc_hess.scaling.machine import Machine
+from hpc_hess.planning.machine import Machine
 from tests.spawn import free_port
 from tests.system.launching import (
     LONG,

@@ -12,13 +12,13 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from hpc_hess import api
+from hpc_hess.commands.run.page import write_report
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError, StoreError
-from hpc_hess.model.data import load_samples
-from hpc_hess.model.source import resolve_source
+from hpc_hess.model.data.data import load_samples
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from hpc_hess.report.page import write_report
-from hpc_hess.run import run
 from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks
 from tests.system.test_eigenpairs import ONLY, on_ranks

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.world import World
-from hpc_hess.product_watch import FOLDER, ProductWatch
-from hpc_hess.run import run
+from hpc_hess.session.partial_products import FOLDER, ProductWatch
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
 from tests.spawn import run_ranks

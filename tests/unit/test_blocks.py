@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_hess.curvature.exact import ExactHessian
+from hpc_hess.curvature.exact.exact import ExactHessian
 from hpc_hess.errors import ModelError
-from hpc_hess.model.blocks import SplitModel
-from hpc_hess.model.loss import CausalLMObjective
-from hpc_hess.model.record import record
-from hpc_hess.model.shard import ShardedModel, whole_model
-from hpc_hess.model.splice import differentiable_kernels
+from hpc_hess.model.blocks.blocks import SplitModel
+from hpc_hess.model.blocks.recording import record
+from hpc_hess.model.blocks.splice import differentiable_kernels
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from tests.numerics.exact_case import ToyBlock, ToyLM, error, micro_batches, objective, reference, vectors
 from tests.toys import toy_model
 

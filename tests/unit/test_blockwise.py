@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_hess.analysis.block_diagonal import stand_in
-from hpc_hess.analysis.partition import partition
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.blockwise import (
     block_product,
@@ -23,6 +21,8 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
+from hpc_hess.studies.block_diagonal.compute import stand_in
+from hpc_hess.studies.block_diagonal.partition import partition
 from tests.spawn import run_ranks
 
 # q_proj: 3 heads of 2 rows; o_proj: 3 heads of 2 columns, sharded on its second dimension

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpc_hess.curvature.cross_entropy import loss_cotangents
+from hpc_hess.curvature.exact.cross_entropy import loss_cotangents
 
 VOCABULARY = 49_152
 

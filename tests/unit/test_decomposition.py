@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_hess.classifiers import Batch, decompose
+from hpc_hess.api.classifiers import Batch, decompose
 from hpc_hess.config import make_config
+from hpc_hess.console.progress import Progress
 from hpc_hess.curvature.decomposition import (
     Difference,
     Pullback,
@@ -21,12 +22,11 @@ from hpc_hess.curvature.decomposition import (
 )
 from hpc_hess.errors import DataError
 from hpc_hess.linalg.operator import LinearOperator
-from hpc_hess.model.gradient import Gradient
+from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
-from hpc_hess.problem import load_problem
-from hpc_hess.products import exact_operator
-from hpc_hess.report.progress import Progress
+from hpc_hess.session.operators import exact_operator
+from hpc_hess.session.problem import load_problem
 from tests.spawn import run_ranks
 from tests.toys import toy_directory
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hpc_hess.errors import ConfigError
-from hpc_hess.kept import EXTRA_BYTES, Kept
 from hpc_hess.linalg.keeping import Keep
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.store import Store
+from hpc_hess.studies.pieces import EXTRA_BYTES, Kept
 
 SIZE = 5
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hpc_hess import planner
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError
-from hpc_hess.planner import Planner
+from hpc_hess.planning import planner
+from hpc_hess.planning.planner import Planner
 
 
 @dataclass

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from hpc_hess.commands.run.figures import write_figures
 from hpc_hess.linalg.density import symlog
-from hpc_hess.report.figures import write_figures
 from hpc_hess.report.style import decade_ticks, linear_threshold
 from tests.unit.report_case import llm_like, make_events, make_result
 

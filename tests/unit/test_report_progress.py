@@ -3,7 +3,7 @@ import os
 import pty
 import threading
 
-from hpc_hess.report.progress import _Lines, make_progress
+from hpc_hess.console.progress import _Lines, make_progress
 
 
 class Clock:

@@ -5,10 +5,10 @@ import h5py
 import numpy as np
 import pytest
 
+from hpc_hess.commands.run.screen import inspect_run, inspect_text, print_summary
 from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
-from hpc_hess.report.screen import inspect_run, inspect_text, print_summary
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store
 from tests.unit.report_case import lanczos, llm_like, make_result, write_run

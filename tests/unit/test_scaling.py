@@ -11,8 +11,8 @@ import torch
 
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.timers import Timers
-from hpc_hess.scaling.laws import MEMORY_TERMS, TIME_TERMS, fit, memories, parted, times
-from hpc_hess.scaling.study import Measured, points, read_study
+from hpc_hess.planning.laws import MEMORY_TERMS, TIME_TERMS, fit, memories, parted, times
+from hpc_hess.planning.sweep import Measured, points, read_study
 
 STUDY = """
 config = "base.toml"

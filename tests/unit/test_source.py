@@ -13,10 +13,10 @@ import torch
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
-from hpc_hess.model.paths import find_path
-from hpc_hess.model.skeleton import build_skeleton
-from hpc_hess.model.source import DEMO, resolve_source
-from hpc_hess.model.weights import open_reader
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.paths import find_path
+from hpc_hess.model.sources.source import DEMO, resolve_source
+from hpc_hess.model.sources.weights import open_reader
 from tests.toys import VOCAB, toy_config, toy_directory
 
 

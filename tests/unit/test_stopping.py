@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from hpc_hess import stopping
 from hpc_hess.parallel.world import World
-from hpc_hess.stopping import Stopper
+from hpc_hess.session import stopping
+from hpc_hess.session.stopping import Stopper
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from hpc_hess.analysis.sub_block import Room, describe, heat_map, select, sub_block
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.keeping import KeepNothing
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
+from hpc_hess.studies.sub_block.compute import Room, describe, heat_map, select, sub_block
 from tests.spawn import run_ranks
 from tests.unit.test_blockwise import SHAPES, SIZE, make_space, operator_of
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
-from hpc_hess.model.random_weights import RandomWeights
-from hpc_hess.model.skeleton import build_skeleton
-from hpc_hess.model.source import resolve_source
-from hpc_hess.model.weights import fill, open_reader
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.random_weights import RandomWeights
+from hpc_hess.model.sources.source import resolve_source
+from hpc_hess.model.sources.weights import fill, open_reader
 from hpc_hess.parallel.layout import Layout
 from tests.toys import MOE, TOYS, toy_config, toy_directory
 
@@ -291,7 +291,7 @@ def test_random_slices_of_short_rows_and_long_rows_agree(random_toy) -> None:
     whole = reader.read(name, 0, 0, shape[0])
     assert torch.equal(reader.read(name, 2, 5, 11), whole[:, :, 5:11])
     assert torch.equal(reader.read(name, 1, 7, 30), whole[:, 7:30])
-    import hpc_hess.model.random_weights as module
+    import hpc_hess.model.sources.random_weights as module
 
     short = module._SHORT
     module._SHORT = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_hess.linalg.lanczos import Lanczos, Window
@@ -13,6 +13,7 @@ steps = st.integers(1, 200)
 rules = st.just("full") | st.just("none") | st.integers(1, 250)
 
 
+@settings(deadline=None)
 @given(rule=rules, steps=steps)
 def test_a_step_reads_the_last_vectors_and_there_are_rows_for_them(rule: int | str, steps: int) -> None:
     window = Window(rule, steps)
@@ -27,6 +28,7 @@ def test_a_step_reads_the_last_vectors_and_there_are_rows_for_them(rule: int | s
         assert len({v % window.rows for v in read}) == len(read)  # each in a row of its own
 
 
+@settings(deadline=None)
 @given(data=st.data(), rule=rules, steps=steps)
 def test_a_kill_at_any_instant_leaves_what_the_resume_reads(data: st.DataObject, rule: int | str, steps: int) -> None:
     """v_{j+1} is written while step j may still have to be done again: it lies in a row that step j does not read."""
@@ -42,6 +44,7 @@ def test_a_kill_at_any_instant_leaves_what_the_resume_reads(data: st.DataObject,
     assert process.finished == (stop == steps)
 
 
+@settings(deadline=None)
 @given(steps=steps, more=st.integers(0, 50))
 def test_a_window_as_long_as_the_process_is_full(steps: int, more: int) -> None:
     full, wide = Window("full", steps), Window(max(2, steps + more), steps)

@@ -1,0 +1,16 @@
+"""The Python interface, for notebooks: one process, any ``torch.nn.Module``.
+
+>>> operator = hpc_hess.hessian(model, batches, loss)   # doctest: +SKIP
+>>> spectrum = hpc_hess.slq(operator, steps=40, probes=4)   # doctest: +SKIP
+>>> spectrum.lambda_max, spectrum.trace   # doctest: +SKIP
+"""
+
+from hpc_hess.api.classifiers import decompose
+from hpc_hess.api.operators import Operator, hessian
+from hpc_hess.api.sketches import gradient_sketches, sketched
+from hpc_hess.api.spectra import Eigenpairs, Solution, Spectrum, diagonal, eigenpairs, slq, solve, sub_block, trace
+
+__all__ = [
+    "Eigenpairs", "Operator", "Solution", "Spectrum", "decompose", "diagonal", "eigenpairs", "gradient_sketches", "hessian",
+    "sketched", "slq", "solve", "sub_block", "trace",
+]  # fmt: skip

@@ -1,0 +1,179 @@
+"""Operators of any ``torch.nn.Module``, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from scipy.sparse.linalg import LinearOperator as ScipyOperator
+from torch import nn
+
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian, Scheme
+from hpc_hess.curvature.exact.cross_entropy import Kind
+from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
+from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
+from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
+from hpc_hess.errors import ConfigError, ModelError
+from hpc_hess.intake import given
+from hpc_hess.intake.findings import Finding, noted
+from hpc_hess.linalg.operator import LinearOperator, products
+from hpc_hess.model.blocks.users import of_user, plain_suffices, tried_once, user_objective
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.sharded.routing import Routing
+from hpc_hess.model.sharded.undisturbed import undisturbed
+from hpc_hess.parallel.layout import Layout
+from hpc_hess.parallel.vector import Vector, VectorSpace
+
+
+class Operator:
+    """A curvature matrix of a model in this process. Vectors are flat, in the order of ``layout``'s parameters.
+
+    ``notes`` say how products are taken, and what else a user should know: kernels that were switched, a model that is not
+    split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
+    """
+
+    def __init__(self, operator: LinearOperator, module: nn.Module | None = None, intake: Sequence[Finding] = ()) -> None:
+        self._operator, self._module = operator, module
+        self.space: VectorSpace = operator.space
+        self.layout: Layout = operator.space.layout
+        self.shape = (self.space.size, self.space.size)
+        self.intake: list[Finding] = list(intake)
+        self.notes: list[str] = [
+            *getattr(operator, "notes", []), *(finding.text for finding in intake if finding.verdict != "passed")
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        """Show the size, and the notes."""
+        return "\n".join([f"{type(self).__name__} of {self.space.size:,} parameters", *(f"  note: {n}" for n in self.notes)])
+
+    def matvec(self, v: Any) -> Any:
+        """Return A v for a vector of N finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
+
+        Products are floating-point numbers: float32 and float64 vectors keep their type, all others get the operator's.
+
+        Raises
+        ------
+        ConfigError : the vector has another size, or is complex. NumericsError : it, or the product, is not finite.
+
+        """
+        if isinstance(v, Vector):
+            if v.data.shape != (self.space.size_local,):
+                raise ConfigError(f"the operator acts on {self.space.size} entries, the vector has {v.space.size}")
+            return self._multiply([v])[0]
+        data, dtype = given.vector(v, self.space.size, self.space.dtype, self.space.device)
+        product = self._multiply([self.space.wrap(data.clone())])[0].data.to(dtype)
+        return product.to(v.device) if isinstance(v, torch.Tensor) else product.cpu().numpy()
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several Vectors, which share what work they can."""
+        return self._multiply(vectors)
+
+    def _multiply(self, vectors: Sequence[Vector]) -> list[Vector]:
+        with undisturbed(self._module):
+            return products(self._operator, vectors)
+
+    def __matmul__(self, v: Any) -> Any:
+        """``operator @ v``."""
+        return self.matvec(v)
+
+    def to_scipy(self) -> ScipyOperator:
+        """Return a scipy.sparse.linalg.LinearOperator, for eigsh and friends."""
+        dtype = torch.empty(0, dtype=self.space.dtype).numpy().dtype
+        return ScipyOperator(self.shape, matvec=self.matvec, rmatvec=self.matvec, dtype=dtype)
+
+
+class _Differences:
+    """Finite differences around theta_0, which write theta_0 back: not over what a user has trained since."""
+
+    def __init__(self, operator: FiniteDifferenceHessian) -> None:
+        self.space, self._operator = operator.space, operator
+
+    def matvec(self, v: Vector) -> Vector:
+        model, theta0 = self._operator.gradient.model, self._operator.theta0
+        if not torch.equal(model.read_parameters(), theta0):
+            raise ConfigError("the model's parameters have changed since hessian() was called: call it again")
+        with torch.autocast(self.space.device.type, enabled=False):
+            return self._operator.matvec(v)
+
+
+_KINDS: dict[str, type[StreamedOperator]] = {
+    "hessian": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual, "fisher": EmpiricalFisher,
+}  # fmt: skip
+
+
+def hessian(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: LossFunction | None = None,
+    *,
+    method: Literal["finite_difference", "exact"] = "finite_difference",
+    kind: Kind = "hessian",
+    scheme: Scheme = "central",
+    step: float | Literal["auto"] = "auto",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Operator:
+    """Return the Hessian of the mean loss over ``batches`` as an operator. The model is used in place, in eval mode.
+
+    Whatever of the model a product changes, it puts back: the training flag, gradients, buffers, parameters.
+
+    Parameters
+    ----------
+    model : any module. The matrix is that of the selected parameters that require gradients; they share one dtype and
+        device (float64 gives the smallest error). Half precision needs method "exact"; vectors are float32 then.
+    batches : any iterable, drawn once; each element is passed to ``loss``.
+    loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
+        The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``, or on the ids
+        alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
+    method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its own loss block by
+        block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
+    kind : "hessian"; by exact products of a causal LM with its own loss also "gauss_newton", "residual", "fisher".
+    include, exclude : globs over parameter names; the Hessian of the selected parameters.
+
+    Raises
+    ------
+    DataError, LayoutError, ModelError, NumericsError, ConfigError : with the remedy.
+
+    """
+    given.one_of("kind", kind, _KINDS)
+    given.one_of("method", method, ("finite_difference", "exact"))
+    given.one_of("scheme", scheme, ("forward", "central", "fourth"))
+    if step != "auto" and given.real("step", step) <= 0:
+        raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
+    if kind != "hessian" and (method != "exact" or loss is not None):
+        raise ConfigError(f'kind = "{kind}" needs method = "exact" and the causal LM\'s own loss: leave loss out')
+    given.model(model)
+    sharded, intake = of_user(model, include, exclude)
+    computed = dict(sharded.module.named_parameters())[sharded.layout.parameters[0].name].dtype
+    half = computed in (torch.bfloat16, torch.float16)
+    if half and method == "finite_difference":
+        raise ConfigError(given.ROUNDED)
+    with undisturbed(model):
+        objective: CausalLMObjective | CallableObjective
+        if loss is None:
+            objective, notes = own_objective(batches, model, sharded.space.device)
+            intake += notes
+        else:
+            if not callable(loss):
+                raise ConfigError(f"loss is a {type(loss).__name__}: it should be a function loss(model, batch)")
+            objective = user_objective(batches, loss, model)
+        tried, rounded = tried_once(sharded, objective)
+        intake += tried
+        if method == "finite_difference":
+            if rounded:
+                raise ConfigError(given.ROUNDED)
+            gradient = Gradient(sharded, objective, Routing(model, "frozen"))
+            return Operator(_Differences(FiniteDifferenceHessian(gradient, scheme, step)), model, intake)
+        if half:
+            intake.append(noted("given.precision", f"products are computed in {str(computed).removeprefix('torch.')}, "
+                                                   "vectors are float32"))  # fmt: skip
+        compute_dtype = computed if half else None
+        if isinstance(objective, CausalLMObjective) and not plain_suffices(sharded, objective):
+            if kind != "hessian":
+                raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
+            objective = user_objective(objective.micro_batches, CausalLMObjective.of_batch, model)
+        if isinstance(objective, CausalLMObjective):
+            return Operator(exact_or_whole(_KINDS[kind], sharded, objective, compute_dtype=compute_dtype), model, intake)
+        return Operator(WholeModel(sharded, objective, compute_dtype=compute_dtype), model, intake)

@@ -1,0 +1,1 @@
+"""hpc-hess attribute: which examples speak for a text."""

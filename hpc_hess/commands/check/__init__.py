@@ -1,0 +1,1 @@
+"""hpc-hess check: how far products can be trusted."""

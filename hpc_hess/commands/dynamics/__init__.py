@@ -1,0 +1,1 @@
+"""hpc-hess dynamics: spectra over checkpoints."""

@@ -1,0 +1,1 @@
+"""hpc-hess finetune: a small training loop."""

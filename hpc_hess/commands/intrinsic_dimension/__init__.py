@@ -1,0 +1,1 @@
+"""hpc-hess intrinsic-dimension: how few dimensions suffice."""

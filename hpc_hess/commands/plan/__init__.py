@@ -1,0 +1,1 @@
+"""hpc-hess plan: what a run would take."""

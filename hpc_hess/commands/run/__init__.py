@@ -1,0 +1,1 @@
+"""hpc-hess run: a spectrum, its page and what the terminal shows of it."""

@@ -1,0 +1,348 @@
+"""One SPMD run: wires the parts; opens the store or creates it; ends with the result, or early."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpc_hess.commands.run.screen import print_summary
+from hpc_hess.config import Config
+from hpc_hess.console.progress import Progress, make_progress
+from hpc_hess.console.words import probes_text
+from hpc_hess.curvature.exact.exact import StreamedOperator
+from hpc_hess.curvature.exact.whole_model import ExactOperator, WholeModel
+from hpc_hess.errors import StoreError
+from hpc_hess.linalg.lanczos import basis_rows
+from hpc_hess.parallel.world import World
+from hpc_hess.profiling.flops import measure_limits
+from hpc_hess.report.spectrum import warnings
+from hpc_hess.session.memory_budget import Bases, Place, exact_product_bytes, lock_step, place_basis
+from hpc_hess.session.operators import exact_operator
+from hpc_hess.session.partial_products import ProductWatch, open_product_store, remove_product_store
+from hpc_hess.session.problem import Problem, dtype_of, load_problem
+from hpc_hess.session.starts import clear_starts, note_stop, progress_mark
+from hpc_hess.session.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
+from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.commit import Committed, newest
+from hpc_hess.storage.disk import size_text
+from hpc_hess.storage.events import EVENTS_NAME, EventLog
+from hpc_hess.storage.identity import same
+from hpc_hess.storage.lock import RunLock
+from hpc_hess.storage.opening import put_aside
+from hpc_hess.storage.run_files import write_aside
+from hpc_hess.storage.schema import FILE, Schema, read_header
+from hpc_hess.storage.store import Store
+from hpc_hess.studies.eigenpairs.search import (
+    EigenLoop,
+    check_search,
+    eigen_basis_device,
+    open_eigen_store,
+    pairs_found,
+    search_ended,
+)
+from hpc_hess.studies.quadrature.loop import Loop
+from hpc_hess.studies.quadrature.result import RESULT_NAME, make_result, refuse_meaningless, to_json
+from hpc_hess.studies.runner import asked_for, check_kept, check_studies, run_study
+
+
+class _Existing(NamedTuple):
+    """What the run directory holds already."""
+
+    attributes: dict[str, Any]
+    schema: Schema
+    state: Committed
+
+
+def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
+    """Compute what the configuration asks for, or go on with it. Returns the exit code. Collective: yes.
+
+    ``stopper`` : of a command that runs more than this; else signals and run.time_limit count from here on.
+
+    Raises
+    ------
+    HpcHessError : as one sentence for the user; the run directory keeps every committed step.
+
+    """
+    world.make_mesh(config.parallel.replicate)
+    out = Path(config.run.out)
+    total = config.lanczos.steps * config.lanczos.probes
+    with make_progress(world.rank == 0, total) as progress, contextlib.ExitStack() as held:
+        stopper = stopper or held.enter_context(Stopper(world, config.run.time_limit, config.run.grace_s))
+        lock = RunLock.acquire(out, world)
+        held.callback(lambda: lock.release())  # the one that it is by then
+        there = world.broadcast((out / FILE).exists(), "run directory")  # nobody else changes it from here on
+        existing = there and config.run.resume != "never"
+        if config.run.resume == "must" and not there:
+            raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
+        limits = [] if existing else _limits(config, world)
+        problem = load_problem(config, world, progress)
+        check_studies(config, world, problem)
+        attributes = _identity(config, problem)
+        found = _look(out, world, attributes) if existing else None
+        if config.run.resume == "never":
+            lock = _put_aside(out, world, lock, progress)
+        if found:
+            check_search(config, world, out, attributes)
+            check_kept(config, world, out, attributes)
+        exact: ExactOperator | None = None
+        complete = found is not None and found.state.complete(config.lanczos.probes)
+        studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
+        if config.operator.method == "exact" and (studying or not complete):
+            progress.phase("exact product")
+            exact = exact_operator(config, problem, config.operator.kind)
+        wanted = _lock_step(config, found, exact is not None and exact.lock_step)
+        going_on = found.state.width if found and not found.state.finished else 1
+        place = place_basis(
+            world, problem.space, config.lanczos, wanted, going_on, exact_product_bytes(config, problem.model)
+        )
+        store = held.enter_context(_open_store(config, world, problem, out, found, attributes, place, lock, complete))
+        if not complete:
+            store.take_back()
+        with attempt(world, out / "config.toml", "write the configuration"):
+            if world.rank == 0:
+                write_aside(out / "config.toml", _to_go_on(config).to_toml())
+        for note in filter(None, [place.note(config.lanczos), *_kept_basis_notes(config, found)]):
+            progress.note(note)
+        events = EventLog(out, world)
+        before = progress_mark(out, sum(store.state.lengths)) if world.rank == 0 else []
+        with _watched(config, world, problem, exact, stopper, out, place, progress) as watch:
+            loop = Loop(
+                config, world, problem, store, events=events, progress=progress, stopper=stopper, watch=watch, exact=exact,
+                bases=Bases(place, problem.space, config.lanczos, store), width=min(wanted, place.width),
+            )  # fmt: skip
+            loop.tally.baseline_bytes = problem.program_bytes
+            loop.tally.limits = loop.tally.limits or limits
+            reason = loop.run()
+            if not reason:
+                _free_basis(config, loop)
+            searched: dict[str, Any] = {}
+            studies: dict[str, Any] = {}
+            if config.analysis.eigenpairs and not reason:
+                reason, searched["eigenpairs"] = _search(
+                    config, world, loop, out, attributes, events=events, progress=progress, stopper=stopper, watch=watch
+                )
+            for name in asked_for(config.analysis):
+                if not reason:
+                    loop.bases.free()
+                    values = [pair["value"] for pair in searched.get("eigenpairs", {}).get("pairs", [])]
+                    reason, studies[name] = run_study(name, loop, out, attributes, values)
+        if reason:
+            state, part = store.state, ", and a part of the next product" if watch.kept else ""
+            done = "before the first step"
+            if studies:
+                done = f"in the study '{list(studies)[-1]}'"
+            elif searched:
+                done = "in the search for eigenpairs"
+            elif state.width:
+                done = f"after committing step {state.step} of {probes_text(state.group)}"
+            again = "" if config.run.resume != "never" else ' with run.resume = "auto"'
+            progress.note(f"stopped early {done}{part}: {reason}; run the same command{again} to go on")
+            after = progress_mark(out, sum(state.lengths)) if world.rank == 0 else []
+            note_stop(world, out, reason, progressed=before != after)
+        else:
+            remove_product_store(world, out)
+            clear_starts(world, out)
+            if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
+                loop.tally.ritz_check, loop.tally.ritz_ends = {}, {}
+            result = make_result(config, world, problem, loop.tally, loop.recurrences())
+            result |= searched | ({"studies": studies} if studies else {})
+            refuse_meaningless(result)
+            result["cautions"] = warnings(result)
+            report = _write_result(config, world, out, result)  # under the lock: another job may wait for it
+    if reason:
+        world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
+        return EXIT_STOPPED
+    if world.rank == 0:
+        print_summary(result, out, report)
+    world.barrier("finish")
+    return 0
+
+
+def _write_result(config: Config, world: World, out: Path, result: dict[str, Any]) -> Path | None:
+    """Write result.json and the report; return the report's path on rank 0. Collective: yes. Raises StoreError."""
+    with attempt(world, out / RESULT_NAME, "write the result"):
+        if world.rank == 0:
+            write_aside(out / RESULT_NAME, to_json(result))
+    report = None
+    if config.run.report:
+        with attempt(world, out / "report.html", "write the report", of=OSError):
+            if world.rank == 0:
+                from hpc_hess.commands.run.page import write_report  # matplotlib: not on the other ranks
+
+                report = write_report(out)
+    return report
+
+
+def _put_aside(out: Path, world: World, lock: RunLock, progress: Progress) -> RunLock:
+    """Put what ``out`` holds aside, where it holds a run; return the lock of an empty ``out``. Collective: yes."""
+    aside = ""
+    with attempt(world, out, "put the old run aside"):
+        if world.rank == 0 and any((out / name).exists() for name in (FILE, EVENTS_NAME, RESULT_NAME)):
+            aside = str(put_aside(out))
+    aside = world.broadcast(aside, "put the old run aside")
+    if not aside:
+        return lock
+    progress.note(f"the run that {out} held is {aside} from now on")
+    lock.release()
+    return RunLock.acquire(out, world)
+
+
+def _to_go_on(config: Config) -> Config:
+    """Return the configuration by which the run is gone on with."""
+    if config.run.resume != "never":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+
+
+def _limits(config: Config, world: World) -> list[float]:
+    """Return what every rank reaches at least of a matrix product and of a copy. Collective: yes."""
+    mine = measure_limits(world.device, dtype_of(config.model.compute_dtype))
+    return [-world.max_over_ranks(-rate, "speed of the machine") for rate in mine]
+
+
+@contextlib.contextmanager
+def _watched(
+    config: Config, world: World, problem: Problem, exact: ExactOperator | None, stopper: Stopper, out: Path,
+    place: Place, progress: Progress,
+) -> Iterator[ProductWatch]:  # fmt: skip
+    """Let products be kept within and given up in time, as far as they can be. Collective: yes."""
+    with contextlib.ExitStack() as held:
+        store, every = None, config.store.checkpoint_every
+        if isinstance(exact, WholeModel) and every:
+            progress.note("store.checkpoint_every has no effect: exact products of the whole model are not kept in parts")
+            every = 0
+        store = open_product_store(
+            config, world, problem.model.space, out, every, place.width, shared=exact is not None and exact.lock_step
+        )
+        if store is not None:
+            held.enter_context(store)
+        watch = ProductWatch(stopper, store, every, place.width)
+        problem.gradient.watch = watch
+        if isinstance(exact, StreamedOperator):
+            exact.watch = watch
+        yield watch
+
+
+def _search(
+    config: Config, world: World, loop: Loop, out: Path, attributes: dict[str, Any], *, events: EventLog, progress: Progress,
+    stopper: Stopper, watch: ProductWatch,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Search for eigenpairs after the quadrature; return why it stopped early, or "", and what was found."""
+    loop.bases.free()
+    space = loop.space
+    device = eigen_basis_device(config, world, space, exact_product_bytes(config, loop.problem.model))
+    with open_eigen_store(config, world, space, out, attributes) as store:
+        if not search_ended(store, config.analysis):
+            store.take_back()
+            try:
+                operator = loop.ready()
+            except InterruptedProductError as interrupted:
+                return str(interrupted), {}
+            search = EigenLoop(
+                config, world, operator, store, device, events=events, progress=progress, stopper=stopper, watch=watch,
+                gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]),
+            )  # fmt: skip
+            if reason := search.run():
+                return reason, {}
+        store.give_back()  # also after a kill at the search's end, and where other ranks have built the store anew
+        return "", pairs_found(store)
+
+
+def _identity(config: Config, problem: Problem) -> dict[str, Any]:
+    """What a run directory is bound to: settings that change the numbers, and fingerprints of model and data."""
+    return {
+        "config": json.dumps(config.identity(), sort_keys=True),
+        "model_fingerprint": problem.source.fingerprint,
+        "data_fingerprint": problem.samples.fingerprint,
+        "layout_fingerprint": problem.model.layout.fingerprint,
+    }
+
+
+def _look(out: Path, world: World, attributes: dict[str, Any]) -> _Existing:
+    """Read what the run directory holds and compare it with this run, before anything is rebuilt. Collective: yes."""
+    found: Any = None
+    with attempt(world, out / FILE, "open the store"):
+        if world.rank == 0:
+            header = read_header(out / FILE)
+            state = newest(header.schema.slots, header.ledger, out / FILE)
+            found = _Existing(header.attributes, header.schema, state)
+    found = world.broadcast(found, "read the store's settings")
+    with attempt(world, out / FILE, "read the store's settings"):
+        _compare(out, found.attributes, attributes)
+    return found
+
+
+def _lock_step(config: Config, found: _Existing | None, shared: bool) -> int:
+    """Return how many probes should advance together (see memory_budget.lock_step). Collective: no."""
+    wanted = lock_step(config.lanczos, shared)
+    if config.lanczos.lock_step == "auto" and found and config.lanczos.probes <= found.schema.probes:
+        return min(wanted, found.schema.width)  # "auto" does not make a store be rebuilt
+    return wanted
+
+
+def _open_store(
+    config: Config, world: World, problem: Problem, out: Path, found: _Existing | None, attributes: dict[str, Any],
+    place_of_basis: Place, lock: RunLock, complete: bool,
+) -> Store:  # fmt: skip
+    lanczos, rows = config.lanczos, basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
+    place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": world,
+                             "driver": config.store.driver, "lock": lock}  # fmt: skip
+    if complete:
+        return Store.open(out, **place)  # as it is: no row will be written
+    if found:
+        return Store.open(
+            out, **place, probes=lanczos.probes, width=place_of_basis.width, rows=rows, keep_basis=config.store.keep_basis
+        )
+    return Store.create(
+        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width, rows=rows,
+        keep_basis=config.store.keep_basis, dtype=place_of_basis.dtype, attributes=attributes,
+    )  # fmt: skip
+
+
+def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:
+    """Return what store.keep_basis = true does not keep. Collective: no."""
+    lanczos, notes = config.lanczos, []
+    if not config.store.keep_basis:
+        return []
+    rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
+    if rows < lanczos.steps:
+        notes.append(
+            f"store.keep_basis = true keeps the last {rows} rows of each probe: lanczos.reorthogonalise = "
+            f"{json.dumps(lanczos.reorthogonalise)} has no more of them"
+        )
+    if found and not found.schema.keep_basis and found.state.group.stop:
+        notes.append(
+            "store.keep_basis = true comes too late for probes that were finished without it: their basis is not kept"
+        )
+    return notes
+
+
+def _free_basis(config: Config, loop: Loop) -> None:
+    """Give the disk space of the probes' basis back, which nothing needs any more. Collective: yes."""
+    store, size = loop.store, loop.store.schema.basis_bytes
+    if config.store.keep_basis or not size:
+        return
+    loop.bases.free()
+    try:
+        store.free_basis()
+    except StoreError as error:  # the numbers are safe
+        loop.progress.note(f"the Krylov basis stays on disk: {error}")
+    else:
+        loop.progress.note(f"the Krylov basis is not needed any more: {size_text(size)} of disk space given back")
+
+
+def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    remedy = "choose another run.out, or go back to the settings in its config.toml"
+    before, now = json.loads(found["config"]), json.loads(wanted["config"])
+    defaults = Config().model_dump()
+    for section, keys in now.items():
+        for key, value in keys.items():
+            old = before.get(section, {}).get(key, defaults[section][key])  # runs from before the key came
+            if old != value:
+                raise StoreError(f"{out} holds a run with {section}.{key} = {old!r}, not {value!r}: {remedy}")
+    for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):
+        if not same(found[key], wanted[key]):
+            raise StoreError(f"{out} holds a run of another {key.split('_')[0]} ({key} differs): {remedy}")

@@ -1,0 +1,1 @@
+"""hpc-hess scaling: sweeps, laws, the machine."""

@@ -1,0 +1,1 @@
+"""hpc-hess sketch-check: sketched against whole gradients."""

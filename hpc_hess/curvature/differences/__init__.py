@@ -1,0 +1,1 @@
+"""Products by finite differences of gradients, and their step."""

@@ -1,0 +1,1 @@
+"""Exact products, streamed block by block or of the whole model."""

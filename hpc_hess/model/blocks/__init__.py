@@ -1,0 +1,1 @@
+"""A model as a sequence of blocks: recorded, spliced, exchanged, run on one example."""

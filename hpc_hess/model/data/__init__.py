@@ -1,0 +1,1 @@
+"""What the loss is averaged over: documents, tokens, samples, and the first forward pass on them."""

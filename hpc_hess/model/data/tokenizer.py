@@ -1,0 +1,116 @@
+"""The tokenizer, loaded only when the data are text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hpc_hess.config import ModelSection
+from hpc_hess.errors import DataError
+from hpc_hess.intake.findings import Finding, noted, passed, unchecked
+from hpc_hess.model.sources.paths import find_path
+from hpc_hess.model.sources.source import Source
+
+_PROBE = 2000  # characters that are tokenised twice
+
+
+class LazyTokenizer:
+    """Turns text into ids with ``model.tokenizer``, else the model source's own tokenizer.
+
+    Calling it loads the tokenizer. Raises DataError when there is none or it cannot be read.
+    """
+
+    def __init__(self, section: ModelSection, source: Source) -> None:
+        self._section, self._source = section, source
+        self._used = False
+        self.findings: list[Finding] = []
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of a document with the special tokens the tokenizer adds by itself."""
+        if not self._used:
+            self._used = True
+            self._check(text[:_PROBE])
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def text(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; the ids themselves where there is no tokenizer."""
+        ids = [int(i) for i in ids]
+        try:
+            return str(self._tokenizer.decode(ids))
+        except DataError:
+            return " ".join(map(str, ids))
+
+    @property
+    def end(self) -> int | None:
+        """Id of the end-of-text token if the tokenizer was used, else None."""
+        return self._tokenizer.eos_token_id if self._used else None
+
+    @property
+    def padding(self) -> int:
+        """Id to pad with: the tokenizer's choice, else the model's, else 0."""
+        config = self._source.hf_config
+        chosen = [getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)]
+        if self._used:
+            chosen[:0] = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id]
+        return next((i for i in chosen if isinstance(i, int) and i >= 0), 0)
+
+    def _check(self, text: str) -> None:
+        """Compare with tokenizer.json itself, whose ids count: a class that transformers builds may read it otherwise."""
+        path = self._path()
+        file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+        if path.suffix == ".gguf" or not file.is_file():
+            return
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            right = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            self.findings.append(unchecked("data.tokenizer", f"{file.name} cannot be read by itself: {error}"))
+            return
+        found = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if found == right:
+            self.findings.append(passed("data.tokenizer", f"the ids are those of {file.name}"))
+            return
+        name = type(self._tokenizer).__name__
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
+        self.findings.append(noted(
+            "data.tokenizer",
+            f"{name} gives {len(found)} ids for the first {len(text)} characters, {file.name} itself {len(right)}: those of "
+            f"{file.name} are used",
+        ))  # fmt: skip
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        path = self._path()
+        options: dict[str, Any] = {"trust_remote_code": self._section.trust_remote_code, "local_files_only": True}
+        directory = path
+        if path.suffix == ".gguf":
+            options["gguf_file"], directory = path.name, path.parent
+        elif path.is_file():
+            directory = path.parent
+        try:
+            return AutoTokenizer.from_pretrained(str(directory), **options)
+        except ImportError as error:
+            raise DataError(f"the tokenizer of {path} needs a package that is not installed: {error}") from None
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(f"cannot read a tokenizer from {path}: {reason[0]}") from None
+
+    def _path(self) -> Path:
+        if self._section.tokenizer:
+            path = find_path(self._section.tokenizer)
+            if path is None:
+                raise DataError(f"no such tokenizer: model.tokenizer = '{self._section.tokenizer}' is not on disk")
+            return path
+        if self._source.tokenizer_path is None:
+            raise DataError(
+                f"{self._source.path} has no tokenizer for text: set model.tokenizer to a directory that has one, or "
+                "give ids with data.source = 'tokens:PATH.npy'"
+            )
+        return self._source.tokenizer_path

@@ -1,0 +1,1 @@
+"""A model without weights, sharded over ranks; its loss and its gradient."""

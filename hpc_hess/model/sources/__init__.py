@@ -1,0 +1,1 @@
+"""Where a model comes from: found, recognised, its tensors read or drawn."""

@@ -1,0 +1,1 @@
+"""What a program does to a machine: floating-point operations, bytes moved."""

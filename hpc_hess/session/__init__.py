@@ -1,0 +1,1 @@
+"""What every run and command works with: problem, operator, memory, requests to stop, products kept in part."""

@@ -1,0 +1,227 @@
+"""From the configuration to the operator: which matrix, by which product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from hpc_hess.config import Config
+from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
+from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
+from hpc_hess.curvature.exact.streaming import Settings
+from hpc_hess.curvature.exact.whole_model import ExactOperator, exact_or_whole
+from hpc_hess.curvature.perplexity import PerplexityHessian
+from hpc_hess.curvature.record import ProductRecord
+from hpc_hess.linalg.lanczos import basis_rows
+from hpc_hess.linalg.operator import products
+from hpc_hess.model.sharded.precision import survives
+from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.session.problem import Problem, dtype_of
+from hpc_hess.sketch.sketch import Sketch, SketchedOperator
+
+
+class CurvatureOperator(Protocol):
+    """A LinearOperator that says what its last product did and what a bitwise resume needs of it."""
+
+    space: VectorSpace
+    notes: list[str]
+
+    def matvec(self, v: Vector) -> Vector:
+        """Return the product as a new Vector. Collective: yes."""
+        ...
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        """Return the products with several vectors, sharing what work they can. Collective: yes."""
+        ...
+
+    def last_record(self) -> ProductRecord:
+        """What each of the last products did."""
+        ...
+
+    def to_state(self) -> dict[str, Any]:
+        """JSON-able state for a bitwise resume."""
+        ...
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`to_state` gave."""
+        ...
+
+
+class _Differences:
+    """Finite differences, with their step controller as the state."""
+
+    def __init__(self, operator: FiniteDifferenceHessian) -> None:
+        self._operator, self.space = operator, operator.space
+        self.notes: list[str] = []
+
+    def matvec(self, v: Vector) -> Vector:
+        return self._operator.matvec(v)
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return products(self._operator, vectors)
+
+    def last_record(self) -> ProductRecord:
+        return self._operator.records[-1]
+
+    def to_state(self) -> dict[str, Any]:
+        return self._operator.controller.to_state()
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        self._operator.controller.from_state(state)
+
+
+class _Exact:
+    """Exact products: nothing to remember between them."""
+
+    def __init__(self, operator: ExactOperator) -> None:
+        self._operator, self.space, self.notes = operator, operator.space, operator.notes
+
+    def matvec(self, v: Vector) -> Vector:
+        return self._operator.matvec(v)
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return self._operator.matmat(vectors)
+
+    def last_record(self) -> ProductRecord:
+        return ProductRecord()
+
+    def to_state(self) -> dict[str, Any]:
+        return {}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class _Sketched:
+    """Another product seen through a sketch: Phi A Phi^T."""
+
+    def __init__(self, inner: CurvatureOperator, sketch: Sketch) -> None:
+        self._operator, self.notes = SketchedOperator(inner, sketch), inner.notes
+        self.space = self._operator.space
+        self.last_record, self.to_state, self.from_state = inner.last_record, inner.to_state, inner.from_state
+
+    def matvec(self, v: Vector) -> Vector:
+        return self._operator.matvec(v)
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return self._operator.matmat(vectors)
+
+
+def _seen(operator: CurvatureOperator, problem: Problem) -> CurvatureOperator:
+    return operator if problem.sketch is None else _Sketched(operator, problem.sketch)
+
+
+class _Perplexity:
+    """The Hessian of exp(loss) around another product."""
+
+    def __init__(self, inner: CurvatureOperator, loss: float, gradient: Vector) -> None:
+        self._inner, self.space, self.notes = inner, inner.space, inner.notes
+        self._operator = PerplexityHessian(inner, loss, gradient)
+        self.last_record, self.to_state, self.from_state = inner.last_record, inner.to_state, inner.from_state
+
+    def matvec(self, v: Vector) -> Vector:
+        return self._operator.matvec(v)
+
+    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
+        return self._operator.matmat(vectors)
+
+
+STREAMED: dict[str, type[StreamedOperator]] = {
+    "hessian": ExactHessian, "perplexity": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual,
+    "fisher": EmpiricalFisher,
+}  # fmt: skip
+
+
+def exact_operator(
+    config: Config, problem: Problem, kind: str = "hessian", compute_dtype: str | None = None
+) -> ExactOperator:  # fmt: skip
+    """Return the exact operator of ``kind``, computed as configured or in ``compute_dtype``. Collective: yes.
+
+    Streamed block by block, or of the whole model where its blocks cannot be told apart. Raises ModelError, on every
+    rank, where neither is possible.
+    """
+    space, lanczos = problem.space, config.lanczos
+    row_bytes = space.size_local * torch.empty(0, dtype=space.dtype).element_size()
+    # the host's memory for the basis counts as free until it is written to
+    basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
+    return exact_or_whole(
+        STREAMED[kind], problem.model, problem.objective, plain=problem.plain,
+        compute_dtype=dtype_of(compute_dtype or config.model.compute_dtype),
+        settings=streaming_settings(config),
+        reserved=basis_bytes if space.device.type == "cpu" else 0,
+    )  # fmt: skip
+
+
+def streaming_settings(config: Config) -> Settings:
+    """Return how exact products are streamed."""
+    return Settings(keep_state=config.operator.keep_state, boundaries_on_host=config.operator.boundaries == "host")
+
+
+def wants_reference(config: Config) -> bool:
+    """Whether the run's products are to be compared with exact ones in the masters' precision."""
+    rounded = config.model.compute_dtype != config.model.master_dtype
+    return config.operator.check and (config.operator.method == "finite_difference" or rounded)
+
+
+def reference_operator(config: Config, problem: Problem, loss: float, gradient: Vector | None) -> CurvatureOperator:
+    """Return the same matrix by the exact product in the masters' precision. Collective: yes. Raises ModelError.
+
+    ``gradient`` at theta_0 is needed for kind "perplexity" only.
+    """
+    kind = config.operator.kind
+    inner: CurvatureOperator = _Exact(exact_operator(config, problem, kind, config.model.master_dtype))
+    if kind == "perplexity":
+        assert gradient is not None
+        inner = _Perplexity(inner, loss, gradient)
+    return _seen(inner, problem)
+
+
+_MATRICES = {
+    "hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix", "residual": "Hessian residual",
+    "fisher": "empirical Fisher matrix", "perplexity": "perplexity Hessian",
+}  # fmt: skip
+
+
+def what_is_computed(config: Config, problem: Problem) -> str:
+    """Say which function's matrix the products are of. Collective: yes.
+
+    In bfloat16 that depends on the weights: those that bfloat16 holds exactly, as in released checkpoints, lose
+    nothing in the cast, and only the arithmetic is rounded; others are first moved to another point.
+    """
+    matrix, model = _MATRICES[config.operator.kind], config.model
+    if problem.sketch is not None:
+        matrix = f"{matrix} ({config.sketch.kind.upper()} to {config.sketch.dimension:,} dimensions)"
+    if model.compute_dtype != "bfloat16":
+        return f"{matrix} of the {model.compute_dtype.replace('float', 'fp')} function"
+    exact = problem.model.world.all_true(survives(problem.model.module, torch.bfloat16), "weights in bfloat16")
+    return f"{matrix} of the fp32 function estimated in bf16" if exact else f"{matrix} of the bf16-rounded function"
+
+
+def build_operator(
+    config: Config, problem: Problem, loss: float, gradient: Vector | None, exact: ExactOperator | None
+) -> CurvatureOperator:
+    """Build the operator of [operator] at theta_0, where loss and gradient are known. Collective: yes.
+
+    The gradient may be None unless :func:`needs_gradient`. ``exact`` is the operator's :func:`exact_operator` with method
+    "exact", None with finite differences.
+    """
+    section = config.operator
+    inner: CurvatureOperator
+    if exact is not None:
+        inner = _Exact(exact)
+    else:
+        differences = FiniteDifferenceHessian(problem.gradient, section.scheme, section.step, (loss, gradient))
+        inner = _Differences(differences)
+    if section.kind == "perplexity":
+        assert gradient is not None
+        inner = _Perplexity(inner, loss, gradient)
+    return _seen(inner, problem)
+
+
+def needs_gradient(config: Config) -> bool:
+    """Whether products need the gradient at theta_0."""
+    section = config.operator
+    return section.kind == "perplexity" or (section.method == "finite_difference" and section.scheme == "forward")

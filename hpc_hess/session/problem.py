@@ -1,0 +1,169 @@
+"""From a configuration to the function whose Hessian is taken: model, data, objective, gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from hpc_hess.config import Config, ModelSection
+from hpc_hess.console.progress import Progress
+from hpc_hess.errors import NumericsError
+from hpc_hess.intake.configuration import running
+from hpc_hess.intake.findings import Finding, Intake
+from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
+from hpc_hess.model.data.tokenizer import LazyTokenizer
+from hpc_hess.model.data.trial import spanned_finding, try_forward
+from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.routing import Routing
+from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
+from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.source import Source, resolve_source
+from hpc_hess.model.sources.weights import fill, open_reader
+from hpc_hess.parallel.memory import release_memory, used_bytes
+from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.parallel.world import World
+from hpc_hess.sketch.kinds import SketchSettings
+from hpc_hess.sketch.sketch import Sketch, part_of, sketch_space
+
+
+@dataclass
+class Problem:
+    """The function, sharded: everything a product needs."""
+
+    source: Source
+    samples: Samples
+    model: ShardedModel
+    objective: CausalLMObjective
+    gradient: Gradient
+    plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
+    program_bytes: int  # in this process before anything of the model's size was there
+    intake: Intake  # what was found about everything that came in
+    sketch: Sketch | None = None  # with operator.sketched: what the matrix is seen through
+
+    @property
+    def space(self) -> VectorSpace:
+        """The space of the Krylov vectors: the parameters', or that of the sketch."""
+        return self.model.space if self.sketch is None else sketch_space(self.sketch, self.model.space)
+
+    def seen(self, vector: Vector) -> Vector:
+        """Return a vector of the parameters as one of :attr:`space`. Collective: yes."""
+        if self.sketch is None:
+            return vector
+        return part_of(self.sketch.apply(vector), self.space)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the torch dtype of a configuration value."""
+    return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[name]
+
+
+def load_problem(config: Config, world: World, progress: Progress) -> Problem:
+    """Load the data, shard and fill the model. Collective: yes.
+
+    Raises
+    ------
+    ModelError, DataError, LayoutError : on every rank, if any rank meets one.
+
+    """
+    make_exact_float32()
+    if config.parallel.deterministic:
+        make_deterministic()
+    with world.together("read the model's configuration and the data"):
+        with own_code_in_turn(config.model, world):
+            source = resolve_source(config.model)
+            skeleton = build_skeleton(source, config.model)
+            if config.model.trust_remote_code and not config.data.source.startswith("tokens:"):
+                LazyTokenizer(config.model, source).text(())  # its code; errors come with the first text
+        samples = load_samples(config.data, config.model, source)
+    if world.size > 1:
+        import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
+    program_bytes = used_bytes(world.device)
+    intake = Intake(progress.note)
+    intake.add(*source.findings, *samples.findings)
+    for note in filter(None, [*samples.notes, idle_ranks_note(len(samples), world.size)]):
+        progress.note(note)
+    progress.phase(f"loading {source.name}")
+    plain = copy.deepcopy(skeleton) if world.size > 1 else None
+    model = shard_model(
+        skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
+        master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
+    )  # fmt: skip
+
+    def read_weights() -> list[Finding]:
+        with world.together("read the weights"):
+            reader = open_reader(source, config.model, skeleton)
+            fill(model.module, reader, world.shard_rank, world.shard_size)
+            found = reader.findings
+            reader.close()
+            release_memory()
+        return found
+
+    intake.add(*read_weights(), spanned_finding(model))
+    computes_in = dtype_of(config.model.compute_dtype if model.sharded else config.model.master_dtype)
+    explained = partial(running, source.path, source.hf_config.get_text_config().to_dict())
+    found, alone = try_forward(model, plain, samples, world.rank % len(samples), read_weights, computes_in, explained)
+    intake.add(*found)
+    samples = replace(samples, alone=alone)
+    routing = Routing(model.module, config.operator.routing)
+    routing.attach()
+    if config.model.activation_checkpointing:
+        checkpoint_blocks(model.module)
+    batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
+    objective = CausalLMObjective(batches, samples.num_tokens, world.device)
+    sketch = None
+    if config.operator.sketched:
+        sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
+    gradient = Gradient(model, objective, routing)
+    return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
+
+
+def own_code_in_turn(section: ModelSection, world: World) -> contextlib.AbstractContextManager[None]:
+    """Return a block in which ranks load a model that may bring its own code: one first. Collective: yes, with such code.
+
+    transformers copies the code into a cache (HF_MODULES_CACHE), where a rank would find another's half-copied files.
+    """
+    return world.local_first("load the model's own code") if section.trust_remote_code else contextlib.nullcontext()
+
+
+def make_exact_float32() -> None:
+    """Turn off the reduced-precision float32 modes of matrix products: a finite-difference step is below them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
+def make_deterministic() -> None:
+    """Let only kernels run that give the same bits each time; one that has no such form then says so, by name.
+
+    CPU kernels do already, for a fixed number of threads. On a GPU sums over tokens would otherwise be made in any order.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that writes every new tensor
+
+
+def check_repeatable(gradient: Gradient) -> float:
+    """Compute the first micro-batch's gradient twice; return the relative difference. Collective: yes.
+
+    Raises
+    ------
+    NumericsError : the two differ by more than rounding (dropout or other randomness is on).
+
+    """
+    _, first = gradient(micro_batches=1)
+    _, second = gradient(micro_batches=1)
+    norm = first.norm()
+    difference = second.axpy_(-1.0, first).norm() / norm if norm > 0 else 0.0
+    if difference > 100 * torch.finfo(gradient.model.space.dtype).eps:
+        raise NumericsError(
+            f"the same gradient computed twice differs by {difference:.1e} relative: dropout or another random "
+            "operation is on; put the model in eval mode or make it deterministic"
+        )
+    return difference

@@ -1,0 +1,1 @@
+"""Block-diagonal approximations, and the spectra of blocks on their own."""

@@ -1,0 +1,80 @@
+"""How wrong block-diagonal approximations are: block(A) v against A v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hpc_hess.console.words import minus, number
+from hpc_hess.report.style import CYCLE, MUTED
+
+TITLE = "Block-diagonal approximations"
+HEADERS = ["Direction v", "Blocks", "Number", "Relative error of block(A) v", "Cosine with A v", "Products"]
+
+
+def facts(found: Mapping[str, Any]) -> str:
+    """Say what is compared."""
+    return (
+        "A block-diagonal approximation keeps the entries of the matrix within each block and drops the others. Where there "
+        "are more blocks than products, block(A) v is sampled without bias; errors are one standard error."
+    )
+
+
+def table(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for each direction and partition."""
+    return [
+        [row["direction"], f"by {row['blocks']}", f"{found['counts'][row['blocks']]:,}",
+         _with_error(row["relative_error"], row["relative_error_stderr"]),
+         _with_error(row["cosine"], row["cosine_stderr"]), f"{row['num_products']:.0f}"]
+        for row in found["products"]
+    ]  # fmt: skip
+
+
+def _with_error(value: float, error: float) -> str:
+    text = minus(f"{value:.3f}")
+    return text + (f" ± {number(error, 2)}" if isfinite(error) and error else "")
+
+
+def size(found: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the figure's size in inches."""
+    return 8.4, 3.2
+
+
+def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Draw errors and cosines of every direction and partition; return the caption."""
+    directions = list(dict.fromkeys(row["direction"] for row in found["products"]))
+    kinds = list(found["counts"])
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(panels, ("relative_error", "cosine"), ("relative error", "cosine"), strict=True):
+        for k, kind in enumerate(kinds):
+            rows = [row for row in found["products"] if row["blocks"] == kind]
+            x = np.arange(len(rows)) + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+            errors = [row[f"{key}_stderr"] if isfinite(row[f"{key}_stderr"]) else 0.0 for row in rows]
+            axes.bar(x, [row[key] for row in rows], 0.8 / len(kinds), yerr=errors, color=CYCLE[k], label=f"by {kind}",
+                     error_kw={"linewidth": 0.9})  # fmt: skip
+        axes.set_xticks(range(len(directions)), [d.replace(" ", "\n") for d in directions], fontsize=7.5)
+        axes.grid(False, axis="x")
+        axes.axhline(1.0 if key == "relative_error" else 0.0, color=MUTED, linewidth=0.8)
+        axes.set_ylabel(label)
+    low = min(0.0, *(row["cosine"] - 0.05 for row in found["products"]))
+    panels[1].set_ylim(low, 1.05)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(kinds))
+    missing = not all(isfinite(row["cosine"]) for row in found["products"])
+    return (
+        "Relative error and cosine of the block-diagonal product for each direction; bars: one standard error. An error "
+        "of 1 is what zero would give." + (" Without a bar: more products are needed to tell." if missing else "")
+    )
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each partition: its worst and best direction."""
+    said = []
+    for kind in found["counts"]:
+        rows = [row for row in found["products"] if row["blocks"] == kind]
+        text = ", ".join(f"{row['relative_error']:.2f} ({row['direction']})" for row in rows)
+        said.append(f"by {kind}: relative error {text}")
+    return said

@@ -1,0 +1,1 @@
+"""The Gauss-Newton matrix and the means of its classes."""

@@ -1,0 +1,1 @@
+"""The spectrum without its outliers."""

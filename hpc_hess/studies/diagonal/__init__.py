@@ -1,0 +1,1 @@
+"""The diagonal, entry by entry."""

@@ -1,0 +1,1 @@
+"""The inverse on the gradient."""

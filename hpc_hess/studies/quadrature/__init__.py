@@ -1,0 +1,1 @@
+"""Stochastic Lanczos quadrature: the loop and its result."""

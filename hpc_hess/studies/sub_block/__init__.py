@@ -1,0 +1,1 @@
+"""The exact matrix of chosen entries."""
