@@ -1,4 +1,4 @@
-"""Count the rooms, floors and arrows of the package: ``python -m benchmarks.house [FOLDER]``.
+"""Count the rooms, floors and arrows of the package: ``python -m benchmarks.house [FOLDER]``, and list them.
 
 A folder of the package's root, with all that lies in it, is a room; so is a loose module of the root. An arrow goes from a
 room to another that it imports, anywhere in its modules, once for each pair. The floors are the longest chain of rooms.
@@ -65,25 +65,49 @@ def room_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+def rooms_of(package: Path) -> Graph:
+    """Return the rooms that each room imports."""
+    rooms: Graph = {}
+    for name, targets in graph(package).items():
+        rooms.setdefault(room_of(name), set()).update({room_of(target) for target in targets} - {room_of(name)})
+    return rooms
+
+
+def floors_of(rooms: Graph) -> dict[str, int]:
+    """Return the floor of each room: one above the highest that it imports. Raises CycleError."""
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(rooms).static_order():
+        floors[room] = 1 + max((floors[below] for below in rooms[room]), default=0)
+    return floors
+
+
 def count(package: Path = PACKAGE) -> House:
     """Count the house."""
-    files = modules(package)
-    rooms: Graph = {room_of(name): set() for name in files}
-    for name, targets in graph(package).items():
-        rooms[room_of(name)] |= {room_of(target) for target in targets} - {room_of(name)}
+    files, rooms = modules(package), rooms_of(package)
     floors, circle = None, []
-    height: dict[str, int] = {}
     try:
-        for room in TopologicalSorter(rooms).static_order():
-            height[room] = 1 + max((height[below] for below in rooms[room]), default=0)
-        floors = max(height.values())
+        floors = max(floors_of(rooms).values())
     except CycleError as error:
         circle = error.args[1]
     lines = sum(len(path.read_text().splitlines()) for path in files.values())
     return House(lines, len(files), len(rooms), floors, sum(map(len, rooms.values())), circle)
 
 
+def table(package: Path = PACKAGE) -> str:
+    """Return the rooms as Markdown, from the highest floor down, with what each says of itself."""
+    files, floors = modules(package), floors_of(rooms_of(package))
+    rows = []
+    for room, floor in sorted(floors.items(), key=lambda item: (-item[1], item[0])):
+        module = package.name if room == "__init__" else f"{package.name}.{room}"
+        said = (ast.get_docstring(ast.parse(files[module].read_text())) or "").split("\n\n")[0].split(". ")[0]
+        rows.append(f"| {floor} | `{room}` | {' '.join(said.split()).rstrip('.').replace('``', '`')} |")
+    return "\n".join(["| floor | room | what it is |", "|---|---|---|", *rows]) + "\n"
+
+
 if __name__ == "__main__":
-    found = count(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else PACKAGE)
+    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else PACKAGE
+    found = count(folder)
     print(", ".join(f"{value} {name}" for name, value in found._asdict().items() if name != "circle"))
     print("a circle: " + " -> ".join(found.circle) if found.circle else "no circle")
+    if not found.circle:
+        print("\n" + table(folder), end="")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hpc_hess import __version__
-from hpc_hess.arguments import Comparison, Query, Search, Training, add_arguments, filled
+import hpc_hess
+from hpc_hess.commands.arguments import Comparison, Query, Search, Training, add_arguments, filled
 from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Hessian spectra of large language models, sharded over processes and nodes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {hpc_hess.__version__}")
     commands = _Commands(parser)
     _spectra(commands)
     _training(commands)
@@ -267,7 +267,7 @@ def _command(args: argparse.Namespace) -> Callable[..., int]:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from hpc_hess.config_page import commented_toml, markdown
+    from hpc_hess.commands.config_page import commented_toml, markdown
 
     print(markdown() if args.markdown else commented_toml(minimal=args.minimal), end="")
     return 0

@@ -325,7 +325,7 @@ def make_config(values: dict[str, Any], overrides: list[str] | None = None) -> C
 def _override(values: dict[str, Any], text: str) -> None:
     match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.DOTALL)
     if not match:
-        raise ConfigError(f"--set takes section.key=value, not '{text}'")
+        raise ConfigError(f"--set takes section.key=value, not '{_printable(text)}'")
     section, key, value = match.groups()
     try:
         parsed = tomllib.loads(f"x = {value}")["x"]
@@ -339,6 +339,11 @@ def _override(values: dict[str, Any], text: str) -> None:
     table[key] = parsed
 
 
+def _printable(text: str) -> str:
+    """Return a user's text as a part of one line."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def _keys() -> dict[str, list[str]]:
     return {name: list(field.default.__class__.model_fields) for name, field in Config.model_fields.items()}
 
@@ -346,7 +351,7 @@ def _keys() -> dict[str, list[str]]:
 def _explain(error: ValidationError) -> str:
     """Turn pydantic's first complaint into one sentence with the remedy."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
+    where = [_printable(str(part)) for part in first["loc"]]
     name = ".".join(where[:2])
     if first["type"] == "extra_forbidden":
         valid = [s if len(where) == 1 else f"{s}.{k}" for s, keys in _keys().items() for k in (keys or [""])]
@@ -357,7 +362,7 @@ def _explain(error: ValidationError) -> str:
         return f"'{name}' is a section of the configuration, not a value"
     shown = repr(first["input"])
     reasons = dict.fromkeys(str(e["msg"]).replace("Input should be ", "") for e in error.errors()
-                            if [str(p) for p in e["loc"]][:2] == where[:2])  # fmt: skip
+                            if e["loc"][:2] == first["loc"][:2])  # fmt: skip
     return f"{name} = {shown} is not valid: it should be {' or '.join(reasons)}"
 
 
@@ -414,6 +419,6 @@ def parse_time_limit(text: str) -> float:
     """Return seconds from "HH:MM:SS" or "D-HH:MM:SS". Raises ConfigError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
     if not match:
-        raise ConfigError(f"run.time_limit = '{text}' is not valid: it should be HH:MM:SS or D-HH:MM:SS")
+        raise ConfigError(f"run.time_limit = '{_printable(text)}' is not valid: it should be HH:MM:SS or D-HH:MM:SS")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

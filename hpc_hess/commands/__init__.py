@@ -1,4 +1,4 @@
-"""The commands beside a run: training with checkpoints, spectra of a list of models, and what sketches are for.
+"""The commands, a folder each: a run, its check and its plan, scaling, training, and what sketches are for.
 
 Each is one collective function of a configuration, a World and what was asked; it returns the exit code.
 """

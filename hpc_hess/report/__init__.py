@@ -1,1 +1,1 @@
-"""What people see: progress, figures, the report page, summaries."""
+"""What every figure and page is made with: style, densities, words for a spectrum, HTML templates."""

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hpc_hess import cli
-from hpc_hess.arguments import Training, parse_steps
+from hpc_hess.commands.arguments import Training, parse_steps
 from hpc_hess.commands.dynamics.work import OUTLIER, dynamics, plan, ratios
 from hpc_hess.commands.finetune.work import batch_rows, checkpoint, finetune
 from hpc_hess.config import Config, make_config

@@ -5,14 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
 
+from hpc_hess import cli
+from hpc_hess.commands.run.work import run as whole_run
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FORMAT_VERSION
+from tests import run_toys
 from tests.quick import run_quickly
 from tests.spawn import clean_environment
 from tests.store_toys import advance, check_state, reopen, run
@@ -21,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ROOT / "tests" / "formats"
 STORES = sorted(p.parent for p in FORMATS.glob("v*/*/krylov.h5"))
 FREED = [store for store in STORES if store.parent.name == "v3"]  # finished, without a basis
+RUNS = sorted(FORMATS.glob("run-*"))
 WHEEL = Path(sys.prefix) / "h5py-wheel"
 END = [1, 6, True]
 
@@ -94,3 +100,50 @@ def other_hdf5(run_dir: Path, probe: int, step: int) -> tuple[str, list]:
     assert done.returncode == 0, done.stdout + done.stderr
     version, state = done.stdout.split("\n")[:2]
     return version, json.loads(state)
+
+
+# -- whole run directories -------------------------------------------------------------------------------------------
+
+
+def numbers(run_dir: Path) -> dict[str, Any]:
+    result = json.loads((run_dir / "result.json").read_text())
+    return {key: result[key] for key in ("probes", "eigenpairs", "studies")}
+
+
+def close(mine: Any, theirs: Any) -> bool:
+    if isinstance(theirs, dict):
+        return mine.keys() == theirs.keys() and all(close(mine[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, list):
+        return len(mine) == len(theirs) and all(map(close, mine, theirs))
+    return mine == (pytest.approx(theirs, rel=1e-5, abs=1e-8) if isinstance(theirs, float) else theirs)
+
+
+def goes_on(world: World, run_dir: str) -> int:
+    return whole_run(run_toys.settings(Path(run_dir)), world)
+
+
+@pytest.mark.parametrize("kept", RUNS, ids=lambda p: p.name)
+def test_a_finished_run_is_shown_and_not_computed_again(tmp_path, kept):
+    here = shutil.copytree(kept / "finished", tmp_path / "run")
+    assert cli.main(["inspect", str(here), "--verify"]) == 0
+    assert cli.main(["report", str(here)]) == 0
+    assert (here / "report.html").stat().st_size > 10_000
+    products = (here / "events.jsonl").read_text().count("hvp_s")
+    assert run_quickly(goes_on, 1, str(here), timeout_s=200) == [0]
+    assert (here / "events.jsonl").read_text().count("hvp_s") == products
+    assert numbers(here) == numbers(kept / "finished")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kept", RUNS, ids=lambda p: p.name)
+def test_a_run_stopped_in_a_study_goes_on(tmp_path, kept, ranks):
+    with tarfile.open(kept / "half.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    here = tmp_path / "half"
+    assert not (here / "result.json").exists()
+    assert run_quickly(goes_on, ranks, str(here), timeout_s=400) == [0] * ranks
+    mine, theirs = numbers(here), numbers(kept / "finished")
+    assert mine["probes"] == theirs["probes"]  # as they were kept
+    assert mine["eigenpairs"] == theirs["eigenpairs"]
+    assert mine["studies"]["trace"] == theirs["studies"]["trace"]
+    assert close(mine["studies"], theirs["studies"])

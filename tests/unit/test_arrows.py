@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import Graph, count, graph, imported, modules
+from benchmarks.house import Graph, count, graph, imported, modules, table
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hpc_hess"
@@ -19,7 +19,7 @@ PACKAGE = ROOT / "hpc_hess"
 FLOORS: list[set[str]] = [
     {"__init__", "errors", "console", "profiling"},
     {"config", "parallel"},
-    {"arguments", "config_page", "intake", "linalg", "storage"},
+    {"intake", "linalg", "storage"},
     {"model", "sketch", "report"},
     {"curvature"},
     {"session"},
@@ -192,3 +192,8 @@ def test_the_package_was_found() -> None:
 def test_a_wrong_arrow_is_seen(module: str, source: str, count: int) -> None:
     found = {module: list(imports(source, "x.py", module))}
     assert len(wrong_arrows(found) + wrong_libraries(found)) == count
+
+
+def test_the_page_lists_the_rooms_as_they_stand() -> None:
+    """``python -m benchmarks.house`` prints the table."""
+    assert table() in (ROOT / "docs" / "architecture.md").read_text()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from hpc_hess import __version__
-from hpc_hess.arguments import Comparison, Query, Search, Training, filled
 from hpc_hess.cli import _parser, main
+from hpc_hess.commands.arguments import Comparison, Query, Search, Training, filled
 from hpc_hess.errors import ConfigError
 
 _LOADED = "import sys; from hpc_hess.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\nprint(*sys.modules)"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpc_hess import cli
+from hpc_hess.commands.config_page import FIRST, commented_toml, markdown, tables
 from hpc_hess.config import Config, make_config
-from hpc_hess.config_page import FIRST, commented_toml, markdown, tables
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hpc_hess.arguments import Query
+from hpc_hess.commands.arguments import Query
 from hpc_hess.config import Config
 from hpc_hess.console.progress import Progress, make_progress
 from hpc_hess.errors import NumericsError, StoreError

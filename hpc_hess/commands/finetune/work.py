@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hpc_hess.arguments import Training
+from hpc_hess.commands.arguments import Training
 from hpc_hess.commands.finetune.trainers import MOMENTS, optimizer_state
 from hpc_hess.config import Config
 from hpc_hess.console.words import number

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hpc_hess.arguments import Search
+from hpc_hess.commands.arguments import Search
 from hpc_hess.commands.finetune.trainers import Subspace, Whole
 from hpc_hess.commands.finetune.work import batch_rows
 from hpc_hess.commands.intrinsic_dimension.rule import DoublingRule, threshold_of

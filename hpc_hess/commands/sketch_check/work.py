@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_hess.arguments import Comparison
+from hpc_hess.commands.arguments import Comparison
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError
 from hpc_hess.model.data.data import objective_of

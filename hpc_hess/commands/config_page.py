@@ -25,7 +25,10 @@ _PAGE = """# Configuration
 
 One TOML file. Every key has a default; those of all keys together are the demo. `hpc-hess config > my.toml` writes a file
 of all keys with their meanings, `hpc-hess config --minimal` one of the keys that matter first. On the command line
-`--set section.key=value` overrides a key.
+`--set section.key=value` overrides a key. The resolved configuration of a run is `RUN/config.toml`. An unknown key, a value
+of the wrong kind and settings that contradict each other are refused by one sentence, before anything is computed.
+
+The keys that matter first: {first}.
 
 `hpc-hess config --markdown` makes this page.
 """
@@ -76,7 +79,7 @@ def commented_toml(*, minimal: bool = False) -> str:
 
 def markdown() -> str:
     """Return docs/configuration.md."""
-    parts = [_PAGE]
+    parts = [_PAGE.format(first=", ".join(f"`{name}`" for name in FIRST))]
     for table in tables():
         rows = [
             f"| `{key.name}` | `{json.dumps(key.default)}` | {key.values} | {key.meaning} |" for key in table.keys
