@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The wheel in an empty environment, outside of the clone, with nothing borrowed: bash tests/wheel.sh [FOLDER]
 # Builds it, installs it with its dependencies and every extra, runs the toy and the demo, and prints the seconds of each.
-# FOLDER is kept; without one a temporary folder is used and removed (6 GB). Downloads torch and what else is needed (TORCH_INSTALL_ARGS as in launch/setup.sh); tests/system/test_wheel.py borrows them.
+# FOLDER is kept; without one a temporary folder is used and removed (6 GB). Downloads torch and what else is needed
+# (TORCH_INSTALL_ARGS as in launch/setup.sh); tests/system/test_wheel.py borrows them from the tests' environment.
 # The extra `mpi` needs an MPI to build against where there is no wheel of mpi4py.
 set -euo pipefail
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
