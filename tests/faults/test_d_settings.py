@@ -266,7 +266,7 @@ def test_a_training_without_a_checkpoint_gives_up_too(
 ) -> None:
     from hpc_hess.commands.finetune.work import finetune
 
-    config, training = settings(place, tmp_path / "unused"), Training(tmp_path / "out", steps=3, batch=2)
+    config, training = settings(place, tmp_path / "unused"), Training(tmp_path / "out", steps=3, batch=2, save_at=())
     agreed = Stopper.agreed
     monkeypatch.setattr(Stopper, "agreed", lambda self, next_step_s: "a signal asked for it")
     assert [finetune(config, world, training) for _ in range(2)] == [75, 75]
