@@ -74,18 +74,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="launch/configs/smollm2.toml")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["finite_difference"], help="or exact: thrice as long")
     parser.add_argument("--report", help="of a rank that this program has started")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     args = parser.parse_args()
     if args.report:
         sys.exit(timed(args.config, args.overrides, Path(args.report)))
     rows = []
-    for method in ("finite_difference", "exact"):
+    for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}",
                  "-m", "benchmarks.intake_time", "--report", folder, "--config", args.config,
-                 f"--set=run.out={folder}/run", f"--set=operator.method={method}"],
+                 f"--set=run.out={folder}/run", f"--set=operator.method={method}",
+                 *(f"--set={text}" for text in args.overrides)],
                 cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(args.ranks)]
