@@ -1,4 +1,4 @@
-"""The program, ``hpc-hess`` or ``python -m hpc_hess``: a process of its own around the command line."""
+"""The program, ``hpc-hess``: a process of its own around the command line."""
 
 import os
 import sys
