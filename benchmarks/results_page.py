@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables import Row, against, asked, cell, chosen, pivot, rows, show, spread, table
+from benchmarks.tables import Row, against, asked, cell, chosen, exists, pivot, rows, show, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
@@ -232,25 +232,36 @@ def intake() -> str:
 
 
 def trusted() -> str:
-    claims, bad = rows("coverage"), rows("fuzz")
-    levels = [row for row in claims if row["stated"] < 1]
-    least = min(levels, key=lambda row: float(row["observed"]) - float(row["stated"]))
-    loaded, damaged = bad[0]["tried"], max(row["tried"] for row in bad if row["what"].startswith("damaged"))
-    whole = [row for row in rows("intake_time") if row["check"] == "all checks"]
-    disk = {row["when"]: float(row["MB"]) for row in rows("bytes_left")}
-    return asked(
-        (f"statements of intervals, bands and bounds, over {claims[0]['seeds']} seeds: clearly below their level", "0",
-         f"{sum(below(row) for row in claims)} of {len(claims)}; the least: {show(float(least['observed']))} for "
-         f"{show(float(least['stated']))}", "coverage"),
-        ("mutated configurations; tracebacks among their ends", "18,000; 0",
-         f"{loaded:,}; {sum(row['traceback'] for row in bad[:2])}", "fuzz"),
-        ("damaged run directories; tracebacks; crashes of the HDF5 library", "300; 0; 0",
-         f"{damaged}; {sum(row['traceback'] for row in bad[2:])}; {sum(row['crash'] for row in bad[2:])}", "fuzz"),
-        *((f"the intake's share of the demo's time, {row['method']}", "3 %", row["of the run"], "intake_time")
-          for row in whole),
-        *((f"disk space of the demo's run directory, {when}", limit, f"{show(disk[when])} MB", "bytes_left") for when, limit
-          in (("at most, while it runs", ""), ("killed half way", ""), ("gone on with to its end", "100 MB"))),
-    )  # fmt: skip
+    parts = {"coverage": claims, "fuzz": mutated, "intake_time": intake_time, "bytes_left": left}
+    return asked(*((*row, name) for name, part in parts.items() if exists(name) for row in part(rows(name))))
+
+
+def claims(found: list[Row]) -> list[tuple[str, str, str]]:
+    least = min((row for row in found if row["stated"] < 1), key=lambda row: float(row["observed"]) - float(row["stated"]))
+    shown = f"{sum(map(below, found))} of {len(found)}; the least: {show(float(least['observed']))} for {least['stated']}"
+    return [(f"intervals, bands and bounds over {least['seeds']} seeds: clearly below their level", "0", shown)]
+
+
+def mutated(found: list[Row]) -> list[tuple[str, str, str]]:
+    damaged = [row for row in found if row["what"].startswith("damaged")]
+    others = [row for row in found if row not in damaged]
+    traces, crashes = sum(row["traceback"] for row in damaged), sum(row["crash"] for row in damaged)
+    return [
+        ("mutated configurations; tracebacks", "18,000; 0",
+         f"{others[0]['tried']:,}; {sum(row['traceback'] for row in others)}"),
+        ("damaged run directories; tracebacks; commands in which the HDF5 library crashed", "300; 0; 0",
+         f"{max(row['tried'] for row in damaged)}; {traces}; {crashes}"),
+    ]  # fmt: skip
+
+
+def intake_time(found: list[Row]) -> list[tuple[str, str, str]]:
+    return [(f"the intake's share of the demo's time ({row['method'].replace('_', ' ')})", "3 %", row["of the run"])
+            for row in found if row["check"] == "all checks"]  # fmt: skip
+
+
+def left(found: list[Row]) -> list[tuple[str, str, str]]:
+    end = next(row for row in found if row["when"].startswith("gone on"))
+    return [("disk space of the demo's run directory at its end", "100 MB", f"{show(float(end['MB']))} MB")]
 
 
 def below(row: Row) -> bool:

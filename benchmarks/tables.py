@@ -11,6 +11,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
 
+def exists(name: str) -> bool:
+    """Return whether results/NAME.json is there."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def rows(name: str) -> list[Row]:
     """Return the rows of results/NAME.json."""
     return list(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
