@@ -72,5 +72,5 @@ def of_forms(forms: ArrayLike, squares: ArrayLike) -> Estimate:
     The variance of w^T A w is at most 2 ||A||_F^2 (Avron, Toledo 2011), and |A w|^2 estimates that norm: few probes tell it
     far better than they tell their own scatter.
     """
-    deviation = float(np.sqrt(2 * np.mean(squares)))
+    deviation = float(np.sqrt(2 * np.asarray(squares, np.float64).mean()))
     return replace(estimate(forms), deviation=deviation if np.isfinite(deviation) else None)
