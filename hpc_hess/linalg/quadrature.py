@@ -61,9 +61,13 @@ def estimate(samples: ArrayLike) -> Estimate:
 
 def trace(quadratures: list[Ritz], size: int) -> Estimate:
     """Hutchinson's estimate of tr A, by each probe's first two moments (exact: alpha_1 and alpha_1^2 + beta_1^2)."""
+    return of_forms([size * float(q.weights @ q.values) for q in quadratures], squared_norms(quadratures, size))
+
+
+def squared_norms(quadratures: list[Ritz], size: int) -> list[float]:
+    """Return each probe's estimate of ||A||_F^2: size times its second moment, alpha_1^2 + beta_1^2 (NaN: not known)."""
     beyond = [float(q.residuals[0]) ** 2 if len(q.values) == 1 else 0.0 for q in quadratures]  # beta_1, not in T
-    squares = [float(q.weights @ q.values**2) + more for q, more in zip(quadratures, beyond, strict=True)]
-    return of_forms([size * float(q.weights @ q.values) for q in quadratures], [size * square for square in squares])
+    return [size * (float(q.weights @ q.values**2) + more) for q, more in zip(quadratures, beyond, strict=True)]
 
 
 def of_forms(forms: ArrayLike, squares: ArrayLike) -> Estimate:
