@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import write
+from benchmarks.results_page import below
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.density import Density, density, density_chebyshev, density_log, density_symlog, symlog
 from hpc_hess.linalg.diagonal import diagonal_hutchinson, xdiag
@@ -200,7 +201,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=100)
     arguments = parser.parse_args()
     rows = coverage(arguments.seeds)
-    short = [r for r in rows if r["observed"] < r["stated"] - 2 * math.sqrt(max(0.95 * 0.05, 0) / r["seeds"])]
+    short = [r for r in rows if below(r)]
     write(
         "coverage", "Statements and how often they hold", rows, {"size": SIZE, "seeds": arguments.seeds},
         f"Clearly below the stated level: {'; '.join(r['statement'] + ', ' + r['matrix'] for r in short) or 'none'}. "

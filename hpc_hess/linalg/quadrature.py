@@ -60,13 +60,21 @@ def estimate(samples: ArrayLike) -> Estimate:
 
 
 def trace(quadratures: list[Ritz], size: int) -> Estimate:
-    """Hutchinson's estimate of tr A: size times <v, A v>, which is each probe's first moment (exact: alpha_1).
+    """Hutchinson's estimate of tr A, by each probe's first two moments (exact: alpha_1 and alpha_1^2 + beta_1^2)."""
+    return of_forms([size * float(q.weights @ q.values) for q in quadratures], squared_norms(quadratures, size))
 
-    Its variance over probes is at most 2 ||A||_F^2 (Avron, Toledo 2011), and size times |A v|^2, each probe's second moment
-    (exact: alpha_1^2 + beta_1^2), estimates that norm: few probes tell it far better than they tell their own scatter.
-    """
-    found = estimate([size * float(q.weights @ q.values) for q in quadratures])
+
+def squared_norms(quadratures: list[Ritz], size: int) -> list[float]:
+    """Return each probe's estimate of ||A||_F^2: size times its second moment, alpha_1^2 + beta_1^2 (NaN: not known)."""
     beyond = [float(q.residuals[0]) ** 2 if len(q.values) == 1 else 0.0 for q in quadratures]  # beta_1, not in T
-    squares = [float(q.weights @ q.values**2) + more for q, more in zip(quadratures, beyond, strict=True)]
-    deviation = float(np.sqrt(2 * size * np.mean(squares)))
-    return replace(found, deviation=deviation if np.isfinite(deviation) else None)
+    return [size * (float(q.weights @ q.values**2) + more) for q, more in zip(quadratures, beyond, strict=True)]
+
+
+def of_forms(forms: ArrayLike, squares: ArrayLike) -> Estimate:
+    """Return the trace by w^T A w and |A w|^2 of probes w with entries of mean 0 and variance 1.
+
+    The variance of w^T A w is at most 2 ||A||_F^2 (Avron, Toledo 2011), and |A w|^2 estimates that norm: few probes tell it
+    far better than they tell their own scatter.
+    """
+    deviation = float(np.sqrt(2 * np.asarray(squares, np.float64).mean()))
+    return replace(estimate(forms), deviation=deviation if np.isfinite(deviation) else None)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator
-from hpc_hess.linalg.quadrature import Estimate, estimate
+from hpc_hess.linalg.quadrature import Estimate, estimate, of_forms
 from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
@@ -37,7 +37,7 @@ class Moments:
     @property
     def trace_estimate(self) -> Estimate:
         """Trace with its standard error."""
-        return estimate(self.trace)
+        return of_forms(self.trace, self.frobenius_squared)
 
     @property
     def frobenius_estimate(self) -> Estimate:

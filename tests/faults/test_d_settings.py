@@ -106,7 +106,7 @@ def test_more_products_go_on_with_a_search(place: Path, world: World, tmp_path: 
 
 def test_automatic_damping_follows_the_probes(place: Path, world: World, tmp_path: Path) -> None:
     def suggested() -> float:
-        """1.1 times what the lowest Ritz value and its residual reach below zero: as the README says."""
+        """1.1 times what the lowest Ritz value and its residual reach below zero: as docs/spectra.md says."""
         own = [ritz(probe["alpha"], probe["beta"]) for probe in result_of(out)["probes"]]
         return max(-1.1 * min(q.values[0] - q.residuals[0] for q in own), 0.01 * max(q.values[-1] for q in own))
 
@@ -266,7 +266,7 @@ def test_a_training_without_a_checkpoint_gives_up_too(
 ) -> None:
     from hpc_hess.commands.finetune.work import finetune
 
-    config, training = settings(place, tmp_path / "unused"), Training(tmp_path / "out", steps=3, batch=2)
+    config, training = settings(place, tmp_path / "unused"), Training(tmp_path / "out", steps=3, batch=2, save_at=())
     agreed = Stopper.agreed
     monkeypatch.setattr(Stopper, "agreed", lambda self, next_step_s: "a signal asked for it")
     assert [finetune(config, world, training) for _ in range(2)] == [75, 75]

@@ -20,7 +20,7 @@ from hpc_hess.intake.findings import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 _SECTIONS = "|".join(Config.model_fields)
-_VALUE = r"\"[^\"{]*\"|'[^'{]*'|\[[^\]{]*\]|\d[\d.]*|true|false"
+_VALUE = r"\"[^\"{]*\"|'[^'{]*'|\[[^\]{]*\]|\d(?:[\d.]*\d)?|true|false"
 _SETTING = re.compile(rf"(?<![\w./`-])({_SECTIONS})\.([a-z]\w*)(?![\w(])(?:\s*=\s*({_VALUE}))?")
 _COMMAND = re.compile(
     r"(?:hpc-hess|python -m hpc_hess) (?!takes)([a-z][a-z-]*(?: [a-z]+)?)((?: (?:--[a-z-]+|[A-Z<{][\w./>}]*))*)"
@@ -33,7 +33,12 @@ _FOREIGN = {
     "--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test", "--nodes",
     "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary", "--overlap",
 }  # fmt: skip
-_NOT_SETTINGS = {"model.safetensors", "model.layers", *CHECKS}  # files, parameters, checks of the intake
+_NOT_SETTINGS = {  # files, parameters, attributes in Python, checks of the intake
+    "model.safetensors", "model.layers", "operator.intake", "operator.notes", *CHECKS,
+}  # fmt: skip
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 
 
 class Text(NamedTuple):
@@ -64,8 +69,17 @@ def texts() -> Iterator[Text]:
                 yield Text(where, node.value)
     for path in sorted((ROOT / "hpc_hess").rglob("*.html")):
         yield Text(str(path.relative_to(ROOT)), path.read_text())
+    for path in PAGES:
+        yield Text(str(path.relative_to(ROOT)), sentences(path.read_text()))
     for path in sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "slurm").glob("*.sh")]):
         yield Text(str(path.relative_to(ROOT)), path.read_text().replace("launch/X.sh", ""))
+
+
+def sentences(page: str) -> str:
+    """Return a page as a message would read: without Python, drawings, targets of links, backquotes, ends of lines."""
+    page = re.sub(r"^```(\w*)\n(.*?)^```", lambda m: m[2] if m[1] == "bash" else "", page, flags=re.DOTALL | re.MULTILINE)
+    page = re.sub(r"\]\([^)]*\)|`", "", page)
+    return re.sub(r"(?<=\S)\n(?=[\w(])", " ", page)
 
 
 def settings_named(text: str) -> Iterator[tuple[str, str, str | None]]:
@@ -207,12 +221,43 @@ def test_unknown_keys_are_answered_with_one_that_exists() -> None:
         assert near[2] in type(Config.model_fields[near[1]].default).model_fields
 
 
-def test_the_commands_of_the_readme_parse() -> None:
+def commands_shown(page: str) -> Iterator[str]:
+    """The commands of a page, in its blocks of code and between backquotes, without the program's name."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        yield from re.findall(r"^(?:python -m hpc_hess|hpc-hess) (.*)", block, re.MULTILINE)
+    for shown in re.findall(r"`([^`\n]+)`", page):
+        match = re.match(r"(?:python -m hpc_hess|hpc-hess) ([a-z-]+ .*)", shown)
+        if match:
+            yield match[1]
+    yield from re.findall(r"(?:launch/(?:torchrun|mpirun|srun)\.sh)((?: +-{1,2}n\w* \d+)* \S+\.toml[^#`\n]*)", page)
+
+
+def test_the_commands_of_the_pages_parse() -> None:
     parser, seen = _parser(), 0
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for line in page.read_text().splitlines():
-            match = re.match(r"\s*(?:python -m hpc_hess|hpc-hess) (.*)", line)
-            if match and "..." not in line:
-                parser.parse_args(shlex.split(match[1], comments=True))  # SystemExit: it does not parse
-                seen += 1
-    assert seen > 10
+    for page in PAGES:
+        for command in commands_shown(page.read_text()):
+            words = shlex.split(command, comments=True)
+            if "COMMAND" in words:
+                continue
+            words = words[: words.index(">")] if ">" in words else words
+            if words[0].startswith("-") or words[0].endswith(".toml"):  # of a launcher: its own options, then run's
+                first = next(k for k, word in enumerate(words) if word.endswith(".toml"))
+                words = ["run", *words[first:]]
+            parser.parse_args(words)  # SystemExit: it does not parse
+            seen += 1
+    assert seen > 50
+
+
+def test_every_key_of_the_tables_exists() -> None:
+    """Also those written short: `lanczos.steps`, `.probes`."""
+    seen, wrong = 0, []
+    for page in PAGES:
+        for cell in re.findall(r"^\| (`[a-z]\w*\.\w+`(?:, `\.\w+`)*) \|", page.read_text(), re.MULTILINE):
+            section, *keys = re.findall(r"\w+", cell)
+            if section in Config.model_fields and f"{section}.{keys[0]}" not in _NOT_SETTINGS:
+                keys = [key for key in keys if key != section]
+                known = type(Config.model_fields[section].default).model_fields
+                wrong += [f"{page.name}: {section}.{key}" for key in keys if key not in known]
+                seen += len(keys)
+    assert not wrong, "\n".join(wrong)
+    assert seen

@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hpc_hess import cli
+from hpc_hess.commands.arguments import Training, parse_steps
 from hpc_hess.commands.dynamics.work import OUTLIER, dynamics, plan, ratios
-from hpc_hess.commands.finetune.work import Training, batch_rows, checkpoint, finetune, parse_steps
+from hpc_hess.commands.finetune.work import batch_rows, checkpoint, finetune
 from hpc_hess.config import Config, make_config
 from hpc_hess.console.progress import Progress
 from hpc_hess.errors import ConfigError, ModelError, NumericsError, StoreError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpc_hess.config import Config, load_config, make_config, parse_time_limit
+from hpc_hess.config import DEMO, TOY, Config, load_config, make_config, parse_time_limit
 from hpc_hess.errors import ConfigError
 
 
@@ -187,6 +187,16 @@ def test_time_limits(text: str, seconds: float) -> None:
 )
 def test_bad_time_limits(text: str) -> None:
     assert refusal({"run": {"time_limit": text}}).startswith(f"run.time_limit = '{text}' is not valid")
+
+
+def test_the_packages_own_files_have_the_names_they_have_in_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("launch/configs/toy.toml") == load_config(TOY)
+    demo = load_config(DEMO)
+    assert demo == make_config({"data": {"micro_batch": 2}})
+    (tmp_path / "launch" / "configs").mkdir(parents=True)
+    (tmp_path / "launch" / "configs" / "toy.toml").write_text("[lanczos]\nsteps = 3\n")
+    assert load_config("launch/configs/toy.toml").lanczos.steps == 3
 
 
 def test_bad_files(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hpc_hess.linalg.density import density, density_symlog, inverse_symlog, sym
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.probes import normals, signs
-from hpc_hess.linalg.quadrature import Ritz, estimate, ritz, trace
+from hpc_hess.linalg.quadrature import Ritz, estimate, ritz, squared_norms, trace
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import VectorSpace
@@ -90,6 +90,11 @@ def test_without_the_last_beta_residuals_are_unknown() -> None:
 def test_one_step() -> None:
     q = ritz([3.0], [0.5])
     assert (q.values.tolist(), q.weights.tolist(), q.residuals.tolist()) == ([3.0], [1.0], [0.5])
+
+
+def test_one_step_has_the_second_moment_of_two() -> None:
+    one, two = ritz([3.0], [0.5]), ritz([3.0, 1.0], [0.5, 2.0])
+    assert squared_norms([one, two], 10) == pytest.approx([92.5, 92.5])
 
 
 def test_trace_of_one_probe_has_no_error() -> None:

@@ -126,7 +126,7 @@ def test_not_a_causal_model_and_no_such_attention(tmp_path: Path) -> None:
         build_skeleton(resolve_source(section), section)
 
 
-def test_paths_count_from_here_and_from_the_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_count_from_here_and_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_path("launch/data/gpl-3.txt") is not None
     (tmp_path / "launch" / "data").mkdir(parents=True)

@@ -9,16 +9,17 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from hpc_hess.commands.arguments import Query
 from hpc_hess.config import Config
 from hpc_hess.console.progress import Progress, make_progress
-from hpc_hess.errors import ConfigError, NumericsError, StoreError
+from hpc_hess.errors import NumericsError, StoreError
 from hpc_hess.linalg.solve import conjugate_gradients, minres
 from hpc_hess.model.blocks.per_example import ExampleGradients
 from hpc_hess.model.data.data import Samples, load_samples, one_example, text_samples
@@ -36,7 +37,6 @@ from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.run_files import write_aside
 
 RECORD_NAME = "attribution.json"
-Preconditioned = Literal["none", "fisher", "gauss_newton", "hessian"]
 _WRITE_EVERY_S = 5.0  # at most this much work is lost to a kill
 
 
@@ -146,37 +146,6 @@ class _Writer:
 
 
 # -- queries -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: the gradient of the mean loss of ``text``, or of the first ``sequences`` rows of ``data``.
-
-    ``precondition``: none; fisher (of the sketches themselves); gauss_newton or hessian, as products in sketch space with
-    the examples' data, at most ``products`` of them. ``damping``: None for a tenth of a mean eigenvalue.
-
-    Raises
-    ------
-    ConfigError : a value makes no sense.
-
-    """
-
-    text: str = ""
-    data: str = ""
-    sequences: int = 1
-    top: int = 10
-    precondition: Preconditioned = "none"
-    damping: float | None = None
-    products: int = 30
-
-    def __post_init__(self) -> None:
-        if bool(self.text) == bool(self.data):
-            raise ConfigError("a query needs a text: --text 'WORDS', or --data text:FILE (one of the two)")
-        for name in ("sequences", "top", "products"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} is not valid: it should be at least 1")
-        if self.damping is not None and not self.damping > 0:
-            raise ConfigError(f"--damping {self.damping} is not valid: it should be greater than 0")
 
 
 def query(config: Config, world: World, asked: Query) -> int:

@@ -7,18 +7,17 @@ Hessian is taken. A checkpoint is a Hugging Face directory and a point that an i
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from hpc_hess.commands.arguments import Training
 from hpc_hess.commands.finetune.trainers import MOMENTS, optimizer_state
 from hpc_hess.config import Config
 from hpc_hess.console.words import number
-from hpc_hess.errors import ConfigError, NumericsError, StoreError
+from hpc_hess.errors import NumericsError, StoreError
 from hpc_hess.model.data.data import objective_of
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel.world import World
@@ -34,55 +33,6 @@ from hpc_hess.storage.run_files import write_aside
 LOG_NAME = "training.jsonl"
 STATE_NAME = "training.json"  # in each checkpoint: after how many steps, of which training
 _MOMENTS_NAME = "optimizer.state"  # AdamW's moments, in the format of safetensors
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is trained and kept: ``steps`` updates on ``batch`` sequences each; ``save_at`` counts updates.
-
-    Raises
-    ------
-    ConfigError : a value makes no sense.
-
-    """
-
-    out: Path
-    steps: int = 200
-    learning_rate: float = 1e-5
-    batch: int = 32
-    save_at: tuple[int, ...] = ()
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} is not valid: it should be at least 1")
-        check_seed(self.seed)
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate {self.learning_rate} is not valid: it should be greater than 0")
-        beyond = [step for step in self.save_at if not 0 <= step <= self.steps]
-        if beyond:
-            raise ConfigError(f"--save-at {beyond[0]} is not within 0 to {self.steps}: leave it out, or raise --steps")
-
-    @property
-    def points(self) -> list[int]:
-        """Steps after which there is to be a checkpoint; the last one always."""
-        return sorted({*self.save_at, self.steps})
-
-
-def check_seed(seed: int) -> None:
-    """Raise ConfigError unless ``seed`` and the number of an epoch make a seed of torch's: see :func:`batch_rows`."""
-    if not -(2**31) <= seed < 2**32:
-        raise ConfigError(f"--seed {seed} is not valid: it should be from 0 to {2**32 - 1}")
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """Return the numbers of "0,10,50". Raises ConfigError."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(f"--save-at '{text}' is not valid: it should be steps such as 0,10,50,100") from None
 
 
 def checkpoint(out: Path, step: int) -> Path:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from hpc_hess.commands.arguments import Search
 from hpc_hess.commands.finetune.trainers import Subspace, Whole
-from hpc_hess.commands.finetune.work import batch_rows, check_seed
+from hpc_hess.commands.finetune.work import batch_rows
 from hpc_hess.commands.intrinsic_dimension.rule import DoublingRule, threshold_of
 from hpc_hess.config import Config
 from hpc_hess.console.words import number
@@ -36,56 +36,6 @@ from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.run_files import write_aside
 
 RECORD_NAME = "intrinsic_dimension.json"
-
-
-@dataclass(frozen=True)
-class Search:
-    """How an intrinsic dimension is looked for.
-
-    ``smallest`` and ``largest`` dimension (powers of two); ``every``: steps between measurements (c); ``delta``: the gain
-    over these below which the dimension doubles; ``target``: the metric to reach, None for ``share`` of what
-    ``baseline_steps`` of ordinary training gain. ``metric``: next-token accuracy in percent, or loss (negated).
-
-    Raises
-    ------
-    ConfigError : a value makes no sense.
-
-    """
-
-    smallest: int = 16
-    largest: int = 1 << 16
-    every: int = 100
-    delta: float = 0.1
-    target: float | None = None
-    share: float = 0.9
-    baseline_steps: int = 500
-    baseline_rate: float = 1e-3
-    learning_rate: float = 1e-2
-    batch: int = 32
-    held_out: int = 16
-    metric: Literal["accuracy", "loss"] = "accuracy"
-    verify: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("smallest", "largest"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ConfigError(f"--{name} {value} is not valid: it should be a power of two")
-        for name in ("every", "batch", "held_out", "baseline_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not valid: it should be at least 1")
-        check_seed(self.seed)
-        if self.smallest > self.largest:
-            raise ConfigError(f"--smallest {self.smallest} is larger than --largest {self.largest}")
-        for name in ("learning_rate", "baseline_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is not valid: it should be above 0")
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"--share {self.share} is not valid: it should be above 0 and at most 1")
-        best, metric = (100, "accuracy is in percent") if self.metric == "accuracy" else (0, "the loss counts negated")
-        if self.target is not None and not self.target <= best:
-            raise ConfigError(f"--target {self.target} is out of reach: {metric}, so it is at most {best}")
 
 
 @dataclass

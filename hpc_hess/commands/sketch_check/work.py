@@ -10,13 +10,13 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hpc_hess.commands.arguments import Comparison
 from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError
 from hpc_hess.model.data.data import objective_of
@@ -26,37 +26,13 @@ from hpc_hess.session.memory_budget import room_for_rows
 from hpc_hess.session.problem import Problem, load_problem
 from hpc_hess.session.session import opened
 from hpc_hess.sketch.comparison import correlation
-from hpc_hess.sketch.kinds import KINDS, SketchSettings
+from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.run_files import write_aside
 
 RECORD_NAME = "sketch_check.json"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Which sketches are compared: ``kinds`` x ``bits`` (log2 of the dimension), on ``queries`` whole gradients.
-
-    Raises
-    ------
-    ConfigError : a value makes no sense.
-
-    """
-
-    kinds: tuple[str, ...] = ("affd", "afjl", "qk")
-    bits: tuple[int, ...] = (8, 10, 12, 13, 14, 16)
-    queries: int = 4
-
-    def __post_init__(self) -> None:
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown:
-            raise ConfigError(f"--kinds {unknown[0]} is not valid: it should be among {', '.join(KINDS)}")
-        if not all(0 < bits < 31 for bits in self.bits):
-            raise ConfigError("--bits should be between 1 and 30: the dimension is 2 to that power")
-        if self.queries < 1:
-            raise ConfigError(f"--queries {self.queries} is not valid: it should be at least 1")
 
 
 def sketch_check(config: Config, world: World, asked: Comparison) -> int:

@@ -1,21 +1,21 @@
-"""Where a path of the configuration lies: the working directory first, then the clone that holds the package."""
+"""Where a path of the configuration lies: in the working directory, else in the package."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-_CLONE = Path(__file__).resolve().parents[3]
+from hpc_hess.config import PACKAGE
 
 
 def find_path(text: str) -> Path | None:
     """Return the existing path that ``text`` names, or None.
 
-    A relative path counts from the working directory, else from the repository root (the parent of the installed
-    package), so that the demo configuration works from anywhere inside or outside a clone. Collective: no.
+    A relative path counts from the working directory, else from the package, which holds ``launch/configs`` and
+    ``launch/data``: the demo works from anywhere, with and without a clone. Collective: no.
     """
     path = Path(text).expanduser()
-    candidates = [path] if path.is_absolute() else [path, _CLONE / path]
+    candidates = [path] if path.is_absolute() else [path, PACKAGE / path]
     return next((p for p in candidates if p.exists()), None)
 
 

