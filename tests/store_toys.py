@@ -18,11 +18,25 @@ from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.schema import Schema
+from hpc_hess.storage.seal import raw_data, seal
 from hpc_hess.storage.store import Store, store_exists
 
 # uneven rows, a scalar, an inner sharded dimension; rank 2 of 3 owns nothing of the first three
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (1, 700), "c": (), "e": (2, 7, 5), "w": (41, 13)}
 FEW: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (1, 7)}  # rank 2 of 3 owns nothing at all
+
+
+def reseal(path: Path) -> None:
+    """Seal a file anew, whose contents a test has changed."""
+    with h5py.File(path, "r") as file:
+        room, data = file.userblock_size, raw_data(file)
+    seal(path, room, data)
+
+
+def unseal(path: Path) -> None:
+    """Make a file like those of versions that knew no seal."""
+    with path.open("r+b") as file:
+        file.write(bytes(16))
 
 
 def layout_for(num_shards: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Layout:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from hpc_hess.errors import StoreError
 from hpc_hess.storage.disk import explaining, rename_durably, reserve
 from hpc_hess.storage.identity import must_match
-from hpc_hess.storage.schema import open_file
+from hpc_hess.storage.schema import new_file, open_file
 
 NAME = "sketches.h5"
 FORMAT = 1
@@ -144,7 +144,7 @@ def _create(
     aside.unlink(missing_ok=True)
     with explaining(path, "create the sketches"), contextlib.ExitStack() as held:
         held.callback(aside.unlink, missing_ok=True)
-        with open_file(aside, "x") as file:
+        with new_file(aside, len(shapes)) as file:
             file.attrs["format"], file.attrs["attributes"] = FORMAT, json.dumps(attributes)
             for name, (shape, dtype) in shapes.items():
                 properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

@@ -27,6 +27,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from hpc_hess.parallel.layout import Layout, Parameter
 from hpc_hess.storage.blocks import Block, regular_blocks
 from hpc_hess.storage.commit import Ledger, Slots
 from hpc_hess.storage.disk import FILE, RANKS, explaining, remedy
+from hpc_hess.storage.seal import check_seal, raw_data, seal, user_block_bytes
 
 # the newest; a store has the oldest that can say what it holds: 2 where rows are bfloat16, 3 where there are none
 FORMAT_VERSION = 3
@@ -114,25 +116,41 @@ class Header:
 
 
 def open_file(path: Path, mode: str, comm: Any = None) -> h5py.File:
-    """Open an HDF5 file; ``mode`` is "x", "r" or "r+", since "w" truncates a file before it fails.
+    """Open an HDF5 file whose seal holds; ``mode`` is "r" or "r+".
 
     Without HDF5's own locks: run.lock keeps a second writer out (also with MPI, where HDF5 has none), and a run that is
     going on can be read. Without its sieve buffer: a small write on a full disk then fails at once, instead of in the
     flush, after which HDF5 can neither write nor close the file and crashes.
     """
+    access = _access()
+    if comm is not None:  # rank 0 has looked at the seal when it read the header
+        access.set_fapl_mpio(comm, _mpi_info())
+    else:
+        check_seal(path)
+    return h5py.File(h5f.open(os.fsencode(path), {"r": h5f.ACC_RDONLY, "r+": h5f.ACC_RDWR}[mode], fapl=access))
+
+
+@contextlib.contextmanager
+def new_file(path: Path, num_datasets: int) -> Iterator[h5py.File]:
+    """Create an HDF5 file, which must not exist, for the block to fill: all space allocated. It is sealed in the end."""
+    access, creation = _access(), h5p.create(h5p.FILE_CREATE)
+    access.set_alignment(1 << 20, 4096)
+    room = user_block_bytes(num_datasets)
+    creation.set_userblock(room)
+    with h5py.File(h5f.create(os.fsencode(path), h5f.ACC_EXCL, creation, access)) as file:
+        yield file
+        data = raw_data(file)
+    seal(path, room, data)
+
+
+def _access() -> Any:
     access = h5p.create(h5p.FILE_ACCESS)
     access.set_fclose_degree(h5f.CLOSE_STRONG)
     access.set_libver_bounds(*_LIBVER)
     access.set_sieve_buf_size(0)
-    if comm is not None:
-        access.set_fapl_mpio(comm, _mpi_info())
-    elif hasattr(access, "set_file_locking"):
+    if hasattr(access, "set_file_locking"):
         access.set_file_locking(False, True)
-    name = os.fsencode(path)
-    if mode == "x":
-        access.set_alignment(1 << 20, 4096)
-        return h5py.File(h5f.create(name, h5f.ACC_EXCL, fapl=access))
-    return h5py.File(h5f.open(name, {"r": h5f.ACC_RDONLY, "r+": h5f.ACC_RDWR}[mode], fapl=access))
+    return access
 
 
 def _mpi_info() -> Any:
@@ -160,7 +178,7 @@ def create_master(
     path: Path, schema: Schema, parameters: list[Parameter], attributes: dict[str, Any], ledger: Ledger, layout: Layout
 ) -> None:
     """Write a complete krylov.h5 at ``path``, which must not exist. Called by one rank, with the serial driver."""
-    with open_file(path, "x") as file:
+    with new_file(path, 7 + 4 * schema.probes) as file:
         file.attrs["format_version"] = 3 if not schema.rows else 2 if schema.dtype == "bfloat16" else 1
         for key, value in asdict(schema).items():
             file.attrs[key] = value
@@ -218,7 +236,7 @@ def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
 
 def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
     """Write an empty rank file of ``size`` entries a row; no data sets if the rank owns nothing, or there are no rows."""
-    with open_file(path, "x") as file:
+    with new_file(path, schema.bases) as file:
         for key, value in (
             ("run_id", schema.run_id),
             ("generation", schema.generation),

@@ -47,7 +47,7 @@ from hpc_hess.studies import runner as studies
 from tests.faults.fuzz_store import stopped_after
 from tests.parallel.test_store_faults import small_disk  # noqa: F401 (a fixture)
 from tests.quick import run_quickly, start_ranks
-from tests.store_toys import create, fill, reopen
+from tests.store_toys import create, fill, reopen, unseal
 from tests.toys import toy_directory
 
 ALONE = World.alone()
@@ -447,9 +447,14 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "of an earlier version"])
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_damaged_store_is_a_sentence(world: World, toy: Path, tmp_path: Path, finished: Path, name: str) -> None:
+def test_a_damaged_store_is_a_sentence(
+    world: World, toy: Path, tmp_path: Path, finished: Path, name: str, sealed: bool
+) -> None:
     out = copied(finished, tmp_path)
+    if not sealed:
+        unseal(out / "krylov.h5")
     SPOILT[name](out)
     for command in (lambda: inspect_run(out, verify=True), lambda: run(settings(toy, out, *MORE), world)):
         try:
@@ -458,6 +463,7 @@ def test_a_damaged_store_is_a_sentence(world: World, toy: Path, tmp_path: Path, 
             assert "krylov.h5" in str(error)  # noqa: PT017
         else:
             assert name == "no probes/0/basis"
+            assert not sealed
 
 
 def test_damaged_sketches(tmp_path: Path) -> None:
