@@ -20,19 +20,8 @@ from typing import Any
 
 from benchmarks.common import ROOT, write
 
-# what is checked: modules of the package, and the names that callers use there
+# what is checked: the module and the name that callers use
 CHECKS = {
-<<<<<<< HEAD
-    "first forward passes": {"session.problem": ("try_forward",)},
-    "parameters spanned and reached": {
-        "session.problem": ("spanned_finding",), "studies.quadrature.loop": ("reached_finding",)
-    },
-    "fingerprint of the model": {"model.sources.source": ("fingerprint",)},
-    "directory, own code": {"model.sources.source": ("find_weight_files", "weight_like", "decide")},
-    "tensors": {"model.sources.checkpoint": ("_check_types", "unused_findings", "_missing_buffers")},
-    "discrete choices": {"curvature.differences.finite_difference": ("FiniteDifferenceHessian._look",)},
-}
-=======
     "first forward passes": [("session.problem", "try_forward")],
     "parameters spanned and reached": [
         ("session.problem", "spanned_finding"), ("studies.quadrature.loop", "reached_finding"),
@@ -44,7 +33,6 @@ CHECKS = {
     ],
     "discrete choices": [("curvature.differences.finite_difference", "FiniteDifferenceHessian._look")],
 }  # fmt: skip
->>>>>>> main
 
 
 def timed(config: str, overrides: list[str], report: Path) -> int:
@@ -74,9 +62,8 @@ def timed(config: str, overrides: list[str], report: Path) -> int:
         setattr(holder, last, measured)
 
     for check, places in CHECKS.items():
-        for module, names in places.items():
-            for name in names:
-                watch(check, f"hpc_hess.{module}", name)
+        for module, name in places:
+            watch(check, module, name)
     code = program(["run", config, *(f"--set={text}" for text in overrides)])
     rank = os.environ.get("RANK", "0")
     (report / f"{rank}.json").write_text(json.dumps({**seconds, "whole": time.perf_counter() - began}))
