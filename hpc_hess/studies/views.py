@@ -1,4 +1,4 @@
-"""What the report shows of each study: a sentence, a table, a figure. One module a study, all with the same functions."""
+"""What the report shows of each study: a sentence, a table, a figure. A module a study, all with the same functions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
-from hpc_hess.studies.block_diagonal import layers_view as layers
-from hpc_hess.studies.block_diagonal import view as block_diagonal
-from hpc_hess.studies.class_structure import view as class_structure
-from hpc_hess.studies.deflated import view as deflated
-from hpc_hess.studies.diagonal import view as diagonal
-from hpc_hess.studies.eigenpairs import view as eigenpairs
-from hpc_hess.studies.inverse import view as inverse
-from hpc_hess.studies.sub_block import view as sub_block
-from hpc_hess.studies.trace import view as trace
+from hpc_hess.studies.registry import STUDIES
 
 Found = Mapping[str, Any]
 
@@ -47,14 +39,8 @@ class View(Protocol):
         ...
 
 
-VIEWS: dict[str, View] = {
-    "eigenpairs": eigenpairs, "deflated": deflated, "trace": trace, "diagonal": diagonal, "inverse": inverse,
-    "block_diagonal": block_diagonal, "layers": layers, "class_structure": class_structure, "sub_block": sub_block,
-}  # fmt: skip
-
-
 class Part(NamedTuple):
-    """One study of a result."""
+    """One study of a result, or a part of one that is shown by itself."""
 
     name: str
     view: View
@@ -62,9 +48,10 @@ class Part(NamedTuple):
 
 
 def parts(result: Mapping[str, Any]) -> Iterator[Part]:
-    """Yield the studies that a result has, in reading order."""
+    """Yield the studies that a result has, in reading order; a view's own ``parts`` may show one as several."""
     found = {"eigenpairs": result.get("eigenpairs"), **(result.get("studies") or {})}
-    found["layers"] = (found.get("block_diagonal") or {}).get("spectrum")
-    for name, view in VIEWS.items():
-        if found.get(name):
-            yield Part(name, view, found[name])
+    for name, study in STUDIES.items():
+        if some := found.get(name):
+            view = study.view()
+            split = getattr(view, "parts", None)
+            yield from (Part(*part) for part in split(some)) if split else [Part(name, view, some)]

@@ -93,9 +93,9 @@ def plan(config: Config, models: Sequence[str], sequences: Sequence[int], out: P
     for count in sequences:
         if count < 1:
             raise ConfigError(f"--sequences {count} is not valid: it should be at least 1")
-    analysis = config.analysis
-    if not analysis.eigenpairs:
-        analysis = analysis.model_copy(update={"eigenpairs": _EIGENPAIRS})
+    studies = dict(config.studies)
+    if not studies["eigenpairs"].wanted:
+        studies["eigenpairs"] = studies["eigenpairs"].model_copy(update={"count": _EIGENPAIRS})
     points = []
     for model, name in zip(models, _names(models), strict=True):
         section = config.model.model_copy(update={"source": model})
@@ -103,7 +103,7 @@ def plan(config: Config, models: Sequence[str], sequences: Sequence[int], out: P
         for count in sequences or [config.data.sequences]:
             full = f"{name}-{count}-sequences" if sequences else name
             changes = {
-                "model": section, "analysis": analysis, "data": config.data.model_copy(update={"sequences": count}),
+                "model": section, "studies": studies, "data": config.data.model_copy(update={"sequences": count}),
                 "run": config.run.model_copy(update={"out": str(out / full)}),
             }  # fmt: skip
             points.append(Point(full, name, _step(Path(model)), config.model_copy(update=changes)))
@@ -180,7 +180,7 @@ def _row(point: Point, result: Mapping[str, Any]) -> dict[str, Any]:
 def _notes(config: Config, points: Sequence[Point], results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what a reader should know before comparing the runs."""
     notes = []
-    if not config.analysis.eigenpairs:
+    if not config.studies["eigenpairs"].wanted:
         notes.append(f"The configuration asks for no eigenpairs: analysis.eigenpairs = {_EIGENPAIRS} was set.")
     data: dict[int, set[str]] = {}
     for point, result in zip(points, results, strict=True):
@@ -192,7 +192,9 @@ def _notes(config: Config, points: Sequence[Point], results: Sequence[Mapping[st
         notes.append("The models do not see the same token ids: their tokenizers differ. Set model.tokenizer.")
     late = sum(not all(p["converged"] for p in result["eigenpairs"]["pairs"]) for result in results)
     if late:
-        notes.append(f"In {late} of {len(results)} runs not every eigenpair converged; more analysis.most_products help.")
+        notes.append(
+            f"In {late} of {len(results)} runs not every eigenpair converged; more studies.eigenpairs.most_products help."
+        )
     if any(p.get("gradient_share") is None for result in results for p in result["eigenpairs"]["pairs"]):
         notes.append("Some runs have no gradient shares: they come from before those were measured, or a gradient is zero.")
     return notes

@@ -24,10 +24,9 @@ from hpc_hess.session.partial_products import ProductWatch, open_product_store, 
 from hpc_hess.session.problem import Problem, dtype_of, load_problem
 from hpc_hess.session.session import Session, opened
 from hpc_hess.session.starts import progress_mark
-from hpc_hess.session.stopping import EXIT_STOPPED, InterruptedProductError, Stopper
+from hpc_hess.session.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import Committed, newest
-from hpc_hess.storage.disk import size_text
 from hpc_hess.storage.events import EVENTS_NAME
 from hpc_hess.storage.identity import same
 from hpc_hess.storage.lock import RunLock
@@ -35,17 +34,10 @@ from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.run_files import write_aside
 from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
-from hpc_hess.studies.eigenpairs.search import (
-    EigenLoop,
-    check_search,
-    eigen_basis_device,
-    open_eigen_store,
-    pairs_found,
-    search_ended,
-)
 from hpc_hess.studies.quadrature.loop import Loop
 from hpc_hess.studies.quadrature.result import RESULT_NAME, make_result, refuse_meaningless, to_json
-from hpc_hess.studies.runner import asked_for, check_kept, check_studies, run_study
+from hpc_hess.studies.registry import asked_for
+from hpc_hess.studies.runner import check_kept, check_studies, run_studies
 
 
 class _Existing(NamedTuple):
@@ -81,12 +73,10 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         if config.run.resume == "never":
             _put_aside(session)
         if found:
-            check_search(session, attributes)
             check_kept(session, attributes)
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
-        studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
-        if config.operator.method == "exact" and (studying or not complete):
+        if config.operator.method == "exact" and (asked_for(config) or not complete):
             progress.phase("exact product")
             exact = exact_operator(config, problem, config.operator.kind)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
@@ -108,29 +98,14 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             loop = Loop(session, problem, store, watch, exact, bases, min(wanted, place.width))
             loop.tally.baseline_bytes = problem.program_bytes
             loop.tally.limits = loop.tally.limits or limits
-            reason = loop.run()
-            if not reason:
-                _free_basis(config, loop)
-            searched: dict[str, Any] = {}
-            studies: dict[str, Any] = {}
-            if config.analysis.eigenpairs and not reason:
-                reason, searched["eigenpairs"] = _search(loop, attributes)
-            for name in asked_for(config.analysis):
-                if not reason:
-                    loop.bases.free()
-                    values = [pair["value"] for pair in searched.get("eigenpairs", {}).get("pairs", [])]
-                    reason, studies[name] = run_study(name, loop, attributes, values)
+            reason, where, found_in_studies = run_studies(loop, attributes)
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
-            done = "before the first step"
-            if studies:
-                done = f"in the study '{list(studies)[-1]}'"
-            elif searched:
-                done = "in the search for eigenpairs"
-            elif state.width:
+            if not where:
                 done = f"after committing step {state.step} of {probes_text(state.group)}"
+                where = done if state.width else "before the first step"
             again = "" if config.run.resume != "never" else ' with run.resume = "auto"'
-            progress.note(f"stopped early {done}{part}: {reason}; run the same command{again} to go on")
+            progress.note(f"stopped early {where}{part}: {reason}; run the same command{again} to go on")
             session.progressed = world.rank == 0 and before != progress_mark(out, sum(state.lengths))
             session.count_stop(reason)
         else:
@@ -139,7 +114,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             if loop.tally.ritz_probe >= config.lanczos.probes:  # of a probe that is not asked for any more
                 loop.tally.ritz_check, loop.tally.ritz_ends = {}, {}
             result = make_result(config, world, problem, loop.tally, loop.recurrences())
-            result |= searched | ({"studies": studies} if studies else {})
+            result |= found_in_studies
             refuse_meaningless(result)
             result["cautions"] = warnings(result)
             report = _write_result(session, result)  # under the lock: another job may wait for it
@@ -218,28 +193,6 @@ def _watched(session: Session, problem: Problem, exact: ExactOperator | None, pl
         yield watch
 
 
-def _search(loop: Loop, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Search for eigenpairs after the quadrature; return why it stopped early, or "", and what was found."""
-    session, space = loop.session, loop.space
-    loop.bases.free()
-    device = eigen_basis_device(session, space, exact_product_bytes(session.config, loop.problem.model))
-    with open_eigen_store(session, space, attributes) as store:
-        if not search_ended(store, session.config.analysis):
-            store.take_back()
-            try:
-                operator = loop.ready()
-            except InterruptedProductError as interrupted:
-                return str(interrupted), {}
-            search = EigenLoop(
-                session, operator, store, device, loop.watch,
-                gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]),
-            )  # fmt: skip
-            if reason := search.run():
-                return reason, {}
-        store.give_back()  # also after a kill at the search's end, and where other ranks have built the store anew
-        return "", pairs_found(store)
-
-
 def _identity(config: Config, problem: Problem) -> dict[str, Any]:
     """What a run directory is bound to: settings that change the numbers, and fingerprints of model and data."""
     return {
@@ -308,20 +261,6 @@ def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:
             "store.keep_basis = true comes too late for probes that were finished without it: their basis is not kept"
         )
     return notes
-
-
-def _free_basis(config: Config, loop: Loop) -> None:
-    """Give the disk space of the probes' basis back, which nothing needs any more. Collective: yes."""
-    store, size = loop.store, loop.store.schema.basis_bytes
-    if config.store.keep_basis or not size:
-        return
-    loop.bases.free()
-    try:
-        store.free_basis()
-    except StoreError as error:  # the numbers are safe
-        loop.progress.note(f"the Krylov basis stays on disk: {error}")
-    else:
-        loop.progress.note(f"the Krylov basis is not needed any more: {size_text(size)} of disk space given back")
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

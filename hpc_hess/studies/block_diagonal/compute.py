@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpc_hess.config import Config
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.blockwise import (
     Comparison,
@@ -25,10 +27,14 @@ from hpc_hess.linalg.blockwise import (
 )
 from hpc_hess.linalg.measure import Recurrence, wasserstein_a_posteriori
 from hpc_hess.linalg.quadrature import Ritz, ritz
+from hpc_hess.model.sharded.skeleton import text_config
 from hpc_hess.parallel.partition import Partition
 from hpc_hess.parallel.vector import Vector
-from hpc_hess.studies.base import Bench
-from hpc_hess.studies.block_diagonal.partition import partition
+from hpc_hess.session.problem import Problem
+from hpc_hess.session.session import Session
+from hpc_hess.studies.base import Bench, Recipe
+from hpc_hess.studies.block_diagonal.partition import check_heads, partition
+from hpc_hess.studies.block_diagonal.settings import Settings
 
 _NAMES = [field.name for field in fields(Comparison)]
 _NUMBERS = len(_NAMES)
@@ -44,25 +50,25 @@ def block_diagonal(bench: Bench) -> dict[str, Any]:
     ConfigError : a partition by heads of a model whose heads are not known.
 
     """
-    settings, space = bench.settings, bench.operator.space
-    kinds = list(settings.block_diagonal)
-    blocks: dict[str, Partition] = {kind: partition(space, kind, bench.head_dim) for kind in kinds}
+    settings, space = Settings.of(bench.config), bench.operator.space
+    kinds = list(settings.blocks)
+    blocks: dict[str, Partition] = {kind: partition(space, kind, _head_dim(bench.problem)) for kind in kinds}
     rows = []
-    for name, vector in _directions(bench).items():
+    for name, vector in _directions(bench).items() if kinds else ():
         numbers = bench.keep.numbers(partial(_compare_all, bench, blocks, vector))
         for k, kind in enumerate(kinds):
             some = numbers[_NUMBERS * k : _NUMBERS * (k + 1)]
             rows.append({"direction": name, "blocks": kind, **dict(zip(_NAMES, some, strict=True))})
     found: dict[str, Any] = {"products": rows, "counts": {kind: blocks[kind].count for kind in kinds}}
-    if settings.block_spectrum:
-        chosen = partition(space, settings.block_spectrum)
+    if settings.spectrum:
+        chosen = partition(space, settings.spectrum)
         start = probes.draw(space, seed=bench.seed, probe=0, distribution="rademacher")
         parts = block_spectra(
-            bench.operator, chosen, bench.basis(settings.block_steps), start, settings.block_steps, bench.keep,
+            bench.operator, chosen, bench.basis(settings.steps), start, settings.steps, bench.keep,
             settings.columns,
         )  # fmt: skip
         found["spectrum"] = {
-            "blocks": settings.block_spectrum,
+            "blocks": settings.spectrum,
             "parts": [
                 {"name": name, "size": n, "values": q.values.tolist(), "weights": q.weights.tolist(),
                  "residuals": q.residuals.tolist()}
@@ -108,13 +114,14 @@ def _compare_all(bench: Bench, blocks: dict[str, Partition], direction: Callable
 
 
 def _compare(bench: Bench, blocks: Partition, v: Vector, image: Vector) -> tuple[float, ...]:
-    operator, keep, count = bench.operator, bench.keep, bench.settings.block_samples
+    settings, operator, keep = Settings.of(bench.config), bench.operator, bench.keep
+    count = settings.samples
     if blocks.count <= count:
-        exact = keep.vector(partial(block_product, operator, blocks, v, bench.settings.columns))
+        exact = keep.vector(partial(block_product, operator, blocks, v, settings.columns))
         return astuple(compare_exact(image, exact, blocks.count))
     samples = bench.basis(count)
-    for first in range(0, count, bench.settings.columns):
-        some = range(first, min(first + bench.settings.columns, count))
+    for first in range(0, count, settings.columns):
+        some = range(first, min(first + settings.columns, count))
         found = keep.vectors(partial(block_samples, operator, blocks, v, bench.seed, some))
         for k, sample in zip(some, found, strict=True):
             samples[k] = sample
@@ -186,3 +193,28 @@ def stand_in(values: np.ndarray, top: np.ndarray, count: int = _TOP) -> dict[str
     scale = float(have @ wanted / (have @ have))
     error = float(np.abs(scale * have - wanted).sum() / wanted.sum())
     return {"scale": scale, "top_error": error, "top_count": len(wanted)}
+
+
+def _head_dim(problem: Problem) -> int:
+    """Return the width of an attention head, 0 where the model does not tell."""
+    config = text_config(problem.source.hf_config)
+    if width := getattr(config, "head_dim", None):
+        return int(width)
+    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
+    return hidden // heads if hidden and heads else 0
+
+
+def _check(session: Session, problem: Problem, folder: Path) -> None:
+    if "head" in Settings.of(session.config).blocks:
+        check_heads(problem.model.layout, _head_dim(problem))
+
+
+def _rows(config: Config) -> int:
+    settings = Settings.of(config)
+    return max(settings.samples + 1, settings.steps)
+
+
+RECIPE = Recipe(
+    block_diagonal, _rows, check=_check, came_from=lambda inputs: {"eigenvalues": list(inputs.eigenvalues)},
+    compared=lambda found, inputs: compared(found, inputs.recurrences, inputs.eigenvalues),
+)  # fmt: skip

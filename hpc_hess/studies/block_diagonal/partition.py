@@ -71,8 +71,8 @@ def check_heads(layout: Layout, head_dim: int) -> None:
     """Raise ConfigError unless the projection of some attention head is known. Collective: no."""
     if not any(_split_by(parameter, "head", head_dim)[1] for parameter in layout.parameters):
         raise ConfigError(
-            'analysis.block_diagonal = ["head"] knows no projection of attention heads among the parameters: leave "head" '
-            "out, or widen parameters.include"
+            'studies.block_diagonal.blocks = ["head"] knows no projection of attention heads among the parameters: leave '
+            '"head" out, or widen parameters.include'
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from hpc_hess.console.words import minus, number
 from hpc_hess.report.style import CYCLE, MUTED
+from hpc_hess.studies.block_diagonal import layers_view
 
 TITLE = "Block-diagonal approximations"
 HEADERS = ["Direction v", "Blocks", "Number", "Relative error of block(A) v", "Cosine with A v", "Products"]
@@ -78,3 +80,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         text = ", ".join(f"{row['relative_error']:.2f} ({row['direction']})" for row in rows)
         said.append(f"by {kind}: relative error {text}")
     return said
+
+
+def parts(found: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield what is shown apart, each where it was asked for: the comparison of products, the spectra."""
+    if found["products"]:
+        yield "block_diagonal", sys.modules[__name__], found
+    if found.get("spectrum"):
+        yield "layers", layers_view, found["spectrum"]

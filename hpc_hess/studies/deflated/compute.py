@@ -9,7 +9,8 @@ from hpc_hess.linalg import probes
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import FunctionOperator
-from hpc_hess.studies.base import Bench
+from hpc_hess.studies.base import Bench, Recipe
+from hpc_hess.studies.deflated.settings import Settings
 
 _PROBE = 1 << 17  # a stream of its own
 
@@ -26,8 +27,12 @@ def deflated_density(bench: Bench) -> dict[str, Any]:
     """
     pairs = bench.eigenvectors()
     if not pairs:
-        raise ConfigError("analysis.deflated_steps takes out eigenvectors that were found: set analysis.eigenpairs")
-    steps, space = min(bench.settings.deflated_steps, bench.operator.space.size - len(pairs)), bench.operator.space
+        raise ConfigError(
+            "studies.deflated.steps takes out eigenpairs that were found, and the search found none: raise "
+            "studies.eigenpairs.most_products"
+        )
+    space = bench.operator.space
+    steps = min(Settings.of(bench.config).steps, space.size - len(pairs))
     known = bench.basis(len(pairs))
     count = orthonormal(known, [vector for _, vector in pairs])
     deflated = Deflated(bench.operator, known, count)
@@ -42,3 +47,9 @@ def deflated_density(bench: Bench) -> dict[str, Any]:
         "steps": process.step_count, "outliers": [value for value, _ in pairs], "alpha": list(process.alpha),
         "beta": list(process.beta), "size": space.size - count,
     }  # fmt: skip
+
+
+RECIPE = Recipe(
+    deflated_density, lambda config: Settings.of(config).steps, "steps",
+    came_from=lambda inputs: {"outliers": list(inputs.eigenvalues)},
+)  # fmt: skip

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from hpc_hess.linalg.diagonal import DiagonalEstimate, diagonal_hutchinson, xdiag
-from hpc_hess.studies.base import FIRST_PROBE, Bench
+from hpc_hess.studies.base import FIRST_PROBE, Bench, Recipe
+from hpc_hess.studies.diagonal.settings import Settings
 from hpc_hess.studies.localisation import group_of
 
 
 def diagonal_study(bench: Bench) -> dict[str, Any]:
     """Estimate the diagonal entry by entry; keep it and its standard errors as two rows. Collective: yes."""
-    method, products = bench.settings.diagonal, bench.settings.samples
+    settings = Settings.of(bench.config)
+    method, products = settings.method, settings.samples
     if method == "xdiag":
         half = products // 2
         estimate = xdiag(
@@ -45,3 +47,6 @@ def _groups(estimate: DiagonalEstimate) -> dict[str, dict[str, float]]:
         group["variance"] += variance
         group["entries"] += piece.parameter.numel
     return groups
+
+
+RECIPE = Recipe(diagonal_study, lambda config: Settings.of(config).samples)

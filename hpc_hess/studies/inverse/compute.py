@@ -9,7 +9,8 @@ from hpc_hess.linalg import solve
 from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.vector import Vector
-from hpc_hess.studies.base import Bench
+from hpc_hess.studies.base import Bench, Inputs, Recipe
+from hpc_hess.studies.inverse.settings import Settings
 
 
 def suggested_damping(recurrences: Sequence[Recurrence]) -> float:
@@ -25,21 +26,21 @@ def suggested_damping(recurrences: Sequence[Recurrence]) -> float:
 
 def inverse_study(bench: Bench) -> dict[str, Any]:
     """Solve (A + damping I) x = gradient, as influence functions need; keep x as a row. Collective: yes."""
-    settings, gradient = bench.settings, bench.gradient()
+    settings, gradient = Settings.of(bench.config), bench.gradient()
     damping = bench.keep.numbers(
         lambda: [suggested_damping(bench.recurrences) if settings.damping == "auto" else float(settings.damping)]
     )[0]
-    method = solve.minres if settings.inverse == "minres" else solve.conjugate_gradients
+    method = solve.minres if settings.method == "minres" else solve.conjugate_gradients
     solution = method(
-        bench.operator, gradient, damping=damping, tolerance=settings.inverse_tolerance, most=settings.inverse_products,
+        bench.operator, gradient, damping=damping, tolerance=settings.tolerance, most=settings.products,
         keep=bench.keep,
     )  # fmt: skip
     bench.save_vectors("x", [solution.x])
     residual = _true_residual(bench, solution.x, gradient, damping)
     return {
-        "method": settings.inverse, "damping": damping, "suggested": settings.damping == "auto",
-        "tolerance": settings.inverse_tolerance, "residuals": solution.residuals, "true_residual": residual,
-        "converged": residual <= 2 * settings.inverse_tolerance, "norm": solution.x.norm(),
+        "method": settings.method, "damping": damping, "suggested": settings.damping == "auto",
+        "tolerance": settings.tolerance, "residuals": solution.residuals, "true_residual": residual,
+        "converged": residual <= 2 * settings.tolerance, "norm": solution.x.norm(),
         "gradient_norm": gradient.norm(), "self_influence": solution.x.dot(gradient), "store": "studies/inverse/x",
     }  # fmt: skip
 
@@ -52,3 +53,11 @@ def _true_residual(bench: Bench, x: Vector, b: Vector, damping: float) -> float:
         return [rest.norm() / (b.norm() or 1.0)]
 
     return bench.keep.numbers(measure)[0]
+
+
+def _damping(inputs: Inputs) -> dict[str, Any]:
+    automatic = Settings.of(inputs.config).damping == "auto"
+    return {"damping": suggested_damping(inputs.recurrences)} if automatic else {}
+
+
+RECIPE = Recipe(inverse_study, lambda config: Settings.of(config).products, "products", came_from=_damping)

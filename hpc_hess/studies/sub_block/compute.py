@@ -12,24 +12,33 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hpc_hess.config import Config
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.keeping import Keep, KeepNothing
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.memory import gigabytes
+from hpc_hess.parallel.memory import gigabytes, host_bytes_free
 from hpc_hess.parallel.vector import Vector, VectorSpace
-from hpc_hess.studies.base import Bench
+from hpc_hess.session.problem import Problem
+from hpc_hess.session.session import Session
+from hpc_hess.storage.disk import free_bytes
+from hpc_hess.storage.schema import FILE
+from hpc_hess.studies.base import Bench, Recipe
+from hpc_hess.studies.registry import FOUND, PIECES
+from hpc_hess.studies.sub_block.settings import Settings
 
 Float = NDArray[np.float64]
 _SAMPLES = (1, 3, 10, 30, 100, 300, 1000)
 _CELLS = 128  # of a heat map, at most, along each side
 _MATRICES_IN_MEMORY, _MATRICES_ON_DISK = 6, 2  # at a time, as it is described; the columns, and the array that is kept
+_KEY = "studies.sub_block.entries"
 _SELECTION = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 
 
@@ -58,12 +67,12 @@ def select(layout: Layout, texts: Sequence[str], room: Room | None = None) -> Se
     for text in texts:
         match = _SELECTION.fullmatch(text.strip())
         if not match:
-            raise ConfigError(f"analysis.sub_block: '{text}' is not a parameter's name with indices, as \"name[0, :]\"")
+            raise ConfigError(f"{_KEY}: '{text}' is not a parameter's name with indices, as \"name[0, :]\"")
         pattern, index = match[1].strip(), match[2]
         names = [name for name in by_name if fnmatchcase(name, pattern)]
         if not names:
             near = difflib.get_close_matches(pattern, by_name, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"analysis.sub_block: no parameter among those included is called '{pattern}': '{near}'?")
+            raise ConfigError(f"{_KEY}: no parameter among those included is called '{pattern}': '{near}'?")
         picks = [_picked(text, index, by_name[name].shape) for name in names]
         _check_room(sum(math.prod(map(len, pick.axes)) for pick in picks), room)
         for name, pick in zip(names, picks, strict=True):
@@ -71,7 +80,7 @@ def select(layout: Layout, texts: Sequence[str], room: Room | None = None) -> Se
     flat = {name: np.unique(np.concatenate([pick.flat() for pick in picks])) for name, picks in chosen.items()}
     order = [parameter for parameter in layout.parameters if len(flat.get(parameter.name, ()))]
     if not order:
-        raise ConfigError(f"analysis.sub_block = {list(texts)} selects no entry")
+        raise ConfigError(f"{_KEY} = {list(texts)} selects no entry")
     parts = [flat[p.name] + p.file_offset for p in order]
     _check_room(sum(map(len, parts)), room)
     return Selection(np.concatenate(parts), [p.name for p in order], [len(part) for part in parts])
@@ -93,7 +102,7 @@ class Room(NamedTuple):
 def _check_room(count: int, room: Room | None) -> None:
     if room is not None and count > room.entries:
         raise ConfigError(
-            f"analysis.sub_block selects {count:,} entries, whose matrix would take {gigabytes(8.0 * count**2)}, and there "
+            f"{_KEY} selects {count:,} entries, whose matrix would take {gigabytes(8.0 * count**2)}, and there "
             f'is room for {room.entries:,} at most: select fewer, as "name[0, :]"'
         )
 
@@ -116,20 +125,20 @@ def _picked(text: str, index: str | None, shape: tuple[int, ...]) -> _Picked:
     parts = [part.strip() for part in index.split(",")]
     sizes: tuple[int, ...] = shape if len(parts) > 1 else (math.prod(shape),)
     if len(parts) > len(sizes):
-        raise ConfigError(f"analysis.sub_block: '{text}' has {len(parts)} indices, the parameter's shape is {list(shape)}")
+        raise ConfigError(f"{_KEY}: '{text}' has {len(parts)} indices, the parameter's shape is {list(shape)}")
     picked = []
     for part, size in zip([*parts, *[":"] * (len(sizes) - len(parts))], sizes, strict=True):
         match = re.fullmatch(r"(-?\d+)|(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?", part)
         if not match:
-            raise ConfigError(f"analysis.sub_block: '{part}' in '{text}' is neither an index nor a range as 0:32 or ::4")
+            raise ConfigError(f"{_KEY}: '{part}' in '{text}' is neither an index nor a range as 0:32 or ::4")
         if match[1] is not None:
             if not -size <= int(match[1]) < size:
-                raise ConfigError(f"analysis.sub_block: '{text}' goes beyond the parameter's shape {list(shape)}")
+                raise ConfigError(f"{_KEY}: '{text}' goes beyond the parameter's shape {list(shape)}")
             picked.append(range(size)[int(match[1]) % size :][:1])
         else:
             start, stop, step = (None if part is None else int(part) for part in match.groups()[1:])
             if step == 0:
-                raise ConfigError(f"analysis.sub_block: the step of '{text}' is 0")
+                raise ConfigError(f"{_KEY}: the step of '{text}' is 0")
             picked.append(range(size)[start:stop:step])
     return _Picked(tuple(picked), sizes)
 
@@ -197,16 +206,16 @@ def column_space(space: VectorSpace, count: int) -> VectorSpace:
 
 
 def sub_block_study(bench: Bench) -> dict[str, Any]:
-    """Assemble the matrix of analysis.sub_block, keep it as an array, and describe it. Collective: yes."""
-    settings = bench.settings
-    selection = select(bench.operator.space.layout, settings.sub_block)
+    """Assemble the matrix of studies.sub_block.entries, keep it as an array, and describe it. Collective: yes."""
+    settings = Settings.of(bench.config)
+    selection = select(bench.operator.space.layout, settings.entries)
     matrix = sub_block(bench.operator, selection, columns=settings.columns, keep=bench.keep)
     asymmetry = float(np.linalg.norm(matrix - matrix.T) / (np.linalg.norm(matrix) or 1.0))
     matrix = 0.5 * (matrix + matrix.T)
     bench.save("sub_block", matrix)
     shares = _shares(matrix, selection.counts)
     return {
-        "selected": settings.sub_block, "entries": len(matrix), "parameters": selection.parameters,
+        "selected": settings.entries, "entries": len(matrix), "parameters": selection.parameters,
         "counts": selection.counts, "asymmetry": asymmetry, "shares": shares.tolist(), "heat": heat_map(matrix).tolist(),
         "file": "studies/sub_block/sub_block.npy", **describe(matrix, bench.seed),
     }  # fmt: skip
@@ -251,3 +260,19 @@ def heat_map(matrix: Float, cells: int = _CELLS) -> Float:
         return np.add.reduceat(np.add.reduceat(values, edges, 0), edges, 1)
 
     return np.where(summed(matrix) < 0, -1.0, 1.0) * np.sqrt(summed(matrix**2) / summed(np.ones_like(matrix)))
+
+
+def _check(session: Session, problem: Problem, folder: Path) -> None:
+    """Refuse more entries than there is room for. Collective: yes. Raises ConfigError."""
+    world = session.world
+    ended, begun = world.broadcast(((folder / FOUND).exists(), (folder / PIECES / FILE).exists()), "look for a sub-block")
+    memory = int(-world.max_over_ranks(-(host_bytes_free() // world.launch.local_size), "free memory"))
+    disk = None if begun else world.broadcast(free_bytes(session.out), "free disk")
+    select(problem.model.layout, Settings.of(session.config).entries, None if ended else Room(memory, disk))
+
+
+def _space(config: Config, space: VectorSpace) -> VectorSpace:
+    return column_space(space, len(select(space.layout, Settings.of(config).entries).entries))
+
+
+RECIPE = Recipe(sub_block_study, lambda config: 0, "entries", space=_space, check=_check)

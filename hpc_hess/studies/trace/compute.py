@@ -7,12 +7,14 @@ from typing import Any
 from hpc_hess.linalg import trace
 from hpc_hess.linalg.quadrature import Estimate
 from hpc_hess.linalg.sampling import StoppingRule
-from hpc_hess.studies.base import FIRST_PROBE, Bench
+from hpc_hess.studies.base import FIRST_PROBE, Bench, Recipe
+from hpc_hess.studies.trace.settings import Settings
 
 
 def trace_study(bench: Bench) -> dict[str, Any]:
     """Estimate the trace, and with Hutchinson's samples the Frobenius norm. Collective: yes."""
-    method, most, operator = bench.settings.trace, bench.settings.samples, bench.operator
+    settings, operator = Settings.of(bench.config), bench.operator
+    method, most = settings.method, settings.samples
     found: dict[str, Any] = {"method": method, "products": most}
     if method == "hutchinson":
         moments = trace.hutchinson(
@@ -28,3 +30,6 @@ def trace_study(bench: Bench) -> dict[str, Any]:
 
 def _estimate(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+
+
+RECIPE = Recipe(trace_study, lambda config: Settings.of(config).samples)

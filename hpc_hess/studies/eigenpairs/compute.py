@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_hess.config import AnalysisSection, Config
+from hpc_hess.config import Config
 from hpc_hess.console.words import number
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg import probes
@@ -32,6 +32,7 @@ from hpc_hess.storage.identity import must_match
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.schema import FILE, read_header
 from hpc_hess.storage.store import Store, store_exists
+from hpc_hess.studies.eigenpairs.settings import Settings
 from hpc_hess.studies.localisation import localise
 
 FOLDER = "eigenpairs"  # in the run directory
@@ -59,10 +60,11 @@ class EigenLoop:
         self._events, self._progress, self._stopper = session.events, session.progress, session.stopper
         self._watch = watch
         self._gradient = gradient
-        analysis, size = session.config.analysis, session.config.analysis.vectors
+        self._settings = settings = Settings.of(session.config)
+        size = settings.vectors
         self._basis = Basis(operator.space, size + 1, device)
         self._search = ThickRestart(
-            operator, self._basis, size, analysis.eigenpairs, analysis.which, analysis.tolerance
+            operator, self._basis, size, settings.count, settings.which, settings.tolerance
         )  # fmt: skip
         self._rows: list[int] = []  # of the store, for each vector of the basis
         self._slowest_s = 0.0
@@ -114,7 +116,7 @@ class EigenLoop:
     def _advance(self) -> str:
         """Step until the search has ended; return why it stopped before, or "". Collective: yes."""
         search, reason = self._search, ""
-        while not search.finished and search.num_products < self._config.analysis.most_products:
+        while not search.finished and search.num_products < self._settings.most_products:
             least_s = self._watch.least_s
             reason = self._stopper.agreed(self._slowest_s if least_s is None else least_s)
             if reason:
@@ -159,7 +161,7 @@ class EigenLoop:
             "residuals": pairs.residuals.tolist(),
         })  # fmt: skip
         self._progress.status(
-            f"eigenpairs: product {search.num_products} of at most {self._config.analysis.most_products}, "
+            f"eigenpairs: product {search.num_products} of at most {self._settings.most_products}, "
             f"{converged} of {search.num_wanted} converged | λ in [{number(pairs.values[0])}, {number(pairs.values[-1])}]"
         )
 
@@ -241,30 +243,28 @@ def check_search(session: Session, attributes: dict[str, Any]) -> None:
     StoreError : it holds another search, or one that has gone further than is asked for.
 
     """
-    config, folder, analysis = session.config, session.out / FOLDER, session.config.analysis
+    config, folder, settings = session.config, session.out / FOLDER, Settings.of(session.config)
     remedy = "remove that directory to search anew, or choose another run.out"
     with attempt(session.world, folder / FILE, "look for a search for eigenpairs"):
-        if session.world.rank == 0 and analysis.eigenpairs and (folder / FILE).exists():
+        if session.world.rank == 0 and settings.wanted and (folder / FILE).exists():
             header = read_header(folder / FILE)
             must_match(header.attributes, _bound_to(config, attributes), f"{folder} holds a search", remedy)
             state = _state_of(newest(header.schema.slots, header.ledger, folder / FILE))
             products = _products(state)
-            if products > analysis.most_products:
+            if products > settings.most_products:
                 raise StoreError(
-                    f"{folder} holds a search of {products} products, more than analysis.most_products = "
-                    f"{analysis.most_products}: raise that, or {remedy}"
+                    f"{folder} holds a search of {products} products, more than studies.eigenpairs.most_products = "
+                    f"{settings.most_products}: raise that, or {remedy}"
                 )
-            if _finished(state) and analysis.tolerance > (done := state["found"]["tolerance"]):
+            if _finished(state) and settings.tolerance > (done := state["found"]["tolerance"]):
                 raise StoreError(
-                    f"{folder} holds a search with analysis.tolerance = {done}, finer than {analysis.tolerance}: go back to "
-                    f"that, or {remedy}"
+                    f"{folder} holds a search with studies.eigenpairs.tolerance = {done}, finer than "
+                    f"{settings.tolerance}: go back to that, or {remedy}"
                 )
 
 
 def _bound_to(config: Config, attributes: dict[str, Any]) -> dict[str, Any]:
-    analysis = config.analysis
-    search = {"which": analysis.which, "eigenpairs": analysis.eigenpairs, "vectors": analysis.vectors}
-    return attributes | {"analysis": json.dumps(search)}
+    return attributes | {"analysis": json.dumps(Settings.of(config).defining(config))}
 
 
 def _state_of(committed: Committed) -> dict[str, Any]:
@@ -281,11 +281,11 @@ def _finished(state: dict[str, Any]) -> bool:
     return "found" in state and bool(state.get("finished", all(pair["converged"] for pair in state["found"]["pairs"])))
 
 
-def _ended(state: dict[str, Any], analysis: AnalysisSection) -> bool:
+def _ended(state: dict[str, Any], settings: Settings) -> bool:
     """Whether a search has come to the end that is asked for, and not to another one."""
-    if "found" not in state or state["found"]["tolerance"] != analysis.tolerance:
+    if "found" not in state or state["found"]["tolerance"] != settings.tolerance:
         return False
-    return _finished(state) or _products(state) >= analysis.most_products
+    return _finished(state) or _products(state) >= settings.most_products
 
 
 def open_eigen_store(session: Session, space: VectorSpace, attributes: dict[str, Any]) -> Store:
@@ -298,7 +298,7 @@ def open_eigen_store(session: Session, space: VectorSpace, attributes: dict[str,
     StoreError : it holds another search.
 
     """
-    config, world, analysis = session.config, session.world, session.config.analysis
+    config, world, settings = session.config, session.world, Settings.of(session.config)
     folder = session.out / FOLDER
     check_search(session, attributes)
     bound_to, anew = _bound_to(config, attributes), False
@@ -308,22 +308,22 @@ def open_eigen_store(session: Session, space: VectorSpace, attributes: dict[str,
     if store_exists(folder, world):
         store = Store.open(folder, **place)
         state = _state_of(store.state)
-        anew = "found" in state and "search" not in state and not _ended(state, analysis)
+        anew = "found" in state and "search" not in state and not _ended(state, settings)
         if not anew:
             return store
         store.close()
-    kept = ThickRestart.most_kept(analysis.vectors, analysis.eigenpairs, analysis.which)
+    kept = ThickRestart.most_kept(settings.vectors, settings.count, settings.which)
     return Store.create(
-        folder, **place, probes=1, steps=1, rows=analysis.vectors + kept + 2, dtype=space.dtype, attributes=bound_to,
-        keep_basis=True, extra_bytes=(1 << 16) + 40 * analysis.vectors**2 + (analysis.wanted << 14),
-        save_space="lower analysis.eigenpairs or analysis.basis_size, or put run.out on a larger disk",
+        folder, **place, probes=1, steps=1, rows=settings.vectors + kept + 2, dtype=space.dtype, attributes=bound_to,
+        keep_basis=True, extra_bytes=(1 << 16) + 40 * settings.vectors**2 + (settings.pairs << 14),
+        save_space="lower studies.eigenpairs.count or studies.eigenpairs.basis_size, or put run.out on a larger disk",
         replace_existing=anew,
     )  # fmt: skip
 
 
-def search_ended(store: Store, analysis: AnalysisSection) -> bool:
+def search_ended(session: Session, store: Store) -> bool:
     """Whether the search of a store has come to the end that is asked for. Collective: no."""
-    return _ended(_state_of(store.state), analysis)
+    return _ended(_state_of(store.state), Settings.of(session.config))
 
 
 def pairs_found(store: Store) -> dict[str, Any]:
@@ -333,11 +333,11 @@ def pairs_found(store: Store) -> dict[str, Any]:
 
 def read_eigenvectors(session: Session, space: VectorSpace, attributes: dict[str, Any]) -> list[tuple[float, Vector]]:
     """Return the pairs that the run's search found, ascending; none where it did not search. Collective: yes."""
-    analysis = session.config.analysis
-    if not analysis.eigenpairs or not store_exists(session.out / FOLDER, session.world):
+    settings = Settings.of(session.config)
+    if not settings.wanted or not store_exists(session.out / FOLDER, session.world):
         return []
     with open_eigen_store(session, space, attributes) as store:
-        pairs = pairs_found(store)["pairs"] if search_ended(store, analysis) else []
+        pairs = pairs_found(store)["pairs"] if search_ended(session, store) else []
         return [
             (pair["value"], space.wrap(torch.from_numpy(store.read_row(0, pair["row"])).to(space.device)))
             for pair in sorted(pairs, key=lambda p: p["value"])
@@ -352,4 +352,5 @@ def eigen_basis_device(session: Session, space: VectorSpace, exact_bytes: int) -
     ConfigError : it fits nowhere; names how many vectors would.
 
     """
-    return room_for_rows(session.world, space, session.config.analysis.vectors + 1, exact_bytes, "analysis.basis_size")
+    rows = Settings.of(session.config).vectors + 1
+    return room_for_rows(session.world, space, rows, exact_bytes, "studies.eigenpairs.basis_size")
