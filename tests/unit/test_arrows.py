@@ -174,7 +174,7 @@ def test_the_package_was_found() -> None:
         ("hpc_hess.model.sharded.x", "from hpc_hess.model.data.documents import Text", 2),
         ("hpc_hess.model.data.x", "from hpc_hess.model.blocks.splice import splice", 2),
         ("hpc_hess.model.sources.x", "from hpc_hess.model.loose import a", 2),
-        ("hpc_hess.studies.trace.x", "from hpc_hess.studies.eigenpairs.search import pairs_found", 2),
+        ("hpc_hess.studies.trace.x", "from hpc_hess.studies.eigenpairs.compute import pairs_found", 2),
         ("hpc_hess.commands.check.x", "import hpc_hess.commands.run.work", 1),
         ("hpc_hess.session.x", "from hpc_hess.cli import main", 2),
         ("hpc_hess.attic", "from hpc_hess.errors import HpcHessError", 2),
