@@ -68,11 +68,11 @@ def check_kept(session: Session, attributes: dict[str, Any]) -> None:
             folder = out / FOLDER / name
             if (folder / FOUND).exists():
                 kept = json.loads((folder / FOUND).read_text(encoding="utf-8"))
-                _compare(folder, kept["asked"], config.studies[name].defining(config))
+                _compare(name, folder, kept["asked"], config.studies[name].defining(config))
             elif (folder / PIECES / FILE).exists():
                 found, bound_to = read_header(folder / PIECES / FILE).attributes, _bound_to(name, config, attributes)
                 # pieces are batches of columns; stores of before do not say of how many
-                _compare(folder, {"columns": bound_to.get("columns")} | found, bound_to)
+                _compare(name, folder, {"columns": bound_to.get("columns")} | found, bound_to)
 
 
 def run_studies(loop: Loop, attributes: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -224,7 +224,9 @@ def _open(name: str, loop: Loop, bound_to: dict[str, Any], recipe: Recipe, space
     )  # fmt: skip
 
 
-def _compare(folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _compare(name: str, folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
+    keys = {former: f"studies.{name}.{key}" for key, former in STUDIES[name].settings().former.items()}
+    old, wanted = ({keys.get(key, key): value for key, value in some.items()} for some in (old, wanted))
     must_match(old, wanted, f"{folder} holds this study", "remove that directory to begin anew, or choose another run.out")
 
 
