@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.common import write
 from hpc_hess.config import ModelSection
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--stores", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # what is tried runs in a fork, which has none of this process's threads
     world, bad = World.join("cpu", 60.0), list[str]()
     said = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the runs in this process print
