@@ -7,6 +7,7 @@ import copy
 import os
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -64,8 +65,29 @@ def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[name]
 
 
-def load_problem(config: Config, world: World, progress: Progress) -> Problem:
-    """Load the data, shard and fill the model. Collective: yes.
+class Inputs(NamedTuple):
+    """What a run starts from, before anything of the model's size is read."""
+
+    source: Source
+    skeleton: nn.Module  # on the meta device
+    samples: Samples
+
+
+def read_inputs(config: Config, world: World) -> Inputs:
+    """Find the model, build it without weights, read the data. Collective: yes. Raises ModelError, DataError."""
+    with world.together("read the model's configuration and the data"):
+        with own_code_in_turn(config.model, world):
+            source = resolve_source(config.model)
+            skeleton = build_skeleton(source, config.model)
+            if config.model.trust_remote_code and not config.data.source.startswith("tokens:"):
+                LazyTokenizer(config.model, source).text(())  # its code; errors come with the first text
+        return Inputs(source, skeleton, load_samples(config.data, config.model, source))
+
+
+def load_problem(config: Config, world: World, progress: Progress, inputs: Inputs | None = None) -> Problem:
+    """Shard and fill the model. Collective: yes.
+
+    ``inputs`` : of this configuration, from :func:`read_inputs`, where they are read already; used up.
 
     Raises
     ------
@@ -75,13 +97,7 @@ def load_problem(config: Config, world: World, progress: Progress) -> Problem:
     make_exact_float32()
     if config.parallel.deterministic:
         make_deterministic()
-    with world.together("read the model's configuration and the data"):
-        with own_code_in_turn(config.model, world):
-            source = resolve_source(config.model)
-            skeleton = build_skeleton(source, config.model)
-            if config.model.trust_remote_code and not config.data.source.startswith("tokens:"):
-                LazyTokenizer(config.model, source).text(())  # its code; errors come with the first text
-        samples = load_samples(config.data, config.model, source)
+    source, skeleton, samples = inputs or read_inputs(config, world)
     if world.size > 1:
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
     program_bytes = used_bytes(world.device)

@@ -81,7 +81,7 @@ def test_a_finer_tolerance_is_searched_for(place: Path, world: World, tmp_path: 
     assert run(search(place, out, 1e-6), world) == 0
     assert found(out) == straight
     for changes, words in (((1e-2, 300), r"studies.eigenpairs.tolerance = 1e-06, finer than 0.01"),
-                           ((1e-6, 5), r"a search of \d+ products, more than studies.eigenpairs.most_p\w+ = 5")):  # fmt: skip
+                           ((1e-6, 5), r"a search of \d+ products, more than studies.eigenpairs.mo\w+ = 5")):  # fmt: skip
         before = {path: path.read_bytes() for path in (out / "config.toml", out / "result.json")}
         with pytest.raises(StoreError, match=words):
             run(search(place, out, *changes), world)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpc_hess.commands.run.finished import digest, finished_result
 from hpc_hess.commands.run.screen import print_summary
 from hpc_hess.config import Config
 from hpc_hess.console.words import probes_text
@@ -21,7 +22,7 @@ from hpc_hess.report.spectrum import warnings
 from hpc_hess.session.memory_budget import Bases, Place, exact_product_bytes, lock_step, place_basis
 from hpc_hess.session.operators import exact_operator
 from hpc_hess.session.partial_products import ProductWatch, open_product_store, remove_product_store
-from hpc_hess.session.problem import Problem, dtype_of, load_problem
+from hpc_hess.session.problem import Problem, dtype_of, load_problem, read_inputs
 from hpc_hess.session.session import Session, opened
 from hpc_hess.session.starts import progress_mark
 from hpc_hess.session.stopping import EXIT_STOPPED, Stopper
@@ -66,7 +67,11 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         if config.run.resume == "must" and not there:
             raise StoreError(f"{out} holds no run to go on with; drop --resume must to start one")
         limits = [] if existing else _limits(config, world)
-        problem = load_problem(config, world, progress)
+        inputs = read_inputs(config, world)
+        if existing and (result := finished_result(session, inputs)):
+            progress.note("this run is already finished: rewriting its report")
+            return _ended(session, result)
+        problem = load_problem(config, world, progress, inputs)
         check_studies(session, problem)
         attributes = _identity(config, problem)
         found = _look(out, world, attributes) if existing else None
@@ -117,30 +122,30 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             result |= found_in_studies
             refuse_meaningless(result)
             result["cautions"] = warnings(result)
-            report = _write_result(session, result)  # under the lock: another job may wait for it
-    if reason:
-        world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
-        return EXIT_STOPPED
-    if world.rank == 0:
-        print_summary(result, out, report)
-    world.barrier("finish")
-    return 0
+            result["digest"] = digest(config, json.loads(to_json(result)))
+            with attempt(world, out / RESULT_NAME, "write the result"):  # under the lock: another job may wait for it
+                if world.rank == 0:
+                    write_aside(out / RESULT_NAME, to_json(result))
+            return _ended(session, result)
+    world.barrier("stop")  # a launcher may end the others as soon as one rank leaves
+    return EXIT_STOPPED
 
 
-def _write_result(session: Session, result: dict[str, Any]) -> Path | None:
-    """Write result.json and the report; return the report's path on rank 0. Collective: yes. Raises StoreError."""
-    world, out = session.world, session.out
-    with attempt(world, out / RESULT_NAME, "write the result"):
-        if world.rank == 0:
-            write_aside(out / RESULT_NAME, to_json(result))
-    report = None
+def _ended(session: Session, result: dict[str, Any]) -> int:
+    """Write the report of a finished run and show its result; return the exit code. Collective: yes. Raises StoreError."""
+    world, out, report = session.world, session.out, None
+    session.got_through()
     if session.config.run.report:
         with attempt(world, out / "report.html", "write the report", of=OSError):
             if world.rank == 0:
                 from hpc_hess.commands.run.page import write_report  # matplotlib: not on the other ranks
 
                 report = write_report(out)
-    return report
+    if world.rank == 0:
+        session.progress.close()
+        print_summary(result, out, report)
+    world.barrier("finish")
+    return 0
 
 
 def _put_aside(session: Session) -> None:
