@@ -375,10 +375,10 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def _keys() -> dict[str, list[str]]:
-    sections = {name: field.default.__class__ for name, field in Config.model_fields.items() if name != "studies"}
-    studies = {f"studies.{name}": settings for name, settings in _registered().items()}
-    return {name: list(section.model_fields) for name, section in (sections | studies).items()}
+def sections() -> dict[str, type[Section]]:
+    """Return all tables of a configuration by name, such as "lanczos" and "studies.trace"."""
+    own = {name: type(field.default) for name, field in Config.model_fields.items() if name != "studies"}
+    return own | {f"studies.{name}": settings for name, settings in _registered().items()}
 
 
 def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:
@@ -389,7 +389,7 @@ def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:
     name = ".".join([*within, *where[:depth]])
     if first["type"] == "extra_forbidden":
         is_section = not within and len(where) == 1
-        valid = [s if is_section else f"{s}.{k}" for s, keys in _keys().items() for k in (keys or [""])]
+        valid = [s if is_section else f"{s}.{k}" for s, table in sections().items() for k in table.model_fields]
         near = difflib.get_close_matches(name, dict.fromkeys(valid), n=1, cutoff=0.0)
         kind = "section" if is_section else "key"
         return f"unknown configuration {kind} '{name}': did you mean '{near[0]}'?"

@@ -180,11 +180,11 @@ def test_fewer_probes_do_not_show_the_check_of_others(place: Path, world: World,
 def test_a_sub_block_that_does_not_fit_is_refused_before_the_first_gradient(
     place: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_hess.studies import runner as studies
+    from hpc_hess.studies.sub_block import compute
 
     out = tmp_path / "run"
-    monkeypatch.setattr(studies, "host_bytes_free", lambda: 8 * 6 * 200**2)
-    with pytest.raises(ConfigError, match=r"sub_block selects 6,992 entries, .* room for 200 at most: select") as caught:
+    monkeypatch.setattr(compute, "host_bytes_free", lambda: 8 * 6 * 200**2)
+    with pytest.raises(ConfigError, match=r"entries selects 6,992 entries, .* room for 200 at most: select") as caught:
         run(settings(place, out, analysis__sub_block=["*"]), world)
     assert "\n" not in str(caught.value)
     assert not (out / "krylov.h5").exists()

@@ -23,7 +23,7 @@ from tests.spawn import run_ranks
 GOLDEN = Path(__file__).with_name("golden.json")
 TOY = Path(__file__).parents[2] / "launch" / "configs" / "toy.toml"
 RANKS = (1, 2)
-_LEFT_OUT = ("timing", "memory", "hardware", "versions", "world_size", "cautions")  # of a run, and not of its matrix
+_LEFT_OUT = ("timing", "memory", "hardware", "versions", "world_size", "cautions", "digest")  # of a run, not of its matrix
 _LAYER = '["model.layers.1.self_attn.*", "model.layers.1.input_layernorm.weight", "model.norm.weight"]'
 _STUDIES = [
     "analysis.eigenpairs=1", "analysis.most_products=14", "analysis.trace=hutch++", "analysis.diagonal=hutchinson",

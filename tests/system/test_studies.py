@@ -276,14 +276,14 @@ def test_the_classes_of_a_language_model(world: World, toy: Path, tmp_path: Path
     assert study["shares"] == pytest.approx([float((group[targets] == c).double().mean()) for c in range(3)])
     write_report(out)
     assert (out / "figures" / "class_structure.png").stat().st_size > 5_000
-    with pytest.raises(ConfigError, match=r"class_groups = 2 takes the Gauss-Newton matrix apart: set operator.kind"):
+    with pytest.raises(ConfigError, match=r"groups = 2 takes the Gauss-Newton matrix apart: set operator.kind"):
         settings(toy, out, class_groups=2)
 
 
 def test_what_does_not_go_together(world: World, toy: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"holds this study with .*samples.* remove that directory"):
         run(settings(toy, whole, "analysis.samples=30"), world)
-    with pytest.raises(ConfigError, match=r"set analysis\.eigenpairs"):
+    with pytest.raises(ConfigError, match=r"set studies\.eigenpairs\.count"):
         run(settings(toy, tmp_path / "a", deflated_steps=3), world)
     with pytest.raises(ConfigError, match=r"no parameter among those included is called 'nothing'"):
         run(settings(toy, tmp_path / "c", sub_block=["nothing[0]"]), world)

@@ -227,3 +227,57 @@ def test_a_config_cannot_be_changed() -> None:
     config = make_config({})
     with pytest.raises(ValueError, match="frozen"):
         config.lanczos.steps = 3  # type: ignore[misc]
+
+
+# -- tables of studies, and [analysis], where they all had their keys --------------------------------------------------
+
+
+def test_keys_of_analysis_are_those_of_the_studies() -> None:
+    old = {
+        "eigenpairs": 2, "which": "largest", "basis_size": 20, "tolerance": 1e-4, "most_products": 50, "trace": "hutch++",
+        "diagonal": "xdiag", "samples": 12, "deflated_steps": 5, "inverse": "cg", "inverse_products": 9,
+        "inverse_tolerance": 1e-3, "damping": 2.0, "block_diagonal": ["layer"], "block_samples": 3,
+        "block_spectrum": "tensor", "block_steps": 7, "class_groups": 4, "class_steps": 8, "sub_block": ["a"], "columns": 2,
+    }  # fmt: skip
+    new = {
+        "eigenpairs": {"count": 2, "which": "largest", "basis_size": 20, "tolerance": 1e-4, "most_products": 50},
+        "trace": {"method": "hutch++", "samples": 12}, "diagonal": {"method": "xdiag", "samples": 12},
+        "deflated": {"steps": 5}, "inverse": {"method": "cg", "products": 9, "tolerance": 1e-3, "damping": 2.0},
+        "block_diagonal": {"blocks": ["layer"], "samples": 3, "spectrum": "tensor", "steps": 7, "columns": 2},
+        "class_structure": {"groups": 4, "steps": 8}, "sub_block": {"entries": ["a"], "columns": 2},
+    }  # fmt: skip
+    operator = {"kind": "gauss_newton", "method": "exact"}
+    asked = make_config({"operator": operator, "studies": new})
+    assert make_config({"operator": operator, "analysis": old}) == asked
+    assert make_config({"operator": operator, "analysis": old, "studies": new}) == asked
+    overrides = [f"analysis.{key}={value!r}" for key, value in old.items()]
+    assert make_config({"operator": operator}, overrides) == asked
+    assert make_config(tomllib.loads(asked.to_toml())) == asked
+
+
+def test_the_later_word_of_the_command_line_counts() -> None:
+    config = make_config({"analysis": {"samples": 12}}, ["studies.trace.samples=20", "analysis.eigenpairs=3"])
+    assert [config.studies[name].model_dump()["samples"] for name in ("trace", "diagonal")] == [20, 12]
+    assert config.studies["eigenpairs"].model_dump()["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"analysis": {"samples": 12}, "studies": {"trace": {"samples": 13}}},
+            r"analysis.samples = 12 and studies.trace.samples = 13 contradict each other: .* leave the first one out",
+        ),
+        ({"analysis": {"tracee": 1}}, r"unknown configuration key 'analysis.tracee': did you mean 'studies.trace.method'\?"),
+        ({"analysis": 3}, "'analysis' is a section of the configuration, not a value"),
+        ({"studies": 3}, "'studies' is a section of the configuration, not a value"),
+        ({"studies": {"trace": 3}}, "'studies.trace' is a section of the configuration, not a value"),
+        ({"studies": {"trac": {}}}, r"unknown study 'studies.trac': did you mean 'studies.trace'\?"),
+        ({"studies": {"trace": {"method": "cg"}}}, r"studies.trace.method = 'cg' is not valid: it should be '', 'hutchinson'"),
+        ({"studies": {"deflated": {"steps": 3}}}, "takes out eigenpairs that were found: set studies.eigenpairs.count"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_one_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        make_config(values)
+    assert "\n" not in str(caught.value)

@@ -107,8 +107,9 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         if reason:
             state, part = store.state, ", and a part of the next product" if watch.kept else ""
             if not where:
-                done = f"after committing step {state.step} of {probes_text(state.group)}"
-                where = done if state.width else "before the first step"
+                where = "before the first step"
+                if state.width:
+                    where = f"after committing step {state.step} of {probes_text(state.group)}"
             again = "" if config.run.resume != "never" else ' with run.resume = "auto"'
             progress.note(f"stopped early {where}{part}: {reason}; run the same command{again} to go on")
             session.progressed = world.rank == 0 and before != progress_mark(out, sum(state.lengths))
