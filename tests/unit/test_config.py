@@ -273,7 +273,7 @@ def test_the_later_word_of_the_command_line_counts() -> None:
         ({"studies": 3}, "'studies' is a section of the configuration, not a value"),
         ({"studies": {"trace": 3}}, "'studies.trace' is a section of the configuration, not a value"),
         ({"studies": {"trac": {}}}, r"unknown study 'studies.trac': did you mean 'studies.trace'\?"),
-        ({"studies": {"trace": {"method": "cg"}}}, r"studies.trace.method = 'cg' is not valid: it should be '', 'hutchinson'"),
+        ({"studies": {"trace": {"method": "cg"}}}, r"studies.trace.method = 'cg' is not valid: it should be ''"),
         ({"studies": {"deflated": {"steps": 3}}}, "takes out eigenpairs that were found: set studies.eigenpairs.count"),
     ],
 )
