@@ -244,11 +244,11 @@ def _operator(
     section = config.operator
     if section.method == "exact":
         exact = _exact(config, gradient, objective, plain, config.model.compute_dtype)
-        exact.watch = watch
+        exact.follow(watch)
         return exact
     base = gradient.model.space.zeros() if section.scheme == "forward" else None
     differences = _Differences(gradient, section.scheme, 1e-3, (1.0, base))
-    gradient.watch = watch
+    gradient.follow(watch)
     return differences
 
 

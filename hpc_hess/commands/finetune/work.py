@@ -128,9 +128,9 @@ class _Loop:
         rows = batch_rows(len(problem.samples), batch, step, training.seed)
         whole, world = problem.objective, self._world
         size = len(whole.micro_batches[0].sample_ids)
-        problem.gradient.objective = objective_of(problem.samples, rows, world.rank, world.size, size, whole.device)
+        batch_objective = objective_of(problem.samples, rows, world.rank, world.size, size, whole.device)
         try:
-            loss, gradient = problem.gradient(self._gradient)
+            loss, gradient = problem.gradient.over(batch_objective)(self._gradient)
         except NumericsError as error:
             rate = f"--learning-rate {training.learning_rate:g}"
             raise NumericsError(f"in step {step + 1} {error}; or {rate} is too large") from None

@@ -193,9 +193,9 @@ def _watched(session: Session, problem: Problem, exact: ExactOperator | None, pl
         if store is not None:
             held.enter_context(store)
         watch = ProductWatch(session.stopper, store, every, place.width)
-        problem.gradient.watch = watch
+        problem.gradient.follow(watch)
         if isinstance(exact, StreamedOperator):
-            exact.watch = watch
+            exact.follow(watch)
         yield watch
 
 

@@ -131,11 +131,9 @@ class _Table:
 
     def _gradient(self, index: int) -> Vector:
         """Return the gradient of one example's mean loss; rank 0 has the example, the others help to shard it."""
-        world, gradient = self._world, self._problem.gradient
-        gradient.objective = objective_of(
-            self._problem.samples, [index], world.rank, world.size, 1, self._problem.model.space.device
-        )
-        return gradient(self._buffer)[1]
+        world, problem = self._world, self._problem
+        one = objective_of(problem.samples, [index], world.rank, world.size, 1, problem.model.space.device)
+        return problem.gradient.over(one)(self._buffer)[1]
 
     def _by_layer(self, g: Vector) -> dict[str, list[float]]:
         pieces = list(self._problem.model.pieces_of(g.data))

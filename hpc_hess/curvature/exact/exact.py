@@ -103,6 +103,10 @@ class StreamedOperator:
         )  # fmt: skip
 
     @property
+    def follow(self, watch: Watch) -> None:
+        """Have ``watch`` see the sums grow from here on."""
+        self.watch = watch
+
     def lock_step(self) -> bool:
         """Whether several directions share a sweep: the same on every rank."""
         return self._settings.lock_step

@@ -20,7 +20,7 @@ class Gradient:
     """Loss and gradient over the whole data set.
 
     ``seconds`` holds the duration of every full evaluation on this rank. ``routing`` freezes (or counts)
-    mixture-of-experts decisions. ``watch`` sees the sums grow.
+    mixture-of-experts decisions. The watch sees the sums grow.
     """
 
     def __init__(self, model: ShardedModel, objective: Objective, routing: Routing | None = None) -> None:
@@ -28,6 +28,14 @@ class Gradient:
         self.routing = routing or Routing(model.module, "free")
         self.watch: Watch = Unwatched()
         self.seconds: list[float] = []
+
+    def follow(self, watch: Watch) -> None:
+        """Have ``watch`` see the sums grow from here on."""
+        self.watch = watch
+
+    def over(self, objective: Objective) -> Gradient:
+        """Return the gradient of another objective of the same model."""
+        return Gradient(self.model, objective, self.routing)
 
     @property
     def num_evaluations(self) -> int:
