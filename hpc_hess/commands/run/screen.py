@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,7 +101,19 @@ def print_summary(
 ) -> None:
     """Print :func:`summary_text` to ``stream`` (standard output when None). One rank only."""
     out = stream if stream is not None else sys.stdout
-    print("\n" + printable(summary_text(result, run_dir, report_path), out), file=out, flush=True)
+    text = printable(summary_text(result, run_dir, report_path), out)
+    if out.isatty():
+        columns = max(60, shutil.get_terminal_size().columns)
+        text = "\n".join(_wrapped(line, columns) for line in text.splitlines())
+    print("\n" + text, file=out, flush=True)
+
+
+def _wrapped(line: str, columns: int) -> str:
+    """Return a line as several that begin under its text, none longer than the terminal is wide."""
+    return textwrap.fill(
+        line, columns, subsequent_indent=" " * (_WIDTH + 1), break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, replace_whitespace=False,
+    )  # fmt: skip
 
 
 def inspect_text(run_dir: str | Path) -> str:

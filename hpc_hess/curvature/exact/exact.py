@@ -102,11 +102,11 @@ class StreamedOperator:
             lock_step=agree(choice.lock_step and self._settings.lock_step, "the exact product's lock-step"),
         )  # fmt: skip
 
-    @property
     def follow(self, watch: Watch) -> None:
         """Have ``watch`` see the sums grow from here on."""
         self.watch = watch
 
+    @property
     def lock_step(self) -> bool:
         """Whether several directions share a sweep: the same on every rank."""
         return self._settings.lock_step
