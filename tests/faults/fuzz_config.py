@@ -13,9 +13,10 @@ from unittest import mock
 import tomli_w
 
 from hpc_hess.commands.run.work import run
-from hpc_hess.config import Config, load_config
+from hpc_hess.config import Config, load_config, sections
 from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.world import World
+from hpc_hess.studies import registry
 from tests.faults.trying import Ended, try_apart
 
 _NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e308, 2**31, 2**32, 2**63 - 1, float("inf"),
@@ -37,7 +38,11 @@ class Case(NamedTuple):
     overrides: list[str]
 
 
-_DEFAULTS: dict[str, dict[str, Any]] = Config().model_dump()
+_DEFAULTS: dict[str, dict[str, Any]] = {name: table().model_dump() for name, table in sections().items()}
+_DEFAULTS["analysis"] = {  # what the studies' keys were called
+    former: settings.model_fields[key].default
+    for settings in registry.settings().values() for key, former in settings.former.items()
+}  # fmt: skip
 _KEYS = [(section, key) for section, values in _DEFAULTS.items() for key in values]
 
 
@@ -54,21 +59,28 @@ def _value(rng: random.Random, section: str, key: str) -> Any:
     return rng.choice(VALUES)
 
 
+def _table(values: dict[str, Any], section: str) -> dict[str, Any]:
+    """Return a table of the configuration, made where it is not there; an empty one where a value stands in its place."""
+    table: Any = values
+    for part in section.split("."):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return {}
+    return table
+
+
 def _keys_changed(rng: random.Random, values: dict[str, Any]) -> None:
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         section, key = rng.choice(_KEYS)
         what = rng.random()
         if what < 0.85:
-            table = values.setdefault(section, {})
-            if isinstance(table, dict):
-                table[key] = _value(rng, section, key)
+            _table(values, section)[key] = _value(rng, section, key)
         elif what < 0.92:
-            values[section] = rng.choice(VALUES)  # a value in place of a section
+            outer, _, name = section.rpartition(".")
+            (_table(values, outer) if outer else values)[name] = rng.choice(VALUES)  # a value in place of a section
         else:  # a key that is misspelt, or in another section
             other = rng.choice([key + "s", key[:-1] or "k", key.upper(), "", "\u00e9", rng.choice(_KEYS)[1]])
-            table = values.setdefault(rng.choice([section, section[:-1], "extra"]), {})
-            if isinstance(table, dict):
-                table[other] = rng.choice(VALUES)
+            _table(values, rng.choice([section, section[:-1], "extra"]))[other] = rng.choice(VALUES)
 
 
 def _spoilt(rng: random.Random, text: bytes) -> bytes:
@@ -138,14 +150,20 @@ def read(path: Path, case: Case) -> Config | None:
 
 def try_run(config: Config, out: Path, world: World, limit_s: float = 60.0) -> Ended:
     """Run what was accepted, in a process and a directory of its own: for so many steps and sequences as are few."""
-    few = {"lanczos": {"steps": 4, "probes": 3}, "data": {"sequences": 8, "sequence_length": 32},
-           "analysis": {"eigenpairs": 3, "samples": 8, "inverse_products": 8, "deflated_steps": 8, "block_samples": 4,
-                        "block_steps": 4, "class_steps": 4, "most_products": 20}}  # fmt: skip
-    sections: dict[str, Any] = {"run": config.run.model_copy(update={"out": str(out), "report": False})}
-    for name, limits in few.items():
-        section = getattr(config, name)
-        sections[name] = section.model_copy(update={k: min(getattr(section, k), most) for k, most in limits.items()})
-    config = config.model_copy(update=sections)
+    few = {
+        "lanczos": {"steps": 4, "probes": 3}, "data": {"sequences": 8, "sequence_length": 32},
+        "eigenpairs": {"count": 3, "most_products": 20}, "trace": {"samples": 8}, "diagonal": {"samples": 8},
+        "deflated": {"steps": 8}, "inverse": {"products": 8}, "block_diagonal": {"samples": 4, "steps": 4},
+        "class_structure": {"steps": 4},
+    }  # fmt: skip
+
+    def limited(name: str, table: Any) -> Any:
+        return table.model_copy(update={key: min(getattr(table, key), most) for key, most in few.get(name, {}).items()})
+
+    run_section = config.run.model_copy(update={"out": str(out), "report": False})
+    studies = {name: limited(name, table) for name, table in config.studies.items()}
+    few_of = {name: limited(name, getattr(config, name)) for name in ("lanczos", "data")}
+    config = config.model_copy(update={"run": run_section, "studies": studies, **few_of})
 
     def call() -> int:
         with mock.patch("hpc_hess.commands.run.work._limits", return_value=[1e9, 1e9]):

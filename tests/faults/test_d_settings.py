@@ -119,7 +119,7 @@ def test_automatic_damping_follows_the_probes(place: Path, world: World, tmp_pat
     assert second == pytest.approx(suggested())
     assert abs(second - first) > 1e-3 * first
     assert go(world, settings(place, out, **options, lanczos__probes=3)) == (0, 0)
-    with pytest.raises(StoreError, match=r"holds this study with damping = 'auto', not 5.0"):
+    with pytest.raises(StoreError, match=r"holds this study with studies.inverse.damping = 'auto', not 5.0"):
         run(settings(place, out, **options, lanczos__probes=3, analysis__damping=5.0), world)
     assert 'damping = "auto"' in (out / "config.toml").read_text()
 
@@ -200,7 +200,7 @@ def test_columns_are_rows_of_a_store(place: Path, world: World, tmp_path: Path) 
     with read_store(out / "studies" / "sub_block" / "pieces") as view:
         assert view.schema.num_params == 22
         assert len(view.probes[0].rows) == 10
-    with pytest.raises(StoreError, match=r"holds this study with columns = 5, not 3"):
+    with pytest.raises(StoreError, match=r"holds this study with studies.sub_block.columns = 5, not 3"):
         run(settings(place, out, **options | {"analysis__columns": 3}), world)
     assert run_quickly(_on_ranks, 2, settings(place, out, **options)) == [0, 0]
     matrices = [np.load(path / "studies" / "sub_block" / "sub_block.npy") for path in (out, straight)]
