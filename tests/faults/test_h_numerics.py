@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,17 @@ from hpc_hess.linalg.quadrature import estimate, ritz, trace
 from hpc_hess.parallel.world import World
 from hpc_hess.report.spectrum import warnings
 from hpc_hess.studies.quadrature.result import refuse_meaningless
-from tests.faults.support import (
+from tests.support.base_model import (
     HIGHEST_B,
     LOWEST_B,
     config_b,
-    dense_spectrum,
+    extremes,
     fill_b,
     result_of,
     save_b,
     settings_b,
     tokens_b,
 )
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +155,7 @@ ZERO = {
 @pytest.fixture(scope="module")
 def zero(b: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """B whose head is zero: the logits do not depend on the layers."""
-    from tests.faults.support import model_b
+    from tests.support.base_model import model_b
 
     model = model_b()
     model.lm_head.weight.data.zero_()
@@ -211,8 +203,8 @@ def test_a_step_over_a_kink_is_refused(world: World, tmp_path: Path) -> None:
         run(make_config(settings), world)
     settings["operator"], settings["run"] = {"method": "exact"}, {"out": str(tmp_path / "exact"), "report": False}
     assert run(make_config(settings), world) == 0
-    _, values = dense_spectrum(model, torch.from_numpy(ids))
+    _, values = extremes(model, torch.from_numpy(ids))
     result = result_of(tmp_path / "exact")
-    assert [result["lambda_min"], result["lambda_max"]] == pytest.approx(values[[0, -1]], rel=1e-3)
+    assert [result["lambda_min"], result["lambda_max"]] == pytest.approx(values, rel=1e-3)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hpc_hess.errors import CollectiveError, ConfigError, DataError, HpcHessError, LaunchError, NumericsError
 from hpc_hess.parallel.world import World, describe
-from tests.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 
 def _outcome(function: Any) -> tuple[str, str]:

@@ -29,11 +29,11 @@ from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.session.model_files import save_model
 from hpc_hess.session.problem import load_problem
-from tests.spawn import run_ranks
-from tests.system.launching import environment, wait_until
-from tests.toys import toy_directory
+from tests.support.launching import environment, wait_until
+from tests.support.spawn import run_ranks
+from tests.support.toys import ONLY, toy_directory
 
-ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
+pytestmark = pytest.mark.slow
 
 
 def settings(toy: Path, *overrides: str) -> Config:

@@ -35,8 +35,10 @@ from hpc_hess.sketch.influence import fisher_preconditioned
 from hpc_hess.sketch.sketch import SketchedOperator, part_of
 from hpc_hess.storage import examples as stored
 from hpc_hess.storage.examples import Examples
-from tests.spawn import run_ranks
-from tests.toys import toy_directory
+from tests.support.spawn import run_ranks
+from tests.support.toys import toy_directory
+
+pytestmark = pytest.mark.slow
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:

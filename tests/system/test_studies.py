@@ -20,9 +20,11 @@ from hpc_hess.model.data.data import load_samples
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from tests.spawn import run_ranks
-from tests.system.test_eigenpairs import ONLY, on_ranks
-from tests.system.test_within_product import go
+from tests.support.runs import go, on_ranks
+from tests.support.spawn import run_ranks
+from tests.support.toys import ONLY
+
+pytestmark = pytest.mark.slow
 
 Float = np.ndarray
 INCLUDE = [*ONLY, "model.layers.1.self_attn.q_proj.weight"]

@@ -24,7 +24,7 @@ from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
-from tests.unit.test_lanczos import make_space
+from tests.support.known_spectra import make_space
 
 SIZE = 600
 
