@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Install whatever the tests need, then lint, check types and run the whole suite: bash tests/run.sh [pytest arguments]
-# bash tests/run.sh --fast [pytest arguments] leaves out what is marked slow or slurm, and installs neither MPI nor Slurm:
-# minutes, for while one works.
+# bash tests/run.sh --fast [pytest arguments] leaves out what is marked slow or slurm, and installs neither MPI nor Slurm.
 # Three files of tests at a time, one thread each: many wait (WORKERS=1 for one, whose output is easier to follow).
 # As root on Debian or Ubuntu everything is installed; else it says what is missing and which tests that costs. Safe to
 # run twice.

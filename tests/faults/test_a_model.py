@@ -15,6 +15,8 @@ from tests.support.own_code import SCALED, save_own
 from tests.support.problems import assert_right, dense_product, problem_of, products, settings_of
 from tests.support.spawn import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def _answers(settings: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
     return [products(World.alone(), settings)] if ranks == 1 else run_ranks(products, ranks, settings)

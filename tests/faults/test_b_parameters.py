@@ -21,6 +21,8 @@ from tests.support.base_model import fill_b, ids_b, model_b, result_of, settings
 from tests.support.problems import assert_right, dense_product, problem_of, products, settings_of
 from tests.support.spawn import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def _save(config: Any, path: Path) -> Any:
     from transformers import AutoModelForCausalLM

@@ -120,6 +120,7 @@ def test_an_answer_says_how_far_its_dimension_can_be_trusted(
     assert not page.exists()
 
 
+@pytest.mark.slow
 def test_two_queries_at_once_answer_their_own(built: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", _settings(built, built / "run"))
     command = [sys.executable, "-m", "hpc_hess", "attribute", "query", str(config), "--text"]

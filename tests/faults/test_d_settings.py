@@ -23,6 +23,8 @@ from tests.support.base_model import HIGHEST_B, LOWEST_B, result_of, save_b, set
 from tests.support.runs import go
 from tests.support.spawn import run_ranks
 
+pytestmark = pytest.mark.slow
+
 NORMS = "model.norm.weight[:6]"
 
 

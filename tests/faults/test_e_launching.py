@@ -314,6 +314,7 @@ entry()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", LAUNCHERS[1:])
 def test_a_name_that_does_not_resolve_ends_every_rank(script: str, tmp_path: Path) -> None:
     """MPI is running by then: no rank may wait in its end for one that is gone."""
@@ -468,6 +469,7 @@ def start_alone(out: Path) -> subprocess.Popen[bytes]:
                             stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait_s", [0.0, 2.0])
 def test_ranks_that_are_starting_end_with_torchrun(wait_s: float, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -482,6 +484,7 @@ def test_ranks_that_are_starting_end_with_torchrun(wait_s: float, tmp_path: Path
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_ranks_that_are_running_commit_and_end_with_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with start_alone(out) as agent:
@@ -523,6 +526,7 @@ def test_who_the_launcher_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parent is None or is_gone(parent._replace(started="1"))  # its number is another process' now
 
 
+@pytest.mark.slow
 def test_a_run_without_launcher_outlives_its_shell(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = f"{sys.executable} -m hpc_hess run {TOY} {' '.join(LONG)} --set run.out={out} >/dev/null 2>&1 & exit"

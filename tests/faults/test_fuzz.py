@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from hpc_hess.parallel.world import World
 from tests.support import fuzz_config, fuzz_store
 from tests.support.toys import toy_directory
+
+pytestmark = pytest.mark.slow
 
 
 def test_mutated_configurations_are_read_or_refused(world: World, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.support.base_model import (
     config_b,
     extremes,
     fill_b,
+    model_b,
     result_of,
     save_b,
     settings_b,
@@ -42,6 +43,7 @@ def b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # -- H3: intervals of the extremes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -155,8 +157,6 @@ ZERO = {
 @pytest.fixture(scope="module")
 def zero(b: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """B whose head is zero: the logits do not depend on the layers."""
-    from tests.support.base_model import model_b
-
     model = model_b()
     model.lm_head.weight.data.zero_()
     folder = tmp_path_factory.mktemp("zero")
@@ -164,6 +164,7 @@ def zero(b: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder, b[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["finite_difference", "exact"])
 def test_a_hessian_that_is_zero_has_a_spectrum(
     world: World, zero: tuple[Path, Path], tmp_path: Path, method: str
@@ -177,6 +178,7 @@ def test_a_hessian_that_is_zero_has_a_spectrum(
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_check_of_a_hessian_that_is_zero(world: World, zero: tuple[Path, Path], tmp_path: Path) -> None:
     assert check(make_config(settings_b(*zero, tmp_path / "run", **ZERO)), world) == 0
     found = json.loads((tmp_path / "run" / "check.json").read_text())
@@ -186,6 +188,7 @@ def test_check_of_a_hessian_that_is_zero(world: World, zero: tuple[Path, Path], 
 # -- B8: a step that misses a kink ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_over_a_kink_is_refused(world: World, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -23,6 +23,8 @@ from tests.support.base_model import command, result_of, save_b, settings_b, tok
 from tests.support.launching import complete
 from tests.support.runs import go
 
+pytestmark = pytest.mark.slow
+
 STEPS, ROW = 12, 6992 * 4  # bytes of a row of B
 DRIVERS = ["files", "mpio"]
 

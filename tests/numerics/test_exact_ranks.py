@@ -17,6 +17,8 @@ from tests.support.sharded import without_shared_memory
 from tests.support.spawn import run_ranks
 from tests.support.toys import toy_model
 
+pytestmark = pytest.mark.slow
+
 
 def products_through_gloo(world: World, replicate: int, cases: list[Case]) -> list[Any]:
     without_shared_memory()

@@ -203,6 +203,7 @@ def _small_objective() -> CausalLMObjective:
     return objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_extreme_eigenvalues_against_the_dense_hessian(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _smaller_config(name)

@@ -13,6 +13,8 @@ from hpc_hess.storage.store import store_exists
 from tests.support.spawn import run_ranks, start_ranks
 from tests.support.store_toys import advance, check_state, committed, create, reopen, wait_for
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("SOAK_KILLS", "10"))  # a soak sets more
 SHAPES = {"w": (300, 400), "b": (7,)}
 OPTIONS = {"probes": 2, "steps": 8, "rows": 9}

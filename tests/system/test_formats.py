@@ -121,6 +121,7 @@ def goes_on(world: World, run_dir: str) -> int:
     return whole_run(run_toys.settings(Path(run_dir)), world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", RUNS, ids=lambda p: p.name)
 def test_a_finished_run_is_shown_and_not_computed_again(tmp_path, kept):
     here = shutil.copytree(kept / "finished", tmp_path / "run")
@@ -133,6 +134,7 @@ def test_a_finished_run_is_shown_and_not_computed_again(tmp_path, kept):
     assert numbers(here) == numbers(kept / "finished")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kept", RUNS, ids=lambda p: p.name)
 def test_a_run_stopped_in_a_study_goes_on(tmp_path, kept, ranks):

@@ -22,6 +22,8 @@ from hpc_hess.storage.reader import read_store
 from tests.support.dense import dense_hessian
 from tests.support.toys import toy_directory, toy_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_figure_is_a_readable_png_and_svg(name, tmp_path):
     result = make_result(*CASES[name])
