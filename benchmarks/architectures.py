@@ -17,9 +17,9 @@ import hpc_hess
 from benchmarks.common import RESULTS, write
 from hpc_hess.model.sharded.loss import CallableObjective, causal_lm_loss
 from hpc_hess.model.sharded.precision import honest_casts
-from tests.dense import dense_hessian
-from tests.numerics.test_finite_difference import _write_out as write_out
-from tests.toys import TOYS, VOCAB, toy_model
+from tests.support.dense import dense_hessian
+from tests.support.toys import TOYS, VOCAB, toy_model
+from tests.support.written_out import write_out
 
 STEPS = 80
 

@@ -24,8 +24,7 @@ from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import ThickRestart, Which, eigenpairs, num_wanted
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.parallel.basis import Basis
-from tests.unit.test_eigen import expected, hessian_like
-from tests.unit.test_lanczos import make_space
+from tests.support.known_spectra import expected, hessian_like, make_space
 
 try:
     import primme

@@ -22,9 +22,9 @@ import torch
 from benchmarks.common import write
 from hpc_hess.config import ModelSection
 from hpc_hess.parallel.world import World
-from tests.faults import fuzz_config, fuzz_store
-from tests.faults.trying import Ended
-from tests.toys import toy_directory
+from tests.support import fuzz_config, fuzz_store
+from tests.support.toys import toy_directory
+from tests.support.trying import Ended
 
 WORDS = {"code": "went through", "refused": "one sentence", "traceback": "traceback", "crash": "crash", "late": "too late"}
 

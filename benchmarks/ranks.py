@@ -18,8 +18,8 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import load_problem
-from tests.spawn import run_ranks
-from tests.toys import TOYS, toy_directory
+from tests.support.spawn import run_ranks
+from tests.support.toys import TOYS, toy_directory
 
 STEPS = 10
 

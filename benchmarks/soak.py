@@ -30,7 +30,7 @@ from benchmarks.common import RESULTS, write
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FILE
-from tests.system.launching import launch
+from tests.support.launching import launch
 
 _END_S = 90.0  # a job of which a rank was killed has ended by then
 _WHOLE_S = 1800.0  # a run that nobody kills has ended by then

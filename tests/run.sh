@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install whatever the tests need, then lint, check types and run the whole suite: bash tests/run.sh [pytest arguments]
+# bash tests/run.sh --fast [pytest arguments] leaves out what is marked slow or slurm, and installs neither MPI nor Slurm.
 # Three files of tests at a time, one thread each: many wait (WORKERS=1 for one, whose output is easier to follow).
 # As root on Debian or Ubuntu everything is installed; else it says what is missing and which tests that costs. Safe to
 # run twice.
@@ -7,26 +8,33 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh --test
-can_install=
-[ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && can_install=yes
 
-if ! bash launch/setup.sh --mpi --test; then
-    [ -z "$can_install" ] || exit 1
-    echo "run.sh: without MPI: the tests of mpirun, of the mpio store and of srun with PMIx are skipped" >&2
-fi
+if [ "${1:-}" = --fast ]; then
+    shift
+    set -- -m "not slow and not slurm" "$@"
+else
+    can_install=
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && can_install=yes
 
-missing=()
-for program in slurmctld slurmd munged unshare; do command -v "$program" >/dev/null || missing+=("$program"); done
-if [ ${#missing[@]} -gt 0 ]; then
-    if [ -n "$can_install" ]; then
-        echo "run.sh: apt-get install slurm-wlm munge" >&2
-        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; } \
-            </dev/null >/dev/null
-    else
-        echo "run.sh: without ${missing[*]} (apt-get install slurm-wlm munge): tests/system/test_slurm.py is skipped" >&2
+    if ! bash launch/setup.sh --mpi --test; then
+        [ -z "$can_install" ] || exit 1
+        echo "run.sh: without MPI: the tests of mpirun, of the mpio store and of srun with PMIx are skipped" >&2
     fi
+
+    missing=()
+    for program in slurmctld slurmd munged unshare; do command -v "$program" >/dev/null || missing+=("$program"); done
+    if [ ${#missing[@]} -gt 0 ]; then
+        if [ -n "$can_install" ]; then
+            echo "run.sh: apt-get install slurm-wlm munge" >&2
+            { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; } \
+                </dev/null >/dev/null
+        else
+            echo "run.sh: without ${missing[*]} (apt-get install slurm-wlm munge): tests/system/test_slurm.py is skipped" >&2
+        fi
+    fi
+    [ "$(id -u)" = 0 ] ||
+        echo "run.sh: not root: the local Slurm cluster cannot start; tests/system/test_slurm.py is skipped" >&2
 fi
-[ "$(id -u)" = 0 ] || echo "run.sh: not root: the local Slurm cluster cannot start; tests/system/test_slurm.py is skipped" >&2
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${VENV:-.venv}/bin/python

@@ -10,14 +10,16 @@ import torch
 
 from hpc_hess.errors import ModelError
 from hpc_hess.parallel.world import World
-from tests.faults.own_code import SCALED, save_own
-from tests.faults.ranks import assert_right, dense_product, problem_of, products, settings_of
-from tests.faults.support import fill_b, ids_b, save_b, tokens_b
-from tests.quick import run_quickly
+from tests.support.base_model import fill_b, ids_b, save_b, tokens_b
+from tests.support.own_code import SCALED, save_own
+from tests.support.problems import assert_right, dense_product, problem_of, products, settings_of
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def _answers(settings: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
-    return [products(World.alone(), settings)] if ranks == 1 else run_quickly(products, ranks, settings)
+    return [products(World.alone(), settings)] if ranks == 1 else run_ranks(products, ranks, settings)
 
 
 def _save(config: Any, path: Path, spread: float = 0.1) -> Any:
@@ -59,7 +61,7 @@ def _refused(world: World, settings: dict[str, Any]) -> str:
 def test_a_model_that_sees_its_targets_is_refused(ranks: int, tmp_path: Path) -> None:
     _save(_bert(), tmp_path / "model")
     settings = settings_of(tmp_path / "model", tokens_b(tmp_path / "t.npy"))
-    said = [_refused(World.alone(), settings)] if ranks == 1 else run_quickly(_refused, ranks, settings)
+    said = [_refused(World.alone(), settings)] if ranks == 1 else run_ranks(_refused, ranks, settings)
     assert all("is not a causal language model" in text and "is_decoder" in text for text in said), said
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hpc_hess.errors import ModelError, StoreError
 from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from tests.faults.support import (
+from tests.support.base_model import (
     HIGHEST_B,
     LOSS_B,
     LOWEST_B,
@@ -27,7 +26,8 @@ from tests.faults.support import (
     settings_b,
     tokens_b,
 )
-from tests.faults.weights import (
+from tests.support.spawn import run_ranks
+from tests.support.stored_models import (
     double,
     go,
     load,
@@ -38,15 +38,6 @@ from tests.faults.weights import (
     save_wide,
     scaled,
 )
-from tests.quick import run_quickly
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
 
 # -- A5: own code ------------------------------------------------------------------------------------------------------
 
@@ -247,7 +238,7 @@ def test_two_ranks_refuse_and_accept_as_one_does(tmp_path: Path) -> None:
     expected = {"fp8": "stored as float8_e4m3fn", "biased": "does not take", "unrunnable": "cannot compute a forward pass",
                 "good": f"{LOSS_B:.5f}"}  # fmt: skip
     for name, text in expected.items():
-        answers = run_quickly(loaded_on_ranks, 2, settings_b(tmp_path / name, tokens, tmp_path / "run"))
+        answers = run_ranks(loaded_on_ranks, 2, settings_b(tmp_path / name, tokens, tmp_path / "run"))
         assert all(text in answer for answer, _ in answers), (name, answers)
     assert answers[0] == answers[1]
     assert "weights.unused" in answers[0][1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,14 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from tests.faults.support import (
+from tests.support.base_model import (
     LOSS_B,
     config_b,
     edit_config,
     model_b,
     save_b,
 )
-from tests.faults.weights import (
+from tests.support.stored_models import (
     dense_loss,
     findings,
     go,
@@ -32,14 +32,6 @@ from tests.faults.weights import (
     save_biased,
     scaled,
 )
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
 
 # -- A1: quantised without declaration ---------------------------------------------------------------------------------
 

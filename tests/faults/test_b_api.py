@@ -16,8 +16,8 @@ from hpc_hess.errors import ConfigError, LayoutError, ModelError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import ThickRestart, eigenpairs
 from hpc_hess.parallel.basis import Basis
-from tests.faults.support import ids_b, model_b
-from tests.unit.test_lanczos import with_spectrum
+from tests.support.base_model import ids_b, model_b
+from tests.support.known_spectra import with_spectrum
 
 METHODS = ["finite_difference", "exact"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,11 @@ from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.errors import NumericsError
 from hpc_hess.parallel.world import World
-from tests.faults.ranks import assert_right, dense_product, problem_of, products, settings_of
-from tests.faults.support import fill_b, ids_b, model_b, result_of, settings_b, tokens_b
-from tests.quick import run_quickly
+from tests.support.base_model import fill_b, ids_b, model_b, result_of, settings_b, tokens_b
+from tests.support.problems import assert_right, dense_product, problem_of, products, settings_of
+from tests.support.spawn import run_ranks
 
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
+pytestmark = pytest.mark.slow
 
 
 def _save(config: Any, path: Path) -> Any:
@@ -39,7 +33,7 @@ def _save(config: Any, path: Path) -> Any:
 
 
 def _answers(settings: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
-    return [products(World.alone(), settings)] if ranks == 1 else run_quickly(products, ranks, settings)
+    return [products(World.alone(), settings)] if ranks == 1 else run_ranks(products, ranks, settings)
 
 
 # -- B1 ------------------------------------------------------------------------------------------------------------------
@@ -311,7 +305,7 @@ def test_rows_of_a_model_that_minds_padding_come_one_by_one(ranks: int, tmp_path
         tmp_path / "model", tokens_b(tmp_path / "t.npy"), data__micro_batch=4, data__sequence_length=32,
         model__master_dtype="float32", model__compute_dtype="float32",
     )  # fmt: skip
-    found = [_padded_rows(World.alone(), settings)] if ranks == 1 else run_quickly(_padded_rows, ranks, settings)
+    found = [_padded_rows(World.alone(), settings)] if ranks == 1 else run_ranks(_padded_rows, ranks, settings)
     for loss, intake in found:
         assert loss == pytest.approx(_loss_alone(model), rel=1e-6)
         [finding] = [f for f in intake if f["check"] == "model.padding"]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hpc_hess
 from hpc_hess.errors import ConfigError, DataError, HpcHessError, NumericsError
-from tests.faults.support import HIGHEST_B, fill_b, ids_b, model_b
+from tests.support.base_model import HIGHEST_B, fill_b, ids_b, model_b
 
 METHODS = ["finite_difference", "exact"]
 

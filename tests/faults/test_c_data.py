@@ -15,7 +15,7 @@ from hpc_hess.errors import DataError
 from hpc_hess.model.data.data import Samples, load_samples, micro_batches
 from hpc_hess.model.sharded.loss import CausalLMObjective
 from hpc_hess.model.sources.source import resolve_source
-from tests.faults.support import edit_config, ids_b, model_b, save_b, write_config
+from tests.support.base_model import edit_config, ids_b, model_b, save_b, write_config
 
 TEXT = "the cat sat on the mat 12345  sat on the cat"
 

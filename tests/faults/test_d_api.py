@@ -21,9 +21,9 @@ from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.model.sharded.loss import CausalLMObjective, own_objective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import whole_model
-from tests.faults.support import ids_b, model_b
-from tests.toys import toy_model
-from tests.unit.test_lanczos import make_space
+from tests.support.base_model import ids_b, model_b
+from tests.support.known_spectra import make_space
+from tests.support.toys import toy_model
 
 METHODS = ["finite_difference", "exact"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,10 @@ from hpc_hess.config import make_config
 from hpc_hess.errors import NumericsError
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.examples import Examples
-from tests.faults.support import model_b, settings_b, write_config
-from tests.system.launching import ROOT, environment
+from tests.support.base_model import model_b, settings_b, write_config
+from tests.support.launching import ROOT, environment
 
 LINES = ["aa ab", "", "x", "ba bb ab", "bb ba", "ab aa ba"]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
 
 
 def _save(directory: Path, spoilt: bool = False) -> None:
@@ -128,6 +120,7 @@ def test_an_answer_says_how_far_its_dimension_can_be_trusted(
     assert not page.exists()
 
 
+@pytest.mark.slow
 def test_two_queries_at_once_answer_their_own(built: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.toml", _settings(built, built / "run"))
     command = [sys.executable, "-m", "hpc_hess", "attribute", "query", str(config), "--text"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,23 @@ import numpy as np
 import pytest
 
 from hpc_hess.commands.dynamics.page import quote
-from tests.faults.support import command, save_b, settings_b, tokens_b, write_config
-from tests.system.launching import ROOT, environment
+from tests.support.base_model import save_b, settings_b, tokens_b, write_config
+from tests.support.launching import ROOT, environment
 
 ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+# Each command as a process of its own, forked from one that has imported what they need; then its exit code.
+ONE_BY_ONE = r"""
+import json, os, sys
+import tests.support.preload
+from hpc_hess.__main__ import entry
+for words in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        sys.argv[1:] = words
+        entry()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("\nended with", code, flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_config(folder / "réglages.toml", values), folder / "été"
 
 
+@pytest.mark.slow
 def test_every_command_prints_in_ascii(place: tuple[Path, Path]) -> None:
     config, out = place
     sketched = ["--set", f"run.out={out}-s"]
@@ -48,12 +64,20 @@ def test_every_command_prints_in_ascii(place: tuple[Path, Path]) -> None:
         ["sketch-check", config, "--kinds", "affd", "--bits", "4", "--queries", "1", "--set", f"run.out={out}-k"],
         ["scaling", "fit", out, "--out", f"{out}-laws"],
     ]  # fmt: skip
-    failed = []
-    for words in commands:
-        code, printed = command(*words, **ASCII)
-        if "Traceback" in printed or "UnicodeEncodeError" in printed or code not in (0, 2):
-            failed.append(f"{words[:2]}: exit {code}\n{printed[-600:]}")
-        assert printed.isascii(), words
+    words = json.dumps([[*map(str, each)] for each in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, words], cwd=ROOT, env=environment(**ASCII), timeout=500,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.stdout.isascii()
+    *printed, rest = re.split(r"\nended with (-?\d+)\n", done.stdout.decode())
+    said, codes = printed[::2], [int(code) for code in printed[1::2]]
+    assert (len(codes), rest) == (len(commands), ""), done.stdout[-2000:]
+    failed = [
+        f"{each[:2]}: exit {code}\n{text[-600:]}"
+        for each, text, code in zip(commands, said, codes, strict=True)
+        if "Traceback" in text or "UnicodeEncodeError" in text or code not in (0, 2)
+    ]
     assert not failed, "\n".join(failed)
 
 

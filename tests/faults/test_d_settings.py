@@ -19,18 +19,13 @@ from hpc_hess.parallel.world import World
 from hpc_hess.session.starts import NAME as STARTS
 from hpc_hess.session.stopping import Stopper
 from hpc_hess.storage.reader import read_store
-from tests.faults.support import HIGHEST_B, LOWEST_B, result_of, save_b, settings_b, tokens_b
-from tests.quick import run_quickly
-from tests.system.test_within_product import go
+from tests.support.base_model import HIGHEST_B, LOWEST_B, result_of, save_b, settings_b, tokens_b
+from tests.support.runs import go
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
 
 NORMS = "model.norm.weight[:6]"
-
-
-@pytest.fixture(scope="module")
-def world() -> Any:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +197,7 @@ def test_columns_are_rows_of_a_store(place: Path, world: World, tmp_path: Path) 
         assert len(view.probes[0].rows) == 10
     with pytest.raises(StoreError, match=r"holds this study with studies.sub_block.columns = 5, not 3"):
         run(settings(place, out, **options | {"analysis__columns": 3}), world)
-    assert run_quickly(_on_ranks, 2, settings(place, out, **options)) == [0, 0]
+    assert run_ranks(_on_ranks, 2, settings(place, out, **options)) == [0, 0]
     matrices = [np.load(path / "studies" / "sub_block" / "sub_block.npy") for path in (out, straight)]
     np.testing.assert_allclose(*matrices, atol=1e-12)
     assert not (out / "studies" / "sub_block" / "pieces").exists()
@@ -248,7 +243,7 @@ def test_no_requeue_without_progress(
 
 
 def test_on_two_ranks_every_rank_gives_up(place: Path, tmp_path: Path) -> None:
-    assert run_quickly(_three_starts, 2, settings(place, tmp_path / "run", run__time_limit="0:00:00")) == [[75, 75, 2]] * 2
+    assert run_ranks(_three_starts, 2, settings(place, tmp_path / "run", run__time_limit="0:00:00")) == [[75, 75, 2]] * 2
 
 
 def _three_starts(world: World, config: Config) -> list[int]:

@@ -44,29 +44,12 @@ from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.run_files import write_aside
 from hpc_hess.studies import runner as studies
-from tests.faults.fuzz_store import stopped_after
-from tests.parallel.test_store_faults import small_disk  # noqa: F401 (a fixture)
-from tests.quick import run_quickly, start_ranks
-from tests.store_toys import create, fill, reopen, unseal
-from tests.toys import toy_directory
+from tests.support.fuzz_store import stopped_after
+from tests.support.spawn import run_ranks, start_ranks
+from tests.support.store_toys import create, fill, reopen, unseal
 
 ALONE = World.alone()
 TOY = Path(__file__).resolve().parents[2] / "launch" / "configs" / "toy.toml"
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy")
-    toy_directory("llama", folder / "model")
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
-    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -377,9 +360,9 @@ def event_on_a_full_disk(world: World, run_dir: str) -> str:
     return str(caught.value)
 
 
-def test_a_full_disk_is_said_on_all_ranks(small_disk: Path) -> None:  # noqa: F811
+def test_a_full_disk_is_said_on_all_ranks(small_disk: Path) -> None:
     (small_disk / "run").mkdir()
-    first, second = run_quickly(event_on_a_full_disk, 2, str(small_disk / "run"))
+    first, second = run_ranks(event_on_a_full_disk, 2, str(small_disk / "run"))
     assert first == second
     assert "is full (write an event): free some space and start the same command again" in first
     assert [e["event"] for e in read_events(small_disk / "run")] == ["start"]
@@ -387,7 +370,7 @@ def test_a_full_disk_is_said_on_all_ranks(small_disk: Path) -> None:  # noqa: F8
 
 
 def test_a_step_whose_event_finds_no_room_is_not_lost(
-    world: World, toy: Path, tmp_path: Path, small_disk: Path  # noqa: F811
+    world: World, toy: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     out, fillers = small_disk / "run", []
 

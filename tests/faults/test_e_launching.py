@@ -23,9 +23,9 @@ from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_worl
 from hpc_hess.parallel.orphan import find_launcher, is_gone
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import own_code_in_turn
-from tests.faults.support import config_b
-from tests.quick import run_quickly
-from tests.system.launching import (
+from tests.support.base_model import config_b
+from tests.support.launcher_environments import BATCH_SHELL, HYDRA, OPEN_MPI, SRUN, TORCHRUN
+from tests.support.launching import (
     LAUNCHERS,
     LONG,
     ROOT,
@@ -36,7 +36,7 @@ from tests.system.launching import (
     steps_done,
     wait_until,
 )
-from tests.unit.test_launcher import BATCH_SHELL, HYDRA, OPEN_MPI, SRUN, TORCHRUN
+from tests.support.spawn import run_ranks
 
 # as mpiexec.hydra -n 4 -ppn 2 of MPICH 4.0.2 sets them inside a batch script of Slurm 22.05: its proxies are a step of srun
 HYDRA_IN_SLURM = {
@@ -314,6 +314,7 @@ entry()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", LAUNCHERS[1:])
 def test_a_name_that_does_not_resolve_ends_every_rank(script: str, tmp_path: Path) -> None:
     """MPI is running by then: no rank may wait in its end for one that is gone."""
@@ -371,12 +372,12 @@ def _by_gloo(backend: str, **options: Any) -> None:
     ],
 )
 def test_ranks_with_gpus_of_their_own(visible: list[list[str]], devices: list[str]) -> None:
-    assert run_quickly(_with_gpus, 2, visible) == [(device, "") for device in devices]
+    assert run_ranks(_with_gpus, 2, visible) == [(device, "") for device in devices]
 
 
 @pytest.mark.parametrize("visible", [[["a"], ["a"]], [["a"], ["b", "a"]]])
 def test_two_ranks_on_one_gpu_are_refused(visible: list[list[str]]) -> None:
-    for _, text in run_quickly(_with_gpus, 2, visible):
+    for _, text in run_ranks(_with_gpus, 2, visible):
         assert text.startswith("ranks 0 and 1 share the GPU a: start at most one rank per GPU")
 
 
@@ -423,7 +424,7 @@ def test_own_code_is_copied_by_one_rank(tmp_path: Path) -> None:
     (directory / "config.json").write_text(values)
     for name, text in CODE.items():
         (directory / name).write_text(text)
-    assert run_quickly(_load_own, 3, str(directory), str(cache)) == ["OwnForCausalLM"] * 3
+    assert run_ranks(_load_own, 3, str(directory), str(cache)) == ["OwnForCausalLM"] * 3
 
 
 def _turns(world_: World, folder: str, locals_: list[int], failing: int) -> tuple[list[str], str]:
@@ -445,7 +446,7 @@ def _turns(world_: World, folder: str, locals_: list[int], failing: int) -> tupl
 @pytest.mark.parametrize("failing", [-1, 0, 2, 3])
 def test_one_rank_of_all_then_one_of_each_node_then_the_others(failing: int, tmp_path: Path) -> None:
     """The cache may be a node's own, or in a home that all nodes share. An error leaves no rank waiting."""
-    found = run_quickly(_turns, 4, str(tmp_path), [0, 1, 0, 1], failing)
+    found = run_ranks(_turns, 4, str(tmp_path), [0, 1, 0, 1], failing)
     assert [text for _, text in found] == ["no" if failing >= 0 else ""] * 4
     assert found[0][0] == []
     assert found[2][0] == ["0"]
@@ -468,6 +469,7 @@ def start_alone(out: Path) -> subprocess.Popen[bytes]:
                             stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait_s", [0.0, 2.0])
 def test_ranks_that_are_starting_end_with_torchrun(wait_s: float, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -482,6 +484,7 @@ def test_ranks_that_are_starting_end_with_torchrun(wait_s: float, tmp_path: Path
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_ranks_that_are_running_commit_and_end_with_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with start_alone(out) as agent:
@@ -523,6 +526,7 @@ def test_who_the_launcher_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parent is None or is_gone(parent._replace(started="1"))  # its number is another process' now
 
 
+@pytest.mark.slow
 def test_a_run_without_launcher_outlives_its_shell(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = f"{sys.executable} -m hpc_hess run {TOY} {' '.join(LONG)} --set run.out={out} >/dev/null 2>&1 & exit"

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpc_hess.parallel.world import World
-from tests.faults import fuzz_config, fuzz_store
-from tests.toys import toy_directory
+from tests.support import fuzz_config, fuzz_store
+from tests.support.toys import toy_directory
 
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
+pytestmark = pytest.mark.slow
 
 
 def test_mutated_configurations_are_read_or_refused(world: World, tmp_path: Path) -> None:

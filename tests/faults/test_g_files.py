@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,8 @@ from hpc_hess.config import ModelSection, make_config
 from hpc_hess.errors import ModelError
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from tests.faults.support import LOSS_B, edit_config, save_b, settings_b, tokens_b
-from tests.faults.weights import double, loss_of, own_model
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
+from tests.support.base_model import LOSS_B, edit_config, save_b, settings_b, tokens_b
+from tests.support.stored_models import double, loss_of, own_model
 
 
 def index_of(path: Path, file: str) -> None:

@@ -31,10 +31,10 @@ from hpc_hess.parallel.launcher import Launch
 from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.replicas import share_with_replicas
-from tests.quick import run_quickly, start_ranks
-from tests.sharded import meta_copy, ragged_objective, shard_toy
-from tests.system.launching import ROOT, environment
-from tests.toys import toy_model
+from tests.support.launching import ROOT, environment
+from tests.support.sharded import meta_copy, ragged_objective, shard_toy
+from tests.support.spawn import run_ranks, start_ranks
+from tests.support.toys import toy_model
 
 # -- G2: the local cluster's directory ----------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ def _tell(world: World) -> list[Any]:
 
 
 def test_ranks_tell_each_other_messages() -> None:
-    assert run_quickly(_tell, 3) == [[0, 1, 2, Path("/rank/0")]] * 3
+    assert run_ranks(_tell, 3) == [[0, 1, 2, Path("/rank/0")]] * 3
 
 
 def test_nothing_is_pickled_by_this_package() -> None:
@@ -223,7 +223,7 @@ def _other_machine(world: World, what: str) -> tuple[bool, list[str]]:
 
 @pytest.mark.parametrize("what", ["boot", "container", "unknown"])
 def test_no_file_of_another_machines_process_is_opened(what: str) -> None:
-    assert run_quickly(_other_machine, 2, what) == [(True, [])] * 2
+    assert run_ranks(_other_machine, 2, what) == [(True, [])] * 2
 
 
 # -- G7: guards ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hpc_hess.linalg.measure import Radau
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.studies.block_diagonal import layers_view as layers
 from hpc_hess.studies.block_diagonal.compute import known_top, stand_in
-from tests.unit.report_case import lanczos, llm_like, make_result
+from tests.support.report_case import lanczos, llm_like, make_result
 
 SEEDS = 6
 

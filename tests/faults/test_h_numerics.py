@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,18 @@ from hpc_hess.linalg.quadrature import estimate, ritz, trace
 from hpc_hess.parallel.world import World
 from hpc_hess.report.spectrum import warnings
 from hpc_hess.studies.quadrature.result import refuse_meaningless
-from tests.faults.support import (
+from tests.support.base_model import (
     HIGHEST_B,
     LOWEST_B,
     config_b,
-    dense_spectrum,
+    extremes,
     fill_b,
+    model_b,
     result_of,
     save_b,
     settings_b,
     tokens_b,
 )
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +43,7 @@ def b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # -- H3: intervals of the extremes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -163,8 +157,6 @@ ZERO = {
 @pytest.fixture(scope="module")
 def zero(b: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """B whose head is zero: the logits do not depend on the layers."""
-    from tests.faults.support import model_b
-
     model = model_b()
     model.lm_head.weight.data.zero_()
     folder = tmp_path_factory.mktemp("zero")
@@ -172,6 +164,7 @@ def zero(b: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder, b[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["finite_difference", "exact"])
 def test_a_hessian_that_is_zero_has_a_spectrum(
     world: World, zero: tuple[Path, Path], tmp_path: Path, method: str
@@ -185,6 +178,7 @@ def test_a_hessian_that_is_zero_has_a_spectrum(
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_check_of_a_hessian_that_is_zero(world: World, zero: tuple[Path, Path], tmp_path: Path) -> None:
     assert check(make_config(settings_b(*zero, tmp_path / "run", **ZERO)), world) == 0
     found = json.loads((tmp_path / "run" / "check.json").read_text())
@@ -194,6 +188,7 @@ def test_check_of_a_hessian_that_is_zero(world: World, zero: tuple[Path, Path], 
 # -- B8: a step that misses a kink ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_over_a_kink_is_refused(world: World, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -211,8 +206,8 @@ def test_a_step_over_a_kink_is_refused(world: World, tmp_path: Path) -> None:
         run(make_config(settings), world)
     settings["operator"], settings["run"] = {"method": "exact"}, {"out": str(tmp_path / "exact"), "report": False}
     assert run(make_config(settings), world) == 0
-    _, values = dense_spectrum(model, torch.from_numpy(ids))
+    _, values = extremes(model, torch.from_numpy(ids))
     result = result_of(tmp_path / "exact")
-    assert [result["lambda_min"], result["lambda_max"]] == pytest.approx(values[[0, -1]], rel=1e-3)
+    assert [result["lambda_min"], result["lambda_max"]] == pytest.approx(values, rel=1e-3)
 
 

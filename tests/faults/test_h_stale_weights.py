@@ -14,8 +14,8 @@ from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHes
 from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.world import World
-from tests.quick import run_quickly
-from tests.sharded import assemble, from_global, ragged_objective, send, shard_toy
+from tests.support.sharded import assemble, from_global, ragged_objective, send, shard_toy
+from tests.support.spawn import run_ranks
 
 TOY = "llama_untied"
 
@@ -91,7 +91,7 @@ def _every_pair(world: World) -> list[tuple[str, str, Any]]:
 
 def test_every_writer_after_every_forward_pass() -> None:
     right = _every_pair_alone()
-    ranks = run_quickly(_every_pair, 2)
+    ranks = run_ranks(_every_pair, 2)
     for one, other in zip(*ranks, strict=True):
         found = assemble([one[2], other[2]])
         assert np.abs(found - right).max() < 1e-10, (one[0], one[1])
@@ -121,5 +121,5 @@ def test_a_product_after_a_measurement(ranks: int) -> None:
     model = shard_toy(World.alone(), TOY)
     v = model.space.wrap(torch.linspace(-1, 1, model.space.size, dtype=torch.float64))
     right = FiniteDifferenceHessian(Gradient(model, ragged_objective()), "central", 1e-3).matvec(v).data.numpy()
-    found = assemble(run_quickly(_difference, ranks))
+    found = assemble(run_ranks(_difference, ranks))
     assert np.abs(found - right).max() < 1e-7 * np.abs(right).max()

@@ -19,19 +19,14 @@ from hpc_hess.storage import build, disk, opening, store
 from hpc_hess.storage.disk import allocated
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.reader import read_store
-from tests.faults.support import command, result_of, save_b, settings_b, tokens_b, write_config
-from tests.system.launching import NEEDS_MPI, complete
-from tests.system.test_within_product import go
+from tests.support.base_model import command, result_of, save_b, settings_b, tokens_b, write_config
+from tests.support.launching import complete
+from tests.support.runs import go
+
+pytestmark = pytest.mark.slow
 
 STEPS, ROW = 12, 6992 * 4  # bytes of a row of B
 DRIVERS = ["files", "mpio"]
-
-
-@pytest.fixture(scope="module")
-def world() -> Any:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +268,7 @@ def test_what_clean_does_not_touch(place: Path, world: World, tmp_path: Path) ->
     lock.release()
 
 
-@NEEDS_MPI
+@pytest.mark.mpi
 def test_over_mpi(place: Path, world: World, tmp_path: Path, whole: list[dict[str, Any]]) -> None:
     out = tmp_path / "run"
     values = settings(place, out, store__driver="mpio").model_dump()

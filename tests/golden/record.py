@@ -18,7 +18,7 @@ from hpc_hess.config import load_config
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
 from hpc_hess.studies.quadrature.result import _cpu
-from tests.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOY = Path(__file__).parents[2] / "launch" / "configs" / "toy.toml"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hpc_hess.curvature.exact.exact import ExactHessian
-from tests.numerics.exact_case import case, error, reference, vectors, widened
-from tests.toys import toy_model
+from tests.support.exact_case import case, error, reference, vectors, widened
+from tests.support.toys import toy_model
 
 DENSE = ["llama", "llama_untied", "gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
 

@@ -12,7 +12,7 @@ from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.model.sharded.loss import CallableObjective, shifted_targets
 from hpc_hess.model.sharded.precision import survives
 from hpc_hess.model.sharded.shard import whole_model
-from tests.numerics.exact_case import (
+from tests.support.exact_case import (
     ToyBlock,
     ToyLM,
     case,
@@ -23,7 +23,7 @@ from tests.numerics.exact_case import (
     vectors,
     widened,
 )
-from tests.toys import toy_model
+from tests.support.toys import toy_model
 
 
 def test_gauss_newton_is_the_dense_product_and_positive() -> None:

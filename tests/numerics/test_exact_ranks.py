@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,52 +10,14 @@ import torch
 from hpc_hess.curvature.exact.exact import ExactHessian
 from hpc_hess.curvature.exact.gauss_newton import GaussNewton
 from hpc_hess.linalg.lanczos import Lanczos
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
-from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
-from tests.numerics.exact_case import NO_SDPA, micro_batches, objective
-from tests.sharded import without_shared_memory
-from tests.spawn import run_ranks
-from tests.toys import toy_model
+from tests.support.exact_ranks import Case, sharded_case
+from tests.support.sharded import without_shared_memory
+from tests.support.spawn import run_ranks
+from tests.support.toys import toy_model
 
-
-def _rows(rank: int, size: int) -> list[MicroBatch]:
-    """Three micro-batches shared over the ranks, dummies at the end so that every rank has equally many."""
-    first, second = micro_batches(3, 8)
-    third = micro_batches(2, 5)[1]
-    batches = [first, second, third]
-    while len(batches) % size:
-        dummy = copy.deepcopy(third)
-        dummy.labels.fill_(-100)
-        batches.append(dummy)
-    return batches[rank::size]
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    include: list[str] | None = None
-    dtype: torch.dtype = torch.float64
-    lanczos_steps: int = 0
-
-
-def _sharded(world: World, case: Case) -> tuple[ShardedModel, Any, CausalLMObjective]:
-    """The toy over the ranks, its skeleton without hooks, and this rank's part of the loss."""
-    attention = "eager" if case.name in NO_SDPA else "sdpa"
-    source = toy_model(case.name, dtype=case.dtype, attention=attention)
-    skeleton = copy.deepcopy(source).to("meta")
-    skeleton.tie_weights()  # meta parameters were made one by one
-    for buffer, (owner, key) in zip(source.buffers(), _owners(skeleton), strict=True):
-        owner._buffers[key] = buffer.clone()
-    plain = copy.deepcopy(skeleton)
-    model = shard_model(skeleton, world, include=case.include, master_dtype=case.dtype, compute_dtype=case.dtype)
-    full = dict(source.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.module.named_parameters():
-            _fill(parameter, full[name].detach())
-    num_tokens = objective([b for r in range(world.size) for b in _rows(r, world.size)]).num_tokens
-    return model, plain, objective(_rows(world.rank, world.size), num_tokens)
+pytestmark = pytest.mark.slow
 
 
 def products_through_gloo(world: World, replicate: int, cases: list[Case]) -> list[Any]:
@@ -72,7 +32,7 @@ def products(world: World, replicate: int, cases: list[Case]) -> list[Any]:
         world.make_mesh(replicate)
     answers = []
     for case in cases:
-        model, plain, loss = _sharded(world, case)
+        model, plain, loss = sharded_case(world, case)
         generator = torch.Generator().manual_seed(3)
         everything = torch.randn(2, model.layout.num_params_full, generator=generator, dtype=torch.float64)
         vs = [model.space.wrap(_local(row, model.space.shard).to(case.dtype)) for row in everything]
@@ -88,19 +48,6 @@ def products(world: World, replicate: int, cases: list[Case]) -> list[Any]:
         starts, lengths = model.space.shard.global_intervals
         answers.append((list(zip(starts.tolist(), lengths.tolist(), strict=True)), [o.data.numpy() for o in out]))
     return answers
-
-
-def _owners(module: torch.nn.Module) -> list[Any]:
-    return [(m, k) for m in module.modules() for k, b in m._buffers.items() if b is not None]
-
-
-def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor):
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
-    else:
-        parameter.copy_(value)
 
 
 def _local(row: torch.Tensor, shard: Any) -> torch.Tensor:

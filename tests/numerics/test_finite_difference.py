@@ -25,9 +25,10 @@ from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
-from tests.dense import dense_hessian, hessian_product
-from tests.sharded import ragged_objective, ragged_rows
-from tests.toys import TOYS, toy_config, toy_model
+from tests.support.dense import dense_hessian, hessian_product
+from tests.support.sharded import ragged_objective, ragged_rows
+from tests.support.toys import TOYS, toy_config, toy_model
+from tests.support.written_out import write_out
 
 
 @dataclass
@@ -69,36 +70,6 @@ def error_of(product: Vector, exact: torch.Tensor) -> float:
 # -- the product against independent ones ----------------------------------------------------------------------------
 
 
-class _SiLU(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(x)
-
-
-class _LayerNorm(nn.Module):
-    def __init__(self, layer: nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
-
-
-def _write_out(module: nn.Module) -> None:
-    """Replace what torch.func cannot differentiate forward over reverse by the same function written out.
-
-    torch 2.13: silu_backward has no forward derivative, and jvp of jacrev through layer_norm, which is what curvlinops
-    computes, is silently off by 1 to 30 %.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.LayerNorm):
-            setattr(module, name, _LayerNorm(child))
-        elif isinstance(child, nn.SiLU) or type(child).__name__ == "SiLUActivation":
-            setattr(module, name, _SiLU())
-        else:
-            _write_out(child)
-
-
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module, mask: torch.Tensor) -> None:
         super().__init__()
@@ -114,7 +85,7 @@ def curvlinops_product(name: str, v: torch.Tensor, rows: int = 3) -> torch.Tenso
     """H v by curvlinops: another derivation, another loss, all rows in one batch."""
     curvlinops = pytest.importorskip("curvlinops")
     model, data = toy_model(name, dtype=torch.float64), ragged_rows(rows)
-    _write_out(model)
+    write_out(model)
     parameters = list(dict(sorted(model.named_parameters())).values())
     batch = (data.input_ids, data.labels[:, 1:].flatten())
     operator = curvlinops.HessianLinearOperator(
@@ -232,6 +203,7 @@ def _small_objective() -> CausalLMObjective:
     return objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_extreme_eigenvalues_against_the_dense_hessian(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _smaller_config(name)

@@ -19,7 +19,7 @@ from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.model.sharded.shard import whole_model as wrap
 from hpc_hess.parallel.world import World
-from tests.numerics.exact_case import (
+from tests.support.exact_case import (
     ToyBlock,
     ToyLM,
     case,
@@ -30,20 +30,20 @@ from tests.numerics.exact_case import (
     vectors,
     widened,
 )
-from tests.sharded import Whole, assemble, send
-from tests.spawn import run_ranks
-from tests.unit.test_blocks import (
-    _Between,
-    _Detached,
-    _FromEarlier,
-    _NoForwardDerivative,
-    _OnceDifferentiable,
-    _Random,
-    _ToTheHead,
-    _TwoHeads,
-    _Varying,
-    _WrongWhenMixed,
+from tests.support.odd_models import (
+    Between,
+    Detached,
+    FromEarlier,
+    NoForwardDerivative,
+    OnceDifferentiable,
+    Random,
+    ToTheHead,
+    TwoHeads,
+    Varying,
+    WrongWhenMixed,
 )
+from tests.support.sharded import Whole, assemble, send
+from tests.support.spawn import run_ranks
 
 KINDS: list[type[StreamedOperator]] = [ExactHessian, GaussNewton, Residual, EmpiricalFisher]
 
@@ -77,11 +77,11 @@ def _flat(*blocks: nn.Module, **options: Any) -> Flat:
     [
         (_flat, r"no nn\.ModuleList of repeated blocks"),
         (lambda: _flat(tied=True), r"no nn\.ModuleList of repeated blocks"),
-        (lambda: _Between(_blocks()), "computation between the blocks"),
-        (lambda: _FromEarlier(_blocks()), "argument 1 of block call 2 depends on the output of block call 0"),
-        (lambda: _ToTheHead(_blocks()), "the head's input depends on"),
-        (lambda: _Detached(_blocks()), "not the same when the model is run in parts"),
-        (lambda: _TwoHeads(_blocks()), "head is not called once"),
+        (lambda: Between(_blocks()), "computation between the blocks"),
+        (lambda: FromEarlier(_blocks()), "argument 1 of block call 2 depends on the output of block call 0"),
+        (lambda: ToTheHead(_blocks()), "the head's input depends on"),
+        (lambda: Detached(_blocks()), "not the same when the model is run in parts"),
+        (lambda: TwoHeads(_blocks()), "head is not called once"),
     ],
 )
 def test_a_model_that_cannot_be_split_is_taken_as_a_whole(make: Any, looked_for: str) -> None:
@@ -121,7 +121,7 @@ def test_frozen_parameters_and_empty_micro_batches() -> None:
     assert error(WholeModel(model, loss).matvec(v), expected) < 1e-13
 
 
-@pytest.mark.parametrize(("block", "why"), [(_NoForwardDerivative, ""), (_WrongWhenMixed, "is off by")])
+@pytest.mark.parametrize(("block", "why"), [(NoForwardDerivative, ""), (WrongWhenMixed, "is off by")])
 def test_what_forward_mode_cannot_do_goes_by_double_backward(block: type[ToyBlock], why: str) -> None:
     module = _flat(ToyBlock(), block()).double()
     model, loss = wrap(module), objective(micro_batches(2, 6))
@@ -136,9 +136,9 @@ def test_what_has_no_exact_product_is_refused() -> None:
         return WholeModel(wrap(module.double()), objective(micro_batches(2, 6)))
 
     with pytest.raises(ModelError, match="no second derivative .*once_differentiable"):
-        whole(_flat(ToyBlock(), _OnceDifferentiable()))
+        whole(_flat(ToyBlock(), OnceDifferentiable()))
     with pytest.raises(ModelError, match="dropout or another random operation"):
-        exact_or_whole(ExactHessian, wrap(_Random(_blocks()).double()), objective(micro_batches(2, 6)))
+        exact_or_whole(ExactHessian, wrap(Random(_blocks()).double()), objective(micro_batches(2, 6)))
     with pytest.raises(ModelError, match="eval"):
         whole(_flat().train())
 
@@ -235,11 +235,11 @@ def _outcome(world: World, kind: type[nn.Module], whole: bool) -> str:
     world.make_mesh()
 
     def make() -> nn.Module:
-        return _Varying(_blocks()) if kind is _Varying else ToyLM([kind(), ToyBlock()])
+        return Varying(_blocks()) if kind is Varying else ToyLM([kind(), ToyBlock()])
 
     torch.manual_seed(0)
     model, plain = _shared(world, make().double(), make)
-    length = 6 if world.rank == 0 else 4 if kind is _Varying else 5
+    length = 6 if world.rank == 0 else 4 if kind is Varying else 5
     loss = objective([_cut(batch, length) for batch in micro_batches(3, 6)], 10)
     try:
         operator = exact_or_whole(ExactHessian, model, loss, plain=plain) if whole else ExactHessian(
@@ -258,7 +258,7 @@ def _outcome(world: World, kind: type[nn.Module], whole: bool) -> str:
         (_Picky, True, "ModelError: this block takes no five tokens"),
         (_PickyRuntime, False, "SplitError: cannot run ToyLM block by block (this block takes no five tokens)"),
         (_PickyRuntime, True, "ModelError: cannot run ToyLM (this block takes no five tokens)"),
-        (_Varying, True, "cannot split _Varying: the ranks' data take different ways through its blocks: exact products"),
+        (Varying, True, "cannot split Varying: the ranks' data take different ways through its blocks: exact products"),
     ],
 )
 def test_what_one_rank_meets_every_rank_meets(kind: type[nn.Module], whole: bool, words: str) -> None:
@@ -271,7 +271,7 @@ def test_what_one_rank_meets_every_rank_meets(kind: type[nn.Module], whole: bool
 def test_micro_batches_that_go_different_ways_are_seen_before_the_first_product() -> None:
     long, short = micro_batches(3, 6)
     short = _cut(short, 4)
-    module = _Varying(_blocks()).double()
+    module = Varying(_blocks()).double()
     model, loss = wrap(module), objective([long, short])
     operator = exact_or_whole(ExactHessian, model, loss)
     assert "depends on the data" in operator.notes[0]

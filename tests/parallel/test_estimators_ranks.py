@@ -32,8 +32,8 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from tests.sharded import assemble, from_global, send
-from tests.spawn import run_ranks
+from tests.support.sharded import assemble, from_global, send
+from tests.support.spawn import run_ranks
 
 LAYOUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "uneven": {"embed": (13, 7), "norm": (5,), "scalar": (), "w": (4, 11)},

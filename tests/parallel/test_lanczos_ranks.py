@@ -17,8 +17,8 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from tests.sharded import from_global
-from tests.spawn import run_ranks
+from tests.support.sharded import from_global
+from tests.support.spawn import run_ranks
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (37, 20),

@@ -24,9 +24,9 @@ from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import checkpoint_blocks
 from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.world import World
-from tests.sharded import Whole, assemble, ragged_objective, ragged_rows, send, shard_toy, without_shared_memory
-from tests.spawn import run_ranks
-from tests.toys import MOE, TOYS, toy_model
+from tests.support.sharded import Whole, assemble, ragged_objective, ragged_rows, send, shard_toy, without_shared_memory
+from tests.support.spawn import run_ranks
+from tests.support.toys import MOE, TOYS, toy_model
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hpc_hess.parallel import shared_memory
 from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.shared_memory import SharedMemory
 from hpc_hess.parallel.world import World
-from tests.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 
 def _both(world: World, dtype: torch.dtype, sizes: list[int]) -> list[bool]:

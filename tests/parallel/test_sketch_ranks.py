@@ -21,11 +21,11 @@ from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.sketch.kinds import KINDS, SketchSettings
 from hpc_hess.sketch.sketch import Sketch, SketchedOperator, part_of, whole_of
-from tests.numerics.exact_case import NO_SDPA
-from tests.numerics.test_exact_ranks import Case, _sharded
-from tests.sharded import from_global, send
-from tests.spawn import run_ranks
-from tests.toys import MOE, toy_model, toy_tokens
+from tests.support.exact_case import NO_SDPA
+from tests.support.exact_ranks import Case, sharded_case
+from tests.support.sharded import from_global, send
+from tests.support.spawn import run_ranks
+from tests.support.toys import MOE, toy_model, toy_tokens
 
 TABLE: dict[str, tuple[int, ...]] = {"a": (13, 7), "experts": (3, 12, 5), "s": (), "tiny": (2, 3), "wide": (1, 9)}
 ARCHITECTURES = ["llama", "llama_untied", "gpt2", "gemma3", "qwen2_moe", "gpt_oss"]
@@ -92,7 +92,7 @@ def _examples(world: World, names: list[str]) -> list[dict[int, tuple[float, np.
     answers = []
     for name in names:
         include = ["*layers.0*", "*embed*"] if name == "llama_untied" else None
-        model, plain, _ = _sharded(world, Case(name, include))
+        model, plain, _ = sharded_case(world, Case(name, include))
         rows = _rows()
         gradients = ExampleGradients(model, rows[world.rank % 4], plain if model.sharded else None)
         mine: dict[int, tuple[float, np.ndarray]] = {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpc_hess.parallel.world import World
-from tests.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 
 def _sum(world: World, value: float) -> tuple[int, float]:

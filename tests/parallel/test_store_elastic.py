@@ -8,8 +8,8 @@ import pytest
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from tests.quick import run_quickly as run_ranks
-from tests.store_toys import FEW, SHAPES, advance, check_state, create, reopen, run, store_exists, whole_row
+from tests.support.spawn import run_ranks
+from tests.support.store_toys import FEW, SHAPES, advance, check_state, create, reopen, run, store_exists, whole_row
 
 # every pair of rank counts in a chain of resumes: consecutive numbers cover all N -> M for N, M in 1..3
 CHAIN = [1, 1, 2, 2, 3, 3, 1, 3, 2, 1]

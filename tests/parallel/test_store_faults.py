@@ -12,9 +12,8 @@ import pytest
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.lock import RunLock
-from tests.parallel.test_store_kills import wait_for
-from tests.quick import run_quickly, start_ranks
-from tests.store_toys import advance, check_state, create, fill, local_row, punch_hole, reopen
+from tests.support.spawn import run_ranks, start_ranks
+from tests.support.store_toys import advance, check_state, create, fill, local_row, punch_hole, reopen, wait_for
 
 ALONE = World.alone()
 
@@ -63,7 +62,7 @@ def take_lock(world: World, run_dir: str) -> None:
 
 
 def test_a_released_lock_can_be_taken_again(tmp_path):
-    run_quickly(take_lock, 3, str(tmp_path))
+    run_ranks(take_lock, 3, str(tmp_path))
     assert (tmp_path / "run.lock").read_text() == ""
 
 
@@ -75,26 +74,13 @@ def lock_somewhere_else(world: World, run_dir: str) -> str:
 
 
 def test_a_directory_that_nodes_do_not_share_is_noticed(tmp_path):
-    answers = run_quickly(lock_somewhere_else, 2, str(tmp_path))
+    answers = run_ranks(lock_somewhere_else, 2, str(tmp_path))
     assert answers[0] == answers[1]
     assert "rank 1 on" in answers[0]
     assert "all nodes share" in answers[0]
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 24 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 WIDE = {"w": (2, 100_000)}  # a row of 400 kB a rank: written directly
@@ -131,7 +117,7 @@ def row_on_a_full_disk(world: World, run_dir: str, shapes: dict) -> tuple[str, l
 
 @pytest.mark.skipif(shutil.which("fallocate") is None, reason="no fallocate command")
 def test_a_disk_that_fills_during_a_row(small_disk):
-    answers = run_quickly(row_on_a_full_disk, 2, str(small_disk / "run"), WIDE)
+    answers = run_ranks(row_on_a_full_disk, 2, str(small_disk / "run"), WIDE)
     assert answers[0] == answers[1]
     assert "is full (write a basis row): free some space" in answers[0][0]
 

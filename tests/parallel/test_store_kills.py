@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from hpc_hess.parallel.world import World
-from hpc_hess.storage.reader import read_store
-from tests.quick import run_quickly, start_ranks
-from tests.store_toys import advance, check_state, coefficients, create, reopen, store_exists, whole_row
+from hpc_hess.storage.store import store_exists
+from tests.support.spawn import run_ranks, start_ranks
+from tests.support.store_toys import advance, check_state, committed, create, reopen, wait_for
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("SOAK_KILLS", "10"))  # a soak sets more
 SHAPES = {"w": (300, 400), "b": (7,)}
@@ -35,39 +37,13 @@ def job(world: World, run_dir: str, notes: str, groups: dict[str, int]) -> None:
     store.close()
 
 
-def committed(run_dir: Path) -> tuple[int, int]:
-    """What is on disk is consistent, by value; return how far it is."""
-    if not (run_dir / "krylov.h5").exists():
-        return 0, 0
-    with read_store(run_dir) as view:
-        state = view.state
-        # the shared basis of a finished probe may be half overwritten: no commit needs it then
-        assert view.verify() == []
-        for k in state.group:
-            for row in state.rows_of(k):
-                assert (view.probes[k].basis[row] == whole_row(view.schema.num_params, k, row)).all()
-        for k in range(state.group.stop):
-            n = state.lengths[k]
-            assert (view.probes[k].alpha == coefficients(k, n)[0]).all()
-            assert (view.probes[k].beta == coefficients(k, n)[1]).all()
-        return state.probe, state.step
-
-
-def wait_for(path: Path, processes, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        assert time.monotonic() < deadline
-        assert all(p.is_alive() for p in processes)
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("victims", ["all", "one"])
 @pytest.mark.parametrize(("groups", "end"), [({}, (1, 8)), ({"probes": 3, "width": 2}, (2, 8))], ids=["alone", "pairs"])
 def test_killed_at_random_instants(tmp_path, victims, groups, end):
     rng = random.Random(KILLS)
     run_dir, notes = tmp_path / "run", tmp_path / "notes"
     start = time.monotonic()
-    run_quickly(job, 2, str(run_dir), str(notes), groups)
+    run_ranks(job, 2, str(run_dir), str(notes), groups)
     whole_s = min(time.monotonic() - start, 3.0)
     opened = broken_off = created = 0
     for kill in range(KILLS):
@@ -95,7 +71,7 @@ def test_killed_at_random_instants(tmp_path, victims, groups, end):
         broken_off += reached < end
         whole_s *= 1.0 if reached < end else 0.7  # the first run, whose length this was, also paid for a cold start
     assert broken_off >= 4, "the kills came too late to mean anything"
-    run_quickly(job, 2, str(run_dir), str(notes), groups)
+    run_ranks(job, 2, str(run_dir), str(notes), groups)
     assert committed(run_dir) == end
     names = {p.name for p in run_dir.iterdir()}
     assert names == {"krylov.h5", "krylov.ranks", "run.lock"}
@@ -112,7 +88,7 @@ def test_killed_while_a_new_generation_is_built(tmp_path, groups, end):
     """A resume on other ranks is killed while it copies: the old store is still there, or the new one is."""
     rng = random.Random(7)
     run_dir, notes = tmp_path / "run", tmp_path / "notes"
-    run_quickly(first_half, 1, str(run_dir), groups)
+    run_ranks(first_half, 1, str(run_dir), groups)
     for kill in range(6):
         notes.unlink(missing_ok=True)
         processes, pipes = start_ranks(rebuild_job, 1 + (kill + 1) % 2, str(run_dir), str(notes))
@@ -124,7 +100,7 @@ def test_killed_while_a_new_generation_is_built(tmp_path, groups, end):
             process.join(20)
             pipe.close()
         assert committed(run_dir) == (0, 6)
-    run_quickly(job, 2, str(run_dir), str(notes), groups)
+    run_ranks(job, 2, str(run_dir), str(notes), groups)
     assert committed(run_dir) == end
     assert len(list(run_dir.glob("krylov.ranks/*"))) == 1
 

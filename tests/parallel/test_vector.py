@@ -13,8 +13,8 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from tests.sharded import assemble, from_global, send
-from tests.spawn import run_ranks
+from tests.support.sharded import assemble, from_global, send
+from tests.support.spawn import run_ranks
 
 # "wide" puts nothing on ranks 1 to 3 of 4, and alone leaves them wholly empty
 TABLES: dict[str, dict[str, tuple[int, ...]]] = {

@@ -14,7 +14,7 @@ import torch
 
 from hpc_hess.errors import CollectiveError, ConfigError, DataError, HpcHessError, LaunchError, NumericsError
 from hpc_hess.parallel.world import World, describe
-from tests.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 
 def _outcome(function: Any) -> tuple[str, str]:
@@ -126,6 +126,7 @@ def _fail_unexpectedly(world: World) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_an_error_of_all_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_ranks(_fail_everywhere, 3, fresh=True) == [2, 2, 2]
     err = capfd.readouterr().err
@@ -134,12 +135,14 @@ def test_an_error_of_all_is_printed_once(capfd: pytest.CaptureFixture[str]) -> N
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_an_error_of_one_is_printed_once_and_is_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError, match="rank 1 of 3 ended with code 3"):
         run_ranks(_fail_on_one, 3, 1, fresh=True)
     assert _stderr_lines(capfd.readouterr().err) == ["hpc-hess: error [rank 1]: the lamp is out"]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_rank_that_serves_the_store_is_shown_first(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError, match="rank 0 of 3 ended with code 3"):
         run_ranks(_fail_on_one, 3, 0, fresh=True)
@@ -149,6 +152,7 @@ def test_an_error_of_the_rank_that_serves_the_store_is_shown_first(capfd: pytest
     assert all("'wait for the others' did not complete" in line for line in lines[1:])
 
 
+@pytest.mark.slow
 def test_a_bug_shows_its_traceback_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_ranks(_fail_unexpectedly, 2, fresh=True) == [1, 1]
     err = capfd.readouterr().err

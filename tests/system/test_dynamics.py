@@ -29,11 +29,11 @@ from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.session.model_files import save_model
 from hpc_hess.session.problem import load_problem
-from tests.spawn import run_ranks
-from tests.system.launching import environment, wait_until
-from tests.toys import toy_directory
+from tests.support.launching import environment, wait_until
+from tests.support.spawn import run_ranks
+from tests.support.toys import ONLY, toy_directory
 
-ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
+pytestmark = pytest.mark.slow
 
 
 def settings(toy: Path, *overrides: str) -> Config:
@@ -237,8 +237,8 @@ def dense(path: Path, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.nda
     chosen = [p for name, p in sorted(module.named_parameters()) if any(fnmatchcase(name, glob) for glob in ONLY)]
     parts = torch.autograd.grad(plain_loss(module, ids), chosen, create_graph=True)
     flat = torch.cat([part.flatten() for part in parts])
-    rows = [torch.cat([r.flatten() for r in torch.autograd.grad(entry, chosen, retain_graph=True)]) for entry in flat]
-    hessian = torch.stack(rows).numpy()
+    rows = torch.autograd.grad(flat, chosen, torch.eye(len(flat), dtype=flat.dtype), is_grads_batched=True)
+    hessian = torch.cat([row.reshape(len(flat), -1) for row in rows], 1).numpy()
     return *np.linalg.eigh((hessian + hessian.T) / 2), flat.detach().numpy()
 
 

@@ -20,10 +20,11 @@ from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.disk import give_back
 from hpc_hess.storage.reader import read_store
-from tests.spawn import run_ranks
-from tests.system.test_within_product import go
+from tests.support.runs import go, on_ranks
+from tests.support.spawn import run_ranks
+from tests.support.toys import ONLY
 
-ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
+pytestmark = pytest.mark.slow
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
@@ -114,10 +115,6 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_same(world: World, toy: Pat
     assert found(out)["restarts"] > 0
     assert found(out) == found(whole)
     assert vectors(out) == vectors(whole)
-
-
-def on_ranks(world: World, config: Config) -> int:
-    return run(config, world)
 
 
 @pytest.mark.parametrize("driver", ["files"])

@@ -16,10 +16,9 @@ from hpc_hess.commands.run.work import run as whole_run
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FORMAT_VERSION
-from tests import run_toys
-from tests.quick import run_quickly
-from tests.spawn import clean_environment
-from tests.store_toys import advance, check_state, reopen, run
+from tests.support import run_toys
+from tests.support.spawn import clean_environment, run_ranks
+from tests.support.store_toys import advance, check_state, reopen, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ROOT / "tests" / "formats"
@@ -42,7 +41,7 @@ def test_a_kept_store_opens_and_goes_on(tmp_path, store, ranks):
     with read_store(here) as view:
         assert view.verify() == []
         assert (view.state.probe, view.state.step) == (1, 3)
-    assert run_quickly(go_on, ranks, str(here)) == [END] * ranks
+    assert run_ranks(go_on, ranks, str(here)) == [END] * ranks
     with read_store(here) as view:
         assert view.verify() == []
 
@@ -58,7 +57,7 @@ def test_a_finished_store_without_a_basis_takes_more_probes(tmp_path, store, ran
     with read_store(here) as view:
         assert view.verify() == []
         assert (view.state.probe, view.state.step, view.schema.rows) == (1, 6, 0)
-    assert run_quickly(one_more_probe, ranks, str(here)) == [(2, 6)] * ranks
+    assert run_ranks(one_more_probe, ranks, str(here)) == [(2, 6)] * ranks
     with read_store(here) as view:
         assert view.verify() == []
         assert view.probes[2].rows == tuple(range(6))
@@ -89,7 +88,8 @@ def test_another_hdf5_takes_turns_with_this_one(tmp_path):
 def other_hdf5(run_dir: Path, probe: int, step: int) -> tuple[str, list]:
     """Go on with the wheel's h5py; return its HDF5's version and where it is."""
     program = (
-        "import h5py, sys; from tests import store_toys; print(h5py.version.hdf5_version, flush=True); store_toys.main()"
+        "import h5py, sys; from tests.support import store_toys; print(h5py.version.hdf5_version, flush=True); "
+        "store_toys.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(run_dir), "files", str(probe), str(step)], cwd=ROOT, text=True,
@@ -121,6 +121,7 @@ def goes_on(world: World, run_dir: str) -> int:
     return whole_run(run_toys.settings(Path(run_dir)), world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", RUNS, ids=lambda p: p.name)
 def test_a_finished_run_is_shown_and_not_computed_again(tmp_path, kept):
     here = shutil.copytree(kept / "finished", tmp_path / "run")
@@ -128,18 +129,19 @@ def test_a_finished_run_is_shown_and_not_computed_again(tmp_path, kept):
     assert cli.main(["report", str(here)]) == 0
     assert (here / "report.html").stat().st_size > 10_000
     products = (here / "events.jsonl").read_text().count("hvp_s")
-    assert run_quickly(goes_on, 1, str(here), timeout_s=200) == [0]
+    assert run_ranks(goes_on, 1, str(here), timeout_s=200) == [0]
     assert (here / "events.jsonl").read_text().count("hvp_s") == products
     assert numbers(here) == numbers(kept / "finished")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kept", RUNS, ids=lambda p: p.name)
 def test_a_run_stopped_in_a_study_goes_on(tmp_path, kept, ranks):
     shutil.unpack_archive(kept / "half.tar.xz", tmp_path)
     here = tmp_path / "half"
     assert not (here / "result.json").exists()
-    assert run_quickly(goes_on, ranks, str(here), timeout_s=400) == [0] * ranks
+    assert run_ranks(goes_on, ranks, str(here), timeout_s=400) == [0] * ranks
     mine, theirs = numbers(here), numbers(kept / "finished")
     assert mine["probes"] == theirs["probes"]  # as they were kept
     assert mine["eigenpairs"] == theirs["eigenpairs"]

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from hpc_hess.parallel.world import World
-from tests.spawn import run_ranks
-from tests.system.launching import LAUNCHERS, LONG, TOY, complete, find_rank, finish, running, steps_done, wait_until
+from tests.support.launching import LAUNCHERS, LONG, TOY, complete, find_rank, finish, running, steps_done, wait_until
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
 
 TIMEOUT = ["--set", "parallel.timeout_s=8"]
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.spawn import free_port
-from tests.system.launching import (
+from tests.support.launching import (
     LAUNCHERS,
     LONG,
     ROOT,
@@ -27,6 +26,9 @@ from tests.system.launching import (
     steps_done,
     wait_until,
 )
+from tests.support.spawn import free_port
+
+pytestmark = pytest.mark.slow
 
 ERROR = "hpc-hess: error"
 

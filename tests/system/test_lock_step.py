@@ -25,7 +25,9 @@ from hpc_hess.parallel.world import World
 from hpc_hess.session.stopping import Stopper
 from hpc_hess.storage.reader import read_store
 from hpc_hess.studies.quadrature import loop
-from tests.spawn import run_ranks
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 RANKS = pytest.mark.parametrize("ranks", [1, 2])

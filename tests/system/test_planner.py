@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,14 +16,33 @@ from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.world import World
+from hpc_hess.planning import planner as planning
 from hpc_hess.planning.machine import KNOWN, Machine, seconds
 from hpc_hess.planning.plan import Plan
-from hpc_hess.planning.planner import Planner, trace
+from hpc_hess.planning.planner import Planner, Trace
 from hpc_hess.planning.tracing import Collective, Operation, Work
+
+pytestmark = pytest.mark.slow
 
 HIDDEN, INNER, LAYERS, VOCABULARY, LENGTH = 256, 512, 4, 1024, 64
 BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN
 NUM_PARAMS = LAYERS * BLOCK + 2 * VOCABULARY * HIDDEN + HIDDEN
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_once() -> Iterator[None]:
+    """Plans on several machines read the same dry run."""
+    found: dict[tuple[Any, ...], Trace] = {}
+    trace = planning.trace
+
+    def once(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -> Trace:
+        key = config.to_toml(), ranks, local_ranks, gloo
+        if key not in found:
+            found[key] = trace(config, ranks, local_ranks, gloo=gloo)
+        return found[key]
+
+    with mock.patch.object(planning, "trace", once):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +71,7 @@ def flops_of_a_gradient(tokens: int) -> float:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_operations_and_bytes_of_differences(source: Path, ranks: int) -> None:
-    found = trace(settings(source), ranks, ranks)
+    found = planning.trace(settings(source), ranks, ranks)
     assert found.num_params == NUM_PARAMS
     assert found.num_params_local >= NUM_PARAMS / ranks
     assert found.micro_batches * found.tokens * ranks == 8 * LENGTH
@@ -69,9 +90,9 @@ def test_operations_and_bytes_of_differences(source: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_exact_products_and_probes_in_lock_step(source: Path, ranks: int) -> None:
-    one = trace(settings(source, operator={"method": "exact"}), ranks, ranks)
-    four = trace(settings(source, operator={"method": "exact"}, lanczos={"probes": 4}), ranks, ranks)
-    gradient = trace(settings(source), ranks, ranks).gradient
+    one = planning.trace(settings(source, operator={"method": "exact"}), ranks, ranks)
+    four = planning.trace(settings(source, operator={"method": "exact"}, lanczos={"probes": 4}), ranks, ranks)
+    gradient = planning.trace(settings(source), ranks, ranks).gradient
     assert 2.5 < one.product.flops / gradient.flops < 5
     assert four.width == 4
     assert four.product.flops < 4 * one.product.flops
@@ -91,7 +112,7 @@ def test_a_run_counts_the_operations_that_were_planned(source: Path, tmp_path: P
     assert run(config, world) == 0
     world.leave()
     timing = json.loads((tmp_path / "run" / "result.json").read_text())["timing"]
-    assert timing["product_flops"] == pytest.approx(trace(config, 1, 1).product.flops, rel=5e-3)
+    assert timing["product_flops"] == pytest.approx(planning.trace(config, 1, 1).product.flops, rel=5e-3)
     assert 0 < timing["product_flops_per_s"] < 1.5 * timing["limits_per_s"]["flops_per_s"]
     assert timing["orthogonalisation_bytes_per_s"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
@@ -99,8 +120,8 @@ def test_a_run_counts_the_operations_that_were_planned(source: Path, tmp_path: P
 
 
 def test_micro_batches_are_counted_and_not_traced(source: Path) -> None:
-    few = trace(settings(source), 1, 1)
-    many = trace(settings(source, data={"sequences": 80, "sequence_length": LENGTH, "micro_batch": 2}), 1, 1)
+    few = planning.trace(settings(source), 1, 1)
+    many = planning.trace(settings(source, data={"sequences": 80, "sequence_length": LENGTH, "micro_batch": 2}), 1, 1)
     assert many.gradient.flops == 10 * few.gradient.flops
     assert many.product.flops == pytest.approx(10 * few.product.flops, rel=0.02)
     assert many.peak.bytes == few.peak.bytes
@@ -113,7 +134,7 @@ def test_experts_get_even_shares(tmp_path: Path) -> None:
         "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 512,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    found = trace(settings(tmp_path / "config.json"), 1, 1)
+    found = planning.trace(settings(tmp_path / "config.json"), 1, 1)
     weights = 2 * (4 * 64 * 64 + 64 * 8 + 2 * 3 * 64 * 128) + 256 * 64
     tokens = 8 * LENGTH
     expected = 6 * weights * tokens + 2 * 4 * LENGTH * 64 * tokens * 3.5

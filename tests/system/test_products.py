@@ -20,9 +20,11 @@ from hpc_hess.model.sharded.shard import whole_model as wrap
 from hpc_hess.parallel import memory
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import check_repeatable
-from tests.numerics.exact_case import micro_batches, objective
-from tests.spawn import run_ranks
-from tests.toys import toy_model
+from tests.support.exact_case import micro_batches, objective
+from tests.support.spawn import run_ranks
+from tests.support.toys import toy_model
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,10 @@ from hpc_hess.config import make_config
 from hpc_hess.errors import ConfigError, DataError, HpcHessError, LayoutError, ModelError, NumericsError, StoreError
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from tests.dense import dense_hessian
-from tests.toys import toy_directory, toy_model
+from tests.support.dense import dense_hessian
+from tests.support.toys import toy_directory, toy_model
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import pytest
 from hpc_hess.cli import main
 from hpc_hess.planning.machine import Machine
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scaling", "machine", str(tmp_path / "m.json")]) == 0

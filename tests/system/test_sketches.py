@@ -32,11 +32,14 @@ from hpc_hess.session.operators import exact_operator
 from hpc_hess.session.problem import load_problem
 from hpc_hess.sketch.comparison import bits_for, correlation, eigenvalue_error
 from hpc_hess.sketch.influence import fisher_preconditioned
-from hpc_hess.sketch.sketch import SketchedOperator, part_of
+from hpc_hess.sketch.sketch import SketchedOperator
 from hpc_hess.storage import examples as stored
 from hpc_hess.storage.examples import Examples
-from tests.spawn import run_ranks
-from tests.toys import toy_directory
+from tests.support.dense import matrix_of
+from tests.support.spawn import run_ranks
+from tests.support.toys import toy_directory
+
+pytestmark = pytest.mark.slow
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
@@ -363,8 +366,7 @@ def test_a_sketched_run_is_lanczos_on_the_dense_sketched_hessian(
     config = settings(toy, tmp_path / "run", *SKETCHED)
     problem = load_problem(config, world, Progress(0))
     operator = SketchedOperator(exact_operator(config, problem), problem.sketch)  # type: ignore[arg-type]
-    eye = torch.eye(64, dtype=torch.float64)
-    dense = torch.stack([operator.matvec(part_of(e, operator.space)).data for e in eye])
+    dense = torch.from_numpy(matrix_of(operator))
     assert torch.allclose(dense, dense.T)
     values = torch.linalg.eigvalsh(dense)
     pair = max(spectrum["eigenpairs"]["pairs"], key=lambda p: p["value"])

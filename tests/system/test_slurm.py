@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -16,8 +15,7 @@ import psutil
 import pytest
 
 from hpc_hess.planning.machine import Machine
-from tests.spawn import free_port
-from tests.system.launching import (
+from tests.support.launching import (
     LONG,
     ROOT,
     SHORT,
@@ -31,12 +29,12 @@ from tests.system.launching import (
     steps_done,
     wait_until,
 )
+from tests.support.spawn import free_port
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or any(shutil.which(name) is None for name in ("slurmctld", "slurmd", "munged", "unshare")),
-    reason="needs Slurm, munge and root: apt-get install slurm-wlm munge",
-)
+pytestmark = pytest.mark.slurm
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
+ONE_TASK = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 
 class Cluster:
@@ -55,10 +53,10 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, out: Path, *arguments: str, script: str = "slurm/slq_70b.sh", **variables: str) -> str:
-        """Submit a batch script with the toy configuration; returns the job's number."""
+    def submit(self, out: Path, *arguments: str, where: Sequence[str] = TWO_NODES, **variables: str) -> str:
+        """Submit the batch script with the toy configuration; returns the job's number."""
         log = f"--output={out.parent / 'job.out'}"
-        words = [*TWO_BY_TWO, log, script, TOY, *arguments, "--set", f"run.out={out}"]
+        words = [*where, log, "slurm/slq_70b.sh", TOY, *arguments, "--set", f"run.out={out}"]
         said = self.call("sbatch", *words, **variables)
         return re.fullmatch(r"Submitted batch job (\d+)\n", said)[1]  # type: ignore[index]
 
@@ -97,7 +95,7 @@ def cluster() -> Iterator[Cluster]:
 def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The batch script, unchanged but for its size, on two nodes of two tasks."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    job = cluster.wait(cluster.submit(out, *SHORT))
+    job = cluster.wait(cluster.submit(out, *SHORT, where=TWO_BY_TWO))
     log = (out.parent / "job.out").read_text()
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert "lambda max" in log
@@ -196,7 +194,7 @@ def test_allocations_shorter_than_a_product_get_on(cluster: Cluster, tmp_path: P
 def test_a_run_that_cannot_fit_is_not_started(cluster: Cluster, tmp_path: Path) -> None:
     machine = Machine("a small one", {"float32": 1e12}, 1e11, 1_500_000_000, 1e-6, 1e9, 1e9, 1e-5)
     (tmp_path / "small.json").write_text(machine.to_json())
-    job = cluster.wait(cluster.submit(tmp_path / "run", *SHORT, PLAN=str(tmp_path / "small.json")))
+    job = cluster.wait(cluster.submit(tmp_path / "run", *SHORT, where=TWO_BY_TWO, PLAN=str(tmp_path / "small.json")))
     log = (tmp_path / "job.out").read_text()
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log
     assert "on 2 nodes x 2 ranks, a small one" in log
@@ -217,10 +215,7 @@ def test_a_real_time_limit_requeues_the_job(cluster: Cluster, tmp_path: Path) ->
     out = tmp_path / "run"
     settings = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=2000", "--set", "lanczos.reorthogonalise=2"]
     log = out.parent / "job.out"
-    limit = ["--time=00:02:00", "--signal=B:USR1@10"]
-    said = cluster.call("sbatch", *TWO_BY_TWO, *limit, f"--output={log}", "slurm/slq_70b.sh", TOY, *settings,
-                        "--set", f"run.out={out}")  # fmt: skip
-    number = said.split()[-1]
+    number = cluster.submit(out, *settings, where=[*ONE_TASK, "--time=00:02:00", "--signal=B:USR1@10"])
     try:
         cluster.requeued(number, 1)
         cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=60")  # minutes: one limit is enough

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import soak
-from tests.system.launching import LAUNCHERS, TOY
+from tests.support.launching import LAUNCHERS, TOY
+
+pytestmark = pytest.mark.slow
 
 KILLS = 3  # for each launcher; benchmarks.soak has the hundred
 

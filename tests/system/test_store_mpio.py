@@ -18,19 +18,19 @@ import pytest
 
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from tests.parallel.test_store_kills import committed as committed_toy
-from tests.spawn import clean_environment
-from tests.store_toys import advance, check_state, create, reopen, whole_row
+from tests.support.spawn import clean_environment
+from tests.support.store_toys import advance, check_state, committed, create, reopen, whole_row
 
 KILLS = int(os.environ.get("SOAK_KILLS", "4"))
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    shutil.which("mpirun") is None or not h5py.get_config().mpi, reason="needs mpirun and h5py built with MPI"
-)
+pytestmark = [
+    pytest.mark.mpi, pytest.mark.slow,
+    pytest.mark.skipif(not h5py.get_config().mpi, reason="needs an h5py built with MPI: launch/setup.sh --mpi"),
+]  # fmt: skip
 
 
 def command(ranks: int, *args: object) -> list[str]:
-    words = ["mpirun", "-n", str(ranks), sys.executable, "-m", "tests.store_toys", *map(str, args)]
+    words = ["mpirun", "-n", str(ranks), sys.executable, "-m", "tests.support.store_toys", *map(str, args)]
     if Path(os.path.realpath(shutil.which("mpirun"))).name in ("orterun", "prterun"):  # Open MPI
         words[1:1] = ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
     return words
@@ -133,9 +133,9 @@ def test_killed_at_random_instants(tmp_path):
     for kill in range(4 * KILLS):
         if kill >= KILLS and broken_off >= KILLS // 4:
             break
-        if kill % 3 == 2 or committed_toy(run) == (2, 6):  # ranks that outlive their mpirun may have finished
+        if kill % 3 == 2 or committed(run) == (2, 6):  # ranks that outlive their mpirun may have finished
             shutil.rmtree(run, ignore_errors=True)
-        before, last = committed_toy(run), holder(run)
+        before, last = committed(run), holder(run)
         process = subprocess.Popen(
             command(2, run, "mpio", 9, 9, "pairs"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -151,7 +151,7 @@ def test_killed_at_random_instants(tmp_path):
             os.kill(rank_0 if kill % 2 else process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
         wait_until_unlocked(run)
-        reached = committed_toy(run)
+        reached = committed(run)
         assert reached >= before
         broken_off += reached < (2, 6)
         if kill % 2 and reached == (2, 6):  # a fast machine is done sooner

@@ -20,9 +20,12 @@ from hpc_hess.model.data.data import load_samples
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from tests.spawn import run_ranks
-from tests.system.test_eigenpairs import ONLY, on_ranks
-from tests.system.test_within_product import go
+from tests.support.dense import matrix_of
+from tests.support.runs import go, on_ranks
+from tests.support.spawn import run_ranks
+from tests.support.toys import ONLY
+
+pytestmark = pytest.mark.slow
 
 Float = np.ndarray
 INCLUDE = [*ONLY, "model.layers.1.self_attn.q_proj.weight"]
@@ -71,7 +74,7 @@ def operator(toy: Path) -> api.Operator:
 
 @pytest.fixture(scope="module")
 def dense(operator: api.Operator) -> Float:
-    return np.stack([operator @ column for column in np.eye(operator.shape[0])])
+    return matrix_of(operator)
 
 
 def row(run_dir: Path, store: str, number: int) -> Float:
@@ -251,7 +254,7 @@ def test_the_classes_of_a_language_model(world: World, toy: Path, tmp_path: Path
     module = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float64, attn_implementation="eager")
     ids = load_samples(config.data, config.model, resolve_source(config.model)).input_ids
     g = api.hessian(module, [{"input_ids": ids}], method="exact", kind="gauss_newton", include=ONLY)
-    matrix = np.stack([g @ column for column in np.eye(g.shape[0])])
+    matrix = matrix_of(g)
     logits = module(input_ids=ids).logits[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     counts = torch.bincount(targets, minlength=96)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.spawn import clean_environment
+from tests.support.spawn import clean_environment
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 

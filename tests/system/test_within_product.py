@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,16 +10,17 @@ from unittest import mock
 import h5py
 import numpy as np
 import pytest
-import torch
 
-from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.world import World
 from hpc_hess.session.partial_products import FOLDER, ProductWatch
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
-from tests.spawn import run_ranks
+from tests.support.runs import go
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
@@ -33,37 +32,6 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
         "operator": {"check": False}, "run": {"out": str(out), "grace_s": 0.0, "report": False},
     }  # fmt: skip
     return make_config(values, list(overrides))
-
-
-class Signals:
-    """Counts the micro-batches that a run adds to its sums; sends this process USR1 after ``at`` of them."""
-
-    def __init__(self, at: int | None) -> None:
-        self.at, self.added = at, 0
-
-    def __enter__(self) -> Signals:
-        original = ProductWatch.added
-
-        def added(watch: ProductWatch, index: int, sums: list[torch.Tensor], *, more: bool = True) -> None:
-            self.added += 1
-            if self.added == self.at:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            original(watch, index, sums, more=more)
-
-        self._patches = [mock.patch.object(ProductWatch, "added", added)]
-        for patch in self._patches:
-            patch.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for patch in self._patches:
-            patch.stop()
-
-
-def go(world: World, config: Config, at: int | None = None) -> tuple[int, int]:
-    """Return the exit code and the micro-batches that were computed; every rank gets the signal."""
-    with Signals(at) as signals:
-        return run(config, world), signals.added
 
 
 def numbers(out: Path) -> list[Any]:

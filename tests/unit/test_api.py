@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hpc_hess
 from hpc_hess.errors import ConfigError, DataError, LayoutError, ModelError
 from hpc_hess.model.sharded.loss import CallableObjective, causal_lm_loss
-from tests.dense import dense_hessian, hessian_product
-from tests.toys import VOCAB, toy_model
+from tests.support.dense import dense_hessian, hessian_product
+from tests.support.toys import VOCAB, toy_model
 
 
 def summed_cross_entropy(model: nn.Module, batch: Any) -> tuple[torch.Tensor, float]:

@@ -149,6 +149,20 @@ def test_there_is_no_circle(folder: str) -> None:
     assert circle(graph(ROOT / folder)) == ""
 
 
+def test_no_test_knows_another() -> None:
+    """What tests and benchmarks import of tests/ stands in tests/support; the golden numbers also know what made them."""
+    found = [
+        (module, line, target)
+        for folder in ("tests", "benchmarks")
+        for module, path in modules(ROOT / folder).items()
+        for line, target in imported(ast.parse(path.read_text()), module, is_package=path.stem == "__init__")
+        if target.startswith("tests.")
+    ]
+    assert len({module for module, _, _ in found}) > 80
+    known = ("tests.support", "tests.golden.record")
+    assert [each for each in found if not each[2].startswith(known)] == []
+
+
 def test_the_house_stays_small() -> None:
     house = count()
     assert house.rooms <= 24

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,20 @@ from hpc_hess.model.blocks.recording import record
 from hpc_hess.model.blocks.splice import differentiable_kernels
 from hpc_hess.model.sharded.loss import CausalLMObjective
 from hpc_hess.model.sharded.shard import ShardedModel, whole_model
-from tests.numerics.exact_case import ToyBlock, ToyLM, error, micro_batches, objective, reference, vectors
-from tests.toys import toy_model
+from tests.support.exact_case import ToyBlock, ToyLM, error, micro_batches, objective, reference, vectors
+from tests.support.odd_models import (
+    Between,
+    Detached,
+    FromEarlier,
+    NoForwardDerivative,
+    OnceDifferentiable,
+    Random,
+    ToTheHead,
+    TwoHeads,
+    Varying,
+    WrongWhenMixed,
+)
+from tests.support.toys import toy_model
 
 
 def _blocks(count: int = 3) -> list[nn.Module]:
@@ -93,55 +104,15 @@ def test_extra_boundary_tensors_and_repeated_blocks_are_exact(make: Any) -> None
     assert error(hessian.matmat([u, v])[1], expected) < 1e-13
 
 
-class _Between(ToyLM):
-    def backbone(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = 1.1 * block(x)
-        return x
-
-
-class _FromEarlier(ToyLM):
-    def backbone(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.blocks[0](x)
-        return self.blocks[2](self.blocks[1](first), torch.sin(first))
-
-
-class _ToTheHead(ToyLM):
-    def backbone(self, x: torch.Tensor) -> torch.Tensor:
-        outs = [x]
-        for block in self.blocks:
-            outs.append(block(outs[-1]))
-        return torch.stack(outs).mean(0)
-
-
-class _Detached(ToyLM):
-    """The block's argument depends on an earlier block, hidden from autograd."""
-
-    def backbone(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.blocks[0](x)
-        return self.blocks[2](self.blocks[1](first), first.detach())
-
-
-class _Random(ToyLM):
-    def backbone(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks[1](self.blocks[0](x), torch.rand_like(x))
-
-
-class _TwoHeads(ToyLM):
-    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, use_cache: bool = False) -> Any:
-        x = self.backbone(self.embed(input_ids))
-        return SimpleNamespace(logits=self.head(x) + self.head(torch.tanh(x)))
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (_Between, "computation between the blocks"),
-        (_FromEarlier, "argument 1 of block call 2 depends on the output of block call 0"),
-        (_ToTheHead, "the head's input depends on the output of block call"),
-        (_Detached, "argument 1 of block call 2 is not the same when the model is run in parts"),
-        (_Random, "is not the same when the model is run in parts"),
-        (_TwoHeads, "head is not called once"),
+        (Between, "computation between the blocks"),
+        (FromEarlier, "argument 1 of block call 2 depends on the output of block call 0"),
+        (ToTheHead, "the head's input depends on the output of block call"),
+        (Detached, "argument 1 of block call 2 is not the same when the model is run in parts"),
+        (Random, "is not the same when the model is run in parts"),
+        (TwoHeads, "head is not called once"),
     ],
 )
 def test_what_is_no_chain_of_blocks_is_refused(kind: type[ToyLM], message: str) -> None:
@@ -160,51 +131,7 @@ def test_what_was_looked_for_is_named() -> None:
         SplitModel(headless)
 
 
-class _Gelu(torch.autograd.Function):
-    """As Bloom's: no forward derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(1.7 * x)
-
-    @staticmethod
-    def backward(ctx: Any, bar: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        s = torch.sigmoid(1.7 * x)
-        return bar * (s + 1.7 * x * s * (1 - s))
-
-
-class _NoForwardDerivative(ToyBlock):
-    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        return x + _Gelu.apply(self.inner(self.norm(x)))
-
-
-class _WrongWhenMixed(ToyBlock):
-    """The fused kernel called where no substitute can be put: its forward derivative is wrong when differentiated."""
-
-    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.aten.native_layer_norm(x, [8], self.norm.weight, self.norm.bias, 1e-5)[0]
-        return x + torch.tanh(self.inner(y))
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, bar: torch.Tensor) -> torch.Tensor:
-        return 2 * bar
-
-
-class _OnceDifferentiable(ToyBlock):
-    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        return x + _NoSecondDerivative.apply(torch.tanh(self.inner(x)))
-
-
-@pytest.mark.parametrize(("block", "why"), [(_NoForwardDerivative, ""), (_WrongWhenMixed, "is off by")])
+@pytest.mark.parametrize(("block", "why"), [(NoForwardDerivative, ""), (WrongWhenMixed, "is off by")])
 def test_blocks_that_forward_mode_cannot_do_go_by_double_backward(block: type[ToyBlock], why: str) -> None:
     torch.manual_seed(0)
     hessian, model, loss = _operator(ToyLM([ToyBlock(), block()]))
@@ -216,18 +143,9 @@ def test_blocks_that_forward_mode_cannot_do_go_by_double_backward(block: type[To
 
 def test_a_block_without_second_derivative_is_refused() -> None:
     with pytest.raises(ModelError, match=r"block 1 has no second derivative"):
-        _operator(ToyLM([ToyBlock(), _OnceDifferentiable()]))
-
-
-class _Varying(ToyLM):
-    """Calls fewer blocks on short rows: what was recorded does not hold for every micro-batch."""
-
-    def backbone(self, x: torch.Tensor) -> torch.Tensor:
-        for block in list(self.blocks)[: 3 if x.shape[1] > 4 else 2]:
-            x = block(x)
-        return x
+        _operator(ToyLM([ToyBlock(), OnceDifferentiable()]))
 
 
 def test_a_forward_that_depends_on_the_data_is_refused() -> None:
     with pytest.raises(ModelError, match="depends on the data"):
-        _record(_Varying(_blocks()))
+        _record(Varying(_blocks()))

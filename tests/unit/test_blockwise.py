@@ -16,52 +16,20 @@ from hpc_hess.linalg.blockwise import (
 )
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.keeping import KeepNothing
-from hpc_hess.linalg.operator import FunctionOperator
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.studies.block_diagonal.compute import stand_in
 from hpc_hess.studies.block_diagonal.partition import partition
-from tests.spawn import run_ranks
+from tests.support.cut_matrix import SHAPES, SIZE, gathered, local, make_space, operator_of
+from tests.support.spawn import run_ranks
 
-# q_proj: 3 heads of 2 rows; o_proj: 3 heads of 2 columns, sharded on its second dimension
-SHAPES: dict[str, tuple[int, ...]] = {
-    "embed.weight": (5, 2), "layers.0.norm.weight": (3,), "layers.0.attn.q_proj.weight": (6, 2), "scale": (),
-    "layers.1.attn.o_proj.weight": (3, 6), "layers.1.mlp.weight": (4, 3), "layers.1.norm.weight": (1,),
-}  # fmt: skip
-SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values())
 COUNTS = {"layer": 4, "tensor": 7, "head": 5 + 3 + 3, "row": 5 + 1 + 6 + 1 + 3 + 4 + 1}
-
-
-def make_space(world: World) -> VectorSpace:
-    layout = Layout(SHAPES, world.shard_size, {"layers.1.attn.o_proj.weight": 1})
-    return VectorSpace(world, layout, torch.float64)
-
-
-def local(space: VectorSpace, whole: np.ndarray) -> Vector:
-    starts, lengths = space.shard.global_intervals
-    parts = [whole[a : a + n] for a, n in zip(starts, lengths, strict=True)]
-    return space.wrap(torch.from_numpy(np.concatenate([np.empty(0), *parts])))
-
-
-def gathered(v: Vector) -> np.ndarray:
-    whole = torch.zeros(SIZE, dtype=torch.float64)
-    starts, lengths = v.space.shard.global_intervals
-    position = 0
-    for a, n in zip(starts.tolist(), lengths.tolist(), strict=True):
-        whole[a : a + n] = v.data[position : position + n]
-        position += n
-    return v.space.sum(whole, "gather").numpy()
 
 
 def symmetric() -> np.ndarray:
     a = np.random.default_rng(0).standard_normal((SIZE, SIZE))
     return a + a.T
-
-
-def operator_of(space: VectorSpace, matrix: np.ndarray) -> FunctionOperator:
-    return FunctionOperator(space, lambda v: local(space, matrix @ gathered(v)))
 
 
 def block_ids(space: VectorSpace, kind: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from hpc_hess.model.data import documents as documents_module
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.sharded.loss import CausalLMObjective, shifted_targets
 from hpc_hess.model.sources.source import Source, resolve_source
-from tests.toys import VOCAB, toy_config, toy_model
+from tests.support.toys import VOCAB, toy_config, toy_model
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "slept", "."]
 

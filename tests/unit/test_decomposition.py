@@ -27,8 +27,8 @@ from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from hpc_hess.session.operators import exact_operator
 from hpc_hess.session.problem import load_problem
-from tests.spawn import run_ranks
-from tests.toys import toy_directory
+from tests.support.spawn import run_ranks
+from tests.support.toys import toy_directory
 
 CLASSES = 3
 

@@ -15,28 +15,13 @@ from hpc_hess.linalg import probes
 from hpc_hess.linalg.eigen import Pairs, ThickRestart, Which, eigenpairs, least_basis
 from hpc_hess.linalg.operator import FunctionOperator, diagonal
 from hpc_hess.parallel.basis import Basis
-from tests.unit.test_lanczos import make_space, with_spectrum
-
-
-def hessian_like(size: int) -> torch.Tensor:
-    """A few outliers on both sides, more of them positive, and a bulk around zero."""
-    bulk = torch.linspace(-1, 1.5, size - 12, dtype=torch.float64) ** 3
-    outliers = torch.tensor([-40, -17, -9.5, -6, 5, 7, 8, 12, 20, 33, 60, 110], dtype=torch.float64)
-    return torch.cat([outliers, bulk])
+from tests.support.known_spectra import expected, hessian_like, make_space, with_spectrum
 
 
 def search(operator: FunctionOperator, count: int, which: Which, size: int, tolerance: float, most: int = 2000) -> Any:
     process = ThickRestart(operator, Basis(operator.space, size + 1), size, count, which, tolerance)
     process.start(probes.draw(operator.space, seed=0, probe=0, distribution="gaussian"))
     return process, eigenpairs(process, most)
-
-
-def expected(values: torch.Tensor, count: int, which: Which) -> np.ndarray:
-    ordered = values.sort().values.numpy()
-    if which == "magnitude":
-        return np.sort(ordered[np.argsort(-np.abs(ordered))[:count]])
-    low, high = ordered[:count], ordered[-count:]
-    return {"smallest": low, "largest": high, "both": np.concatenate([low, high])}[which]
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "both", "magnitude"])

@@ -14,26 +14,8 @@ from hpc_hess.linalg.operator import FunctionOperator, LinearOperator, diagonal,
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.layout import Layout
-from hpc_hess.parallel.vector import Vector, VectorSpace
-from hpc_hess.parallel.world import World
-
-
-def make_space(size: int, dtype: torch.dtype = torch.float64) -> VectorSpace:
-    return VectorSpace(World.alone(), Layout({"a": (size,)}), dtype)
-
-
-def orthogonal(size: int, seed: int = 0) -> torch.Tensor:
-    return torch.linalg.qr(normals(seed, 0, 0, size * size, dtype=torch.float64).reshape(size, size))[0]
-
-
-def with_spectrum(eigenvalues: torch.Tensor, dtype: torch.dtype = torch.float64) -> FunctionOperator:
-    """A dense matrix Q diag(eigenvalues) Q^T."""
-    q = orthogonal(len(eigenvalues))
-    matrix = (q * eigenvalues.double()) @ q.T
-    matrix = (0.5 * (matrix + matrix.T)).to(dtype)
-    space = make_space(len(eigenvalues), dtype)
-    return FunctionOperator(space, lambda v: Vector(space, matrix @ v.data))
+from hpc_hess.parallel.vector import Vector
+from tests.support.known_spectra import make_space, with_spectrum
 
 
 def run(

@@ -24,7 +24,7 @@ from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
-from tests.unit.test_lanczos import make_space
+from tests.support.known_spectra import make_space
 
 SIZE = 600
 
@@ -73,6 +73,7 @@ def test_a_ritz_value_and_an_exhausted_space() -> None:
     assert Radau(ritz([2.0], [0.0])).bounds(3.0) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_cumulative_and_masses_hold_over_seeds() -> None:
     """At least 95 of 100, for all points together; and the bounds are of use."""
     x = np.linspace(-10, 41, 40)
@@ -101,6 +102,7 @@ def test_the_order_of_points_does_not_matter() -> None:
     assert mixed.low[2] > mixed.high[1]
 
 
+@pytest.mark.slow
 def test_wasserstein_bounds() -> None:
     span = float(np.ptp(spectrum()))
     held = 0
@@ -119,6 +121,7 @@ def test_wasserstein_bounds() -> None:
     assert sampling_error(10**9, 1, 0.05) < 1e-4
 
 
+@pytest.mark.slow
 def test_smoothed_densities_lie_within_their_bands() -> None:
     width, inside = 1.0, 0
     for seed in range(20):

@@ -13,7 +13,7 @@ from hpc_hess.console.words import count, duration, number, size, trace_text
 from hpc_hess.errors import ConfigError
 from hpc_hess.report.spectrum import story, warnings
 from hpc_hess.storage.run_files import read_run, step_events
-from tests.unit.report_case import llm_like, make_result, write_run
+from tests.support.report_case import llm_like, make_result, write_run
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -11,7 +11,7 @@ from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.journal import Member
 from hpc_hess.storage.store import Store
-from tests.unit.report_case import lanczos, llm_like, make_result, write_run
+from tests.support.report_case import lanczos, llm_like, make_result, write_run
 
 
 def test_summary_names_the_extremes_the_trace_and_the_report(tmp_path):

@@ -13,7 +13,7 @@ from hpc_hess.linalg import probes
 from hpc_hess.linalg.operator import FunctionOperator
 from hpc_hess.linalg.solve import conjugate_gradients, minres
 from hpc_hess.parallel.vector import Vector
-from tests.unit.test_lanczos import make_space, orthogonal
+from tests.support.known_spectra import make_space, orthogonal
 
 
 def matrix(low: float, high: float, size: int = 120) -> torch.Tensor:

@@ -17,7 +17,7 @@ from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.model.sources.source import DEMO, resolve_source
 from hpc_hess.model.sources.weights import open_reader
-from tests.toys import VOCAB, toy_config, toy_directory
+from tests.support.toys import VOCAB, toy_config, toy_directory
 
 
 def resolve(path: object, **settings: object):

@@ -20,7 +20,7 @@ from hpc_hess.storage.journal import Member
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import Schema, create_master
 from hpc_hess.storage.store import Store
-from tests.store_toys import (
+from tests.support.store_toys import (
     SHAPES,
     advance,
     check_state,

@@ -13,8 +13,8 @@ from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.studies.sub_block.compute import Room, describe, heat_map, select, sub_block
-from tests.spawn import run_ranks
-from tests.unit.test_blockwise import SHAPES, SIZE, make_space, operator_of
+from tests.support.cut_matrix import SHAPES, SIZE, make_space, operator_of
+from tests.support.spawn import run_ranks
 
 TEXTS = ["layers.0.attn.q_proj.weight[-1, :]", "layers.1.*[0:2]", "scale", "layers.1.attn.o_proj.weight[1:, 2:4]",
          "layers.1.mlp.weight[::-2, 1::3]"]  # fmt: skip

@@ -15,7 +15,7 @@ from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.linalg.trace import hutch_plus_plus, hutchinson, xtrace
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
-from tests.unit.test_lanczos import make_space, orthogonal
+from tests.support.known_spectra import make_space, orthogonal
 
 SIZE = 200
 

@@ -17,7 +17,7 @@ from hpc_hess.model.sources.random_weights import RandomWeights
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.model.sources.weights import fill, open_reader
 from hpc_hess.parallel.layout import Layout
-from tests.toys import MOE, TOYS, toy_config, toy_directory
+from tests.support.toys import MOE, TOYS, toy_config, toy_directory
 
 
 def section(path: Path, **settings: object) -> ModelSection:

@@ -10,12 +10,12 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-# Ranks are forked from a server that has imported torch, which takes seconds; each still joins a World of its own. Not
-# h5py: built for MPI it would start MPI in the server.
+# Ranks are forked from a server that has imported what takes seconds; each still joins a World of its own.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.modeling_utils", "hpc_hess.model.sharded.shard"])
+CONTEXT.set_forkserver_preload(["tests.support.preload"])
 _FOREIGN = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL")
 _GRACE_S = 5.0  # how long the other ranks may take to say what they saw after the first failure
 
@@ -34,17 +34,8 @@ def run_ranks(
     AssertionError : a rank raised, died or hung; the message holds its traceback.
 
     """
-    context: Any = multiprocessing.get_context("spawn") if fresh else CONTEXT
-    port = free_port()
-    processes, pipes = [], []
+    processes, pipes = start_ranks(function, num_ranks, *args, fresh=fresh)
     try:
-        for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
-            process.start()
-            sender.close()
-            processes.append(process)
-            pipes.append(receiver)
         values, failures, died, hanging = _collect(pipes, time.monotonic() + timeout_s)
         if failures or died or hanging:
             for rank in died:
@@ -64,6 +55,23 @@ def run_ranks(
             process.join()
         for pipe in pipes:
             pipe.close()
+
+
+def start_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, fresh: bool = False
+) -> tuple[list[BaseProcess], list[Connection]]:
+    """Start what ``run_ranks`` runs; return the processes and the pipes that (failed, was second, answer) come by."""
+    context: Any = multiprocessing.get_context("spawn") if fresh else CONTEXT
+    port = free_port()
+    processes, pipes = [], []
+    for rank in range(num_ranks):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, rank, num_ranks, port, function, args), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    return processes, pipes
 
 
 def free_port() -> int:

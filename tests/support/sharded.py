@@ -14,7 +14,7 @@ from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.parallel import shared_memory
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
-from tests.toys import toy_model, toy_tokens
+from tests.support.toys import toy_model, toy_tokens
 
 Whole = tuple[np.ndarray, np.ndarray, np.ndarray]  # values, starts, lengths of one rank
 LENGTHS = (9, 5, 9, 2, 7)  # tokens of each row: padded to 9

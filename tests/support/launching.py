@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.spawn import clean_environment
+from tests.support.spawn import clean_environment
 
-NEEDS_MPI = pytest.mark.skipif(
-    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="needs Open MPI and mpi4py: launch/setup.sh --mpi",
-)
-LAUNCHERS = ["torchrun.sh", pytest.param("mpirun.sh", marks=NEEDS_MPI)]
+LAUNCHERS = ["torchrun.sh", pytest.param("mpirun.sh", marks=pytest.mark.mpi)]
 ROOT = Path(__file__).resolve().parents[2]
 TOY = "launch/configs/toy.toml"
 SHORT = ["--set", "lanczos.probes=1", "--set", "lanczos.steps=4", "--set", "run.report=false"]

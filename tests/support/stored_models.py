@@ -15,7 +15,7 @@ from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.model.sources.weights import WeightReader, fill, open_reader
 from hpc_hess.parallel.world import World
-from tests.faults.support import config_b, edit_config, ids_b, model_b, result_of, save_b, settings_b, tokens_b
+from tests.support.base_model import config_b, edit_config, ids_b, model_b, result_of, save_b, settings_b, tokens_b
 
 
 def go(model: Path, folder: Path, world: World, **changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, shifted_targets
 from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from hpc_hess.parallel.vector import Vector
-from tests.toys import toy_model, toy_tokens
+from tests.support.toys import toy_model, toy_tokens
 
 NO_SDPA = ("gemma2", "gpt_oss")
 

@@ -1,10 +1,12 @@
-"""The dense oracle: a Hessian by double backward in float64, in the global index."""
+"""Dense matrices: a Hessian by double backward in float64 in the global index, the oracle, and that of an operator."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
+from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.sharded.loss import Objective
 
 
@@ -41,3 +43,11 @@ def hessian_product(module: nn.Module, objective: Objective, v: torch.Tensor) ->
     row = torch.autograd.grad(flat @ v, parameters, allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1)
                       for r, p in zip(row, parameters, strict=True)])  # fmt: skip
+
+
+def matrix_of(operator: LinearOperator, batch: int = 64) -> np.ndarray:
+    """Return the matrix of an operator of one process by its own products, ``batch`` at a time, which share work."""
+    rows = torch.eye(operator.space.size, dtype=operator.space.dtype)
+    vectors = [operator.space.wrap(row) for row in rows]
+    found = [products(operator, vectors[k : k + batch]) for k in range(0, len(vectors), batch)]
+    return np.stack([product.data.numpy() for part in found for product in part])

@@ -13,13 +13,12 @@ from hpc_hess.console.progress import Progress
 from hpc_hess.parallel.world import World
 from hpc_hess.session.operators import build_operator, exact_operator
 from hpc_hess.session.problem import Problem, load_problem
-from tests.sharded import assemble, from_global, send
+from tests.support.base_model import settings_b
+from tests.support.sharded import assemble, from_global, send
 
 
 def settings_of(model: Path, tokens: Path, **changes: Any) -> dict[str, Any]:
     """Return the configuration of products in float64; ``changes`` are section__key=value."""
-    from tests.faults.support import settings_b
-
     own = {"model__master_dtype": "float64", "model__compute_dtype": "float64", "model__attention": "eager"}
     return settings_b(model, tokens, model / "unused", **{**own, **changes})
 

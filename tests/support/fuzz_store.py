@@ -19,8 +19,8 @@ from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.parallel.world import World
 from hpc_hess.session.stopping import Stopper
-from tests.faults.trying import Ended, try_apart
-from tests.toys import toy_directory
+from tests.support.toys import toy_directory
+from tests.support.trying import Ended, try_apart
 
 _HEAD = 1 << 14  # where HDF5 files keep what they say about themselves
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tests.faults.support import config_b, fill_b
+from tests.support.base_model import config_b, fill_b
 
 SCALED = '''
 import torch

@@ -74,6 +74,8 @@ TOYS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+# Globs of a few of the two-layer Llama's parameters: their Hessian can be taken whole.
+ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
 
 
 def toy_config(name: str) -> Any:

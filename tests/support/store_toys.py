@@ -6,6 +6,9 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.journal import Member
+from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import Schema
 from hpc_hess.storage.seal import raw_data, seal
 from hpc_hess.storage.store import Store, store_exists
@@ -148,10 +152,37 @@ def run(world: World, run_dir: str, stop: tuple[int, int] | None = None, **chang
     return state.probe, state.step, state.finished
 
 
-def main() -> None:
-    """mpirun -n P python -m tests.store_toys RUN DRIVER PROBE STEP [full] [pairs] [bfloat16]: as ``run``, over MPI if any.
+def committed(run_dir: Path) -> tuple[int, int]:
+    """What is on disk is consistent, by value; return how far it is."""
+    if not (run_dir / "krylov.h5").exists():
+        return 0, 0
+    with read_store(run_dir) as view:
+        state = view.state
+        # the shared basis of a finished probe may be half overwritten: no commit needs it then
+        assert view.verify() == []
+        for k in state.group:
+            for row in state.rows_of(k):
+                assert (view.probes[k].basis[row] == whole_row(view.schema.num_params, k, row)).all()
+        for k in range(state.group.stop):
+            n = state.lengths[k]
+            assert (view.probes[k].alpha == coefficients(k, n)[0]).all()
+            assert (view.probes[k].beta == coefficients(k, n)[1]).all()
+        return state.probe, state.step
 
-    A run that begins has two probes in lock-step, of three, with ``pairs``.
+
+def wait_for(path: Path, processes: Sequence[BaseProcess], timeout_s: float = 60.0) -> None:
+    """Wait for a file that the ranks write."""
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert all(p.is_alive() for p in processes)
+        time.sleep(0.001)
+
+
+def main() -> None:
+    """mpirun -n P python -m tests.support.store_toys RUN DRIVER PROBE STEP [full] [pairs] [bfloat16]
+
+    As ``run``, over MPI if any. A run that begins has two probes in lock-step, of three, with ``pairs``.
     """
     world = World.join(device="cpu", timeout_s=60)
     run_dir, driver, stop = Path(sys.argv[1]), sys.argv[2], (int(sys.argv[3]), int(sys.argv[4]))

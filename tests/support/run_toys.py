@@ -1,4 +1,4 @@
-"""Run directories for tests/formats: ``python -m tests.run_toys FOLDER`` writes FOLDER/finished and FOLDER/half."""
+"""Run directories for tests/formats: ``python -m tests.support.run_toys FOLDER`` writes FOLDER/finished and FOLDER/half."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpc_hess.config import Config, load_config
 from hpc_hess.parallel.world import World
 from hpc_hess.session.stopping import Stopper
 
-TOY = Path(__file__).parents[1] / "launch" / "configs" / "toy.toml"
+TOY = Path(__file__).parents[2] / "launch" / "configs" / "toy.toml"
 SETTINGS = [
     "data.sequences=2", "operator.method=exact", 'parameters.include=["*norm.weight"]', "lanczos.steps=6",
     "analysis.eigenpairs=1", "analysis.tolerance=1e-9", "analysis.most_products=60", "analysis.trace=hutch++",

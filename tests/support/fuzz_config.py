@@ -17,7 +17,7 @@ from hpc_hess.config import Config, load_config, sections
 from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.world import World
 from hpc_hess.studies import registry
-from tests.faults.trying import Ended, try_apart
+from tests.support.trying import Ended, try_apart
 
 _NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e308, 2**31, 2**32, 2**63 - 1, float("inf"),
                        float("-inf"), float("nan")]  # fmt: skip

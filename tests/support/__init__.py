@@ -1,0 +1,1 @@
+"""What tests share: models, data, real ranks, launched runs, and references to compare with."""
