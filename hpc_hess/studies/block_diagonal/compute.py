@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def block_diagonal(bench: Bench) -> dict[str, Any]:
         numbers = bench.keep.numbers(partial(_compare_all, bench, blocks, vector))
         for k, kind in enumerate(kinds):
             some = numbers[_NUMBERS * k : _NUMBERS * (k + 1)]
-            rows.append({"direction": name, "blocks": kind, **dict(zip(_NAMES, some, strict=True))})
+            known = [number if isfinite(number) else None for number in some]  # two samples tell no standard error
+            rows.append({"direction": name, "blocks": kind, **dict(zip(_NAMES, known, strict=True))})
     found: dict[str, Any] = {"products": rows, "counts": {kind: blocks[kind].count for kind in kinds}}
     if settings.block_spectrum:
         chosen = partition(space, settings.block_spectrum)
