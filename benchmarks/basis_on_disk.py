@@ -7,14 +7,14 @@ than products), the panels and the newest row, and ``--room``. Needs root and ve
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.common import run_program, write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import run_program
 from hpc_hess.parallel.basis import PANEL_BYTES
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -44,43 +44,37 @@ def seconds_of_steps(result: dict[str, Any]) -> list[float]:
     return [sum(event[f"{part}_s"] for part in ("hvp", "lanczos", "checkpoint")) for event in steps]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--room", type=float, default=1.5, help="GB beside what the run from disk must hold")
-    args = parser.parse_args()
+@benchmark("A Krylov basis on disk, SmolLM2-135M",
+           asked={"disk / memory": "<= 2", "basis memory of the run from disk, GB": "< 1.5"})  # fmt: skip
+def main(
+    table: Table, steps: int = 20, sequences: int = 16, micro_batch: int = 4,
+    room: Annotated[float, "GB beside what the run from disk must hold"] = 1.5,
+) -> None:  # fmt: skip
+    table.settings |= {"ranks": 1, "tokens of a sequence": 128, "reorthogonalise": "full"}
     config: dict[str, Any] = {
-        "data": {"sequences": args.sequences, "sequence_length": 128, "micro_batch": args.micro_batch},
-        "lanczos": {"steps": args.steps, "basis_memory": "host"}, "operator": {"check": False},
+        "data": {"sequences": sequences, "sequence_length": 128, "micro_batch": micro_batch},
+        "lanczos": {"steps": steps, "basis_memory": "host"}, "operator": {"check": False},
     }  # fmt: skip
     short = run_program({**config, "lanczos": {**config["lanczos"], "steps": 2}})
     memory = run_program(config)
     row_bytes = 4 * memory["num_params"]
-    held = min(args.steps * row_bytes, 2 * PANEL_BYTES) + row_bytes
-    least = max(run["memory"]["peak_bytes"] - rows * row_bytes for run, rows in ((short, 2), (memory, args.steps)))
-    limit = int(least + held + args.room * 1e9)
+    held = min(steps * row_bytes, 2 * PANEL_BYTES) + row_bytes
+    least = max(run["memory"]["peak_bytes"] - rows * row_bytes for run, rows in ((short, 2), (memory, steps)))
+    limit = int(least + held + room * 1e9)
     config["lanczos"]["basis_memory"] = "disk"
     with limited(limit):
         disk = run_program(config)
     same = [p["alpha"] for p in memory["probes"]] == [p["alpha"] for p in disk["probes"]]
     step_s = {"memory": seconds_of_steps(memory), "disk": seconds_of_steps(disk)}
-    rows = [
-        {"what": f"{args.steps} steps, basis in memory, s", "asked": "", "measured": sum(step_s["memory"])},
-        {"what": f"{args.steps} steps, basis on disk, s", "asked": "", "measured": sum(step_s["disk"])},
-        {"what": "disk / memory", "asked": "<= 2", "measured": sum(step_s["disk"]) / sum(step_s["memory"])},
-        {"what": "last step, disk / memory", "asked": "", "measured": step_s["disk"][-1] / step_s["memory"][-1]},
-        {"what": "memory limit of the run from disk, GB", "asked": "", "measured": limit / 1e9},
-        {"what": "basis, GB", "asked": "", "measured": args.steps * row_bytes / 1e9},
-        {"what": "basis memory of the run from disk, GB", "asked": "< 1.5", "measured": held / 1e9},
-        {"what": "peak RSS, disk - memory, GB", "asked": "",
-         "measured": (disk["memory"]["peak_bytes"] - memory["memory"]["peak_bytes"]) / 1e9},
-        {"what": "alpha equal to the last bit", "asked": "", "measured": str(same)},
-    ]  # fmt: skip
-    write("basis_on_disk", "A Krylov basis on disk, SmolLM2-135M", rows,
-          {"ranks": 1, "steps": args.steps, "sequences": args.sequences, "sequence_length": 128,
-           "micro_batch": args.micro_batch, "reorthogonalise": "full"})  # fmt: skip
+    table.measured(f"{steps} steps, basis in memory, s", sum(step_s["memory"]))
+    table.measured(f"{steps} steps, basis on disk, s", sum(step_s["disk"]))
+    table.measured("disk / memory", sum(step_s["disk"]) / sum(step_s["memory"]))
+    table.measured("last step, disk / memory", step_s["disk"][-1] / step_s["memory"][-1])
+    table.measured("memory limit of the run from disk, GB", limit / 1e9)
+    table.measured("basis, GB", steps * row_bytes / 1e9)
+    table.measured("basis memory of the run from disk, GB", held / 1e9)
+    table.measured("peak RSS, disk - memory, GB", (disk["memory"]["peak_bytes"] - memory["memory"]["peak_bytes"]) / 1e9)
+    table.measured("alpha equal to the last bit", str(same))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import write
+from benchmarks.frame import Table, benchmark
 from benchmarks.results_page import below
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.density import Density, density, density_chebyshev, density_log, density_symlog, symlog
@@ -181,29 +179,23 @@ def rounded(residuals: Float, values: Float) -> Float:
     return residuals + 1e-12 * np.abs(values).max()
 
 
-def coverage(seeds: int) -> list[dict[str, Any]]:
-    """Return a row for each statement and matrix."""
-    rows = []
+@benchmark("Statements and how often they hold")
+def main(table: Table, seeds: int = 100) -> None:
+    table.settings["size"] = SIZE
     for name, values in spectra().items():
         case, tried = Case(values), defaultdict(list)
         for seed in range(seeds):
             for statement, level, share in held(case, seed):
                 tried[statement, level].append(float(share))
-        rows += [
-            {"statement": what, "matrix": name, "stated": level, "observed": float(np.mean(shares)), "seeds": len(shares)}
-            for (what, level), shares in tried.items()
-        ]
-    return rows
+        for (what, level), shares in tried.items():
+            table.add({"statement": what, "matrix": name, "stated": level, "observed": float(np.mean(shares)),
+                       "seeds": len(shares)})  # fmt: skip
+    short = [f"{row['statement']}, {row['matrix']}" for row in table.rows if below(row)]
+    table.note = (
+        f"Clearly below the stated level: {'; '.join(short) or 'none'}. "
+        "The trace of what deflation leaves comes from one probe and states no error."
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=100)
-    arguments = parser.parse_args()
-    rows = coverage(arguments.seeds)
-    short = [r for r in rows if below(r)]
-    write(
-        "coverage", "Statements and how often they hold", rows, {"size": SIZE, "seeds": arguments.seeds},
-        f"Clearly below the stated level: {'; '.join(r['statement'] + ', ' + r['matrix'] for r in short) or 'none'}. "
-        "The trace of what deflation leaves comes from one probe and states no error.",
-    )  # fmt: skip
+    main()

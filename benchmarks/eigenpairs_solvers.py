@@ -5,12 +5,11 @@ PRIMME builds from source, with BLAS and LAPACK to link to: ``pip install primme
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,11 +17,12 @@ from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from scipy.sparse.linalg import eigsh
 
 import hpc_hess
-from benchmarks.common import table, write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.api import Operator
 from hpc_hess.linalg import probes
-from hpc_hess.linalg.eigen import ThickRestart, Which, eigenpairs, num_wanted
+from hpc_hess.linalg.eigen import ThickRestart, Which, eigenpairs
 from hpc_hess.linalg.operator import diagonal
+from hpc_hess.linalg.wanted import num_wanted
 from hpc_hess.parallel.basis import Basis
 from tests.support.known_spectra import expected, hessian_like, make_space
 
@@ -135,27 +135,6 @@ def matrices() -> dict[str, tuple[Operator, torch.Tensor | None]]:
     return {**found, "a Llama's Hessian": (llama(), None)}
 
 
-def solver_race(args: argparse.Namespace) -> None:
-    rows: list[dict[str, Any]] = []
-    for name, (operator, truth) in matrices().items():
-        for which in ("largest", "both"):
-            for tolerance in (1e-3, 1e-6):
-                basis = 2 * num_wanted(args.count, which) + 8  # the program's default
-                problem = Problem(operator, args.count, which, basis, tolerance)
-                rows.append({"matrix": name, "N": operator.shape[0], "pairs": f"{args.count} {which}", "basis": basis,
-                             "tolerance": f"{tolerance:g}", **race(problem, truth, args.seeds)})  # fmt: skip
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-    note = (
-        "Products: medians over start vectors; residuals: the largest of any pair and start, explicit, in units of what was "
-        "asked, in the order of the columns. ARPACK's tolerance is relative to each eigenvalue: it is asked for what the "
-        "smallest wanted pair must have, so that its larger pairs may stop early. PRIMME searches one end at a time: with "
-        "both, its products are those of two searches, each with that basis."
-    )
-    if primme is None:
-        note += " PRIMME was not installed."
-    write("eigenpairs_solvers", "Products that eigensolvers need", rows, {"starts": args.seeds, "dtype": "float64"}, note)
-
-
 def race(problem: Problem, truth: torch.Tensor | None, seeds: int) -> dict[str, Any]:
     """Return each solver's products; check what it found: residuals, and values where they are known."""
     products, residuals, wrong = {}, [], []
@@ -181,11 +160,24 @@ def residual(problem: Problem, values: np.ndarray, vectors: np.ndarray) -> float
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=5, help="pairs of each end")
-    parser.add_argument("--seeds", type=int, default=3, help="start vectors")
-    solver_race(parser.parse_args())
+@benchmark(
+    "Products that eigensolvers need",
+    note="Products: medians over start vectors; residuals: the largest of any pair and start, explicit, in units of what "
+    "was asked, in the order of the columns. ARPACK's tolerance is relative to each eigenvalue: it is asked for what the "
+    "smallest wanted pair must have, so that its larger pairs may stop early. PRIMME searches one end at a time: with "
+    "both, its products are those of two searches, each with that basis.",
+)  # fmt: skip
+def main(table: Table, count: Annotated[int, "pairs of each end"] = 5, seeds: Annotated[int, "start vectors"] = 3) -> None:
+    table.settings["dtype"] = "float64"
+    if primme is None:
+        table.note += " PRIMME was not installed."
+    for name, (operator, truth) in matrices().items():
+        for which in ("largest", "both"):
+            for tolerance in (1e-3, 1e-6):
+                basis = 2 * num_wanted(count, which) + 8  # the program's default
+                problem = Problem(operator, count, which, basis, tolerance)
+                table.add({"matrix": name, "N": operator.shape[0], "pairs": f"{count} {which}", "basis": basis,
+                           "tolerance": f"{tolerance:g}", **race(problem, truth, seeds)})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ central differences and with exact products; the peak memory of a rank with each
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.common import run_program, write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import run_program
 
 DATA = {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 2}
 
@@ -28,33 +28,28 @@ def recurrence(result: dict[str, Any]) -> np.ndarray:
     return np.array([probe["alpha"], probe["beta"]])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4], help="compared with one rank")
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-
+@benchmark("Runs with exact products on SmolLM2-135M, 2 x 128 tokens",
+           asked={"exact fp32*": "<= 1e-5", "lambda_*": "<= 1 %", "peak memory*": "<= 1.3"})  # fmt: skip
+def main(table: Table, ranks: Annotated[tuple[int, ...], "compared with one rank"] = (2, 3, 4)) -> None:
+    table.settings |= {"data": DATA["source"], "compute": "float32", "reorthogonalise": "full"}
     one = recurrence(run("exact", 10, 1))
-    for ranks in args.ranks:
-        difference = float(np.abs(recurrence(run("exact", 10, ranks)) - one).max() / np.abs(one).max())
-        rows.append({"what": f"exact fp32, 10 steps: alpha and beta on {ranks} ranks against 1, of max|T|",
-                     "asked": "<= 1e-5", "measured": difference})  # fmt: skip
+    for count in ranks:
+        difference = float(np.abs(recurrence(run("exact", 10, count)) - one).max() / np.abs(one).max())
+        table.measured(f"exact fp32, 10 steps: alpha and beta on {count} ranks against 1, of max|T|", difference)
 
     long = {method: run(method, 30, 1) for method in ("finite_difference", "exact")}
     for key in ("lambda_max", "lambda_min"):
         found, true = (long[method][key] for method in ("finite_difference", "exact"))
-        rows.append({"what": f"{key} of 30 steps: central {found:.6g}, exact {true:.6g}, relative difference",
-                     "asked": "<= 1 %", "measured": f"{100 * abs(found / true - 1):.2g} %"})  # fmt: skip
+        table.measured(f"{key} of 30 steps: central {found:.6g}, exact {true:.6g}, relative difference",
+                       f"{100 * abs(found / true - 1):.2g} %")  # fmt: skip
 
     peaks = {}
     for method in ("finite_difference", "exact"):
         memory = run(method, 3, 2, reorthogonalise="none")["memory"]
         peaks[method] = memory["peak_bytes"] - memory["baseline_bytes"]
-    rows.append({"what": "peak memory of a rank (2 ranks, 2 rows of basis), exact "
-                         f"{peaks['exact'] / 1e6:.0f} MB / central {peaks['finite_difference'] / 1e6:.0f} MB",
-                 "asked": "<= 1.3", "measured": peaks["exact"] / peaks["finite_difference"]})  # fmt: skip
-    write("exact_runs", "Runs with exact products on SmolLM2-135M, 2 x 128 tokens", rows,
-          {"data": DATA["source"], "compute": "float32", "reorthogonalise": "full"})  # fmt: skip
+    table.measured("peak memory of a rank (2 ranks, 2 rows of basis), exact "
+                   f"{peaks['exact'] / 1e6:.0f} MB / central {peaks['finite_difference'] / 1e6:.0f} MB",
+                   peaks["exact"] / peaks["finite_difference"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ numbers or a sentence.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.config import ModelSection
 from hpc_hess.parallel.world import World
 from tests.support import fuzz_config, fuzz_store
@@ -34,7 +33,7 @@ def row(what: str, counts: Counter[str]) -> dict[str, Any]:
     return {"what": what, "tried": sum(counts.values()), **{word: counts[key] for key, word in WORDS.items()}}
 
 
-def configurations(folder: Path, world: World, count: int, every: int, seed: int, bad: list[str]) -> list[dict[str, Any]]:
+def mutated(folder: Path, world: World, count: int, every: int, seed: int, bad: list[str]) -> list[dict[str, Any]]:
     """Load, and run some of what is accepted."""
     toy_directory("llama", folder / "model")
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
@@ -55,7 +54,7 @@ def configurations(folder: Path, world: World, count: int, every: int, seed: int
     return [row("configuration loaded", loaded), row("accepted configuration run", ran)]
 
 
-def stores(folder: Path, world: World, count: int, seed: int, bad: list[str]) -> list[dict[str, Any]]:
+def damaged(folder: Path, world: World, count: int, seed: int, bad: list[str]) -> list[dict[str, Any]]:
     """Damage, inspect, report, go on."""
     bases, counts = fuzz_store.bases(folder, world), dict[str, Counter[str]]()
     for number, rng in enumerate(fuzz_store.damages(seed, count)):
@@ -73,28 +72,23 @@ def note(counts: Counter[str], ended: Ended, what: str, bad: list[str]) -> None:
         print(bad[-1], file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Try both and write the table; the exit code says whether all ended well."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--configurations", type=int, default=18_000)
-    parser.add_argument("--every", type=int, default=20)
-    parser.add_argument("--stores", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+@benchmark("Mutated configurations and damaged run directories",
+           note="The same seed gives the same mutations. A resume that went through gave the numbers of the undamaged run.")
+def main(table: Table, configurations: int = 18_000, every: int = 20, stores: int = 300, seed: int = 0) -> int:
+    """Try both; the exit code says whether all ended well."""
     torch.set_num_threads(1)  # what is tried runs in a fork, which has none of this process's threads
     world, bad = World.join("cpu", 60.0), list[str]()
     said = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the runs in this process print
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        rows = configurations(Path(a), world, args.configurations, args.every, args.seed, bad)
-        rows += stores(Path(b), world, args.stores, args.seed, bad)
+        rows = mutated(Path(a), world, configurations, every, seed, bad)
+        rows += damaged(Path(b), world, stores, seed, bad)
     os.dup2(said, 1)
-    title = "Mutated configurations and damaged run directories"
-    text = "The same seed gives the same mutations. A resume that went through gave the numbers of the undamaged run."
-    write("fuzz", title, rows, vars(args), text)
+    for each in rows:
+        table.add(each)
     print(*bad, sep="\n")
     world.leave()
-    raise SystemExit(bool(bad))
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Count the rooms, floors and arrows of the package: ``python -m benchmarks.house [FOLDER]``, and list them.
+"""Count the rooms, floors and arrows of the package, and list them.
 
 A folder of the package's root, with all that lies in it, is a room; so is a loose module of the root. An arrow goes from a
 room to another that it imports, anywhere in its modules, once for each pair. The floors are the longest chain of rooms.
@@ -7,11 +7,12 @@ room to another that it imports, anywhere in its modules, once for each pair. Th
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from benchmarks.frame import Option, Table, benchmark
 
 PACKAGE = Path(__file__).parents[1] / "hpc_hess"
 Graph = dict[str, set[str]]
@@ -104,10 +105,15 @@ def table(package: Path = PACKAGE) -> str:
     return "\n".join(["| floor | room | what it is |", "|---|---|---|", *rows]) + "\n"
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else PACKAGE
-    found = count(folder)
+@benchmark("The house: rooms, floors and arrows")
+def main(_: Table, folder: Annotated[Path, Option("of a package", positional=True)] = PACKAGE) -> None:
+    """Print them; the table of results is that of benchmarks.sizes."""
+    found = count(folder.resolve())
     print(", ".join(f"{value} {name}" for name, value in found._asdict().items() if name != "circle"))
     print("a circle: " + " -> ".join(found.circle) if found.circle else "no circle")
     if not found.circle:
-        print("\n" + table(folder), end="")
+        print("\n" + table(folder.resolve()), end="")
+
+
+if __name__ == "__main__":
+    main()

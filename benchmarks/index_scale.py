@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.linalg import probes
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.world import World
@@ -32,21 +32,22 @@ def shapes_120b() -> dict[str, tuple[int, ...]]:
     return table
 
 
-def main() -> None:
-    rows: list[dict[str, Any]] = []
+@benchmark("Index arithmetic at N = 1.2e11")
+def main(table: Table) -> None:
+    table.settings["ranks"] = RANKS
 
     def timed(what: str, function: Any) -> Any:
         start = time.perf_counter()
         value, correct = function()
-        rows.append({"what": what, "seconds": time.perf_counter() - start, "correct": correct})
+        table.add({"what": what, "seconds": time.perf_counter() - start, "correct": correct})
         return value
 
-    table = shapes_120b()
-    layout = timed("layout of 120 B parameters", lambda: (lay := Layout(table, RANKS), 1.1e11 < lay.num_params < 1.3e11))
-    experts = {name: 1 for name in table if ".experts." in name}
+    shapes = shapes_120b()
+    layout = timed("layout of 120 B parameters", lambda: (lay := Layout(shapes, RANKS), 1.1e11 < lay.num_params < 1.3e11))
+    experts = {name: 1 for name in shapes if ".experts." in name}
 
     def intervals(dims: dict[str, int] | None) -> Any:
-        lay = Layout(table, RANKS, dims)
+        lay = Layout(shapes, RANKS, dims)
         total, previous = 0, []
         for rank in range(RANKS):
             starts, lengths = lay.shard(rank).global_intervals
@@ -78,7 +79,7 @@ def main() -> None:
     timed("50 M normals beyond 1e11",
           lambda: (x := probes.normals(0, 0, 100_000_000_001, n), abs(float(x.std()) - 1) < 1e-3))  # fmt: skip
     timed("sparse store of 2 rows x 1.2e11: create, write one rank's edge rows, commit, reopen", _store)
-    write("index_scale", "Index arithmetic at N = 1.2e11", rows, {"ranks": RANKS, "num_params": layout.num_params})
+    table.settings["num_params"] = layout.num_params
 
 
 def _store() -> Any:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import write
+from benchmarks.frame import Option, Table, benchmark
 from benchmarks.tiny_models import VOCABULARY, names, tiny_model
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import Progress
@@ -71,32 +70,30 @@ def measured(kind: str, world: World) -> dict[str, str]:
     return {"runs in transformers": "yes", "verdict": "noted" if found else "passed", "why": text}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="these model types only, without writing the table")
-    chosen = parser.parse_args().types
+@benchmark("The intake over tiny models of all causal LM types of transformers")
+def main(
+    table: Table, types: Annotated[tuple[str, ...], Option("measure these only, keep the other rows", positional=True)] = ()
+) -> None:
     warnings.filterwarnings("ignore")
     import transformers
 
     transformers.logging.set_verbosity_error()
-    world, rows = World.join("cpu", 60.0), []
+    world, kept = World.join("cpu", 60.0), {row["type"]: row for row in table.earlier()}
     for kind, name in names().items():
-        if chosen and kind not in chosen:
+        if types and kind not in types:
+            if kind in kept:
+                table.add(kept[kind])
             continue
         try:
             with limited(_LONGEST_S):
                 row = measured(kind, world)
         except Exception as error:  # a traceback: what this table is to find
             row = {"runs in transformers": "yes", "verdict": f"ERROR {type(error).__name__}", "why": str(error)[:150]}
-        rows.append({"type": kind, "class": name, **row})
-        print(rows[-1], flush=True)
-    if chosen:
-        return
-    ran = [row for row in rows if row["runs in transformers"] == "yes"]
+        table.add({"type": kind, "class": name, **row})
+    ran = [row for row in table.rows if row["runs in transformers"] == "yes"]
     counts = {verdict: sum(row["verdict"] == verdict for row in ran) for verdict in ("passed", "noted", "refused")}
-    counts["error"] = len(ran) - sum(counts.values())
-    write("intake_sweep", "The intake over tiny models of all causal LM types of transformers", rows,
-          {"types": len(rows), "run a forward pass when tiny": len(ran), **counts})  # fmt: skip
+    table.settings |= {"types": len(table.rows), "run a forward pass when tiny": len(ran), **counts,
+                       "error": len(ran) - sum(counts.values())}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,20 +5,15 @@ Each rank wraps the functions that check, runs the program, and writes what they
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from functools import wraps
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.common import ROOT, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.processes import apart
 
 # what is checked: the module and the name that callers use
 CHECKS = {
@@ -35,8 +30,8 @@ CHECKS = {
 }  # fmt: skip
 
 
-def timed(config: str, overrides: list[str], report: Path) -> int:
-    """Run the program on this rank with the checks timed; write seconds by check and of the whole."""
+def timed(words: list[str]) -> dict[str, float]:
+    """Run the program on this rank with the checks timed; return seconds by check, and of the whole."""
     from hpc_hess.cli import main as program
 
     began, seconds, inside = time.perf_counter(), defaultdict[str, float](float), [False]
@@ -64,41 +59,27 @@ def timed(config: str, overrides: list[str], report: Path) -> int:
     for check, places in CHECKS.items():
         for module, name in places:
             watch(check, module, name)
-    code = program(["run", config, *(f"--set={text}" for text in overrides)])
-    rank = os.environ.get("RANK", "0")
-    (report / f"{rank}.json").write_text(json.dumps({**seconds, "whole": time.perf_counter() - began}))
-    return code
+    assert program(words) == 0
+    return {**seconds, "whole": time.perf_counter() - began}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="launch/configs/smollm2.toml")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["finite_difference"], help="or exact: thrice as long")
-    parser.add_argument("--report", help="of a rank that this program has started")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    args = parser.parse_args()
-    if args.report:
-        sys.exit(timed(args.config, args.overrides, Path(args.report)))
-    rows = []
-    for method in args.methods:
+@benchmark("What the intake adds to the demo's run", note="Of the rank whose checks took longest.")
+def main(
+    table: Table, config: str = "launch/configs/smollm2.toml", ranks: int = 2,
+    methods: Annotated[tuple[str, ...], "or exact: thrice as long"] = ("finite_difference",),
+    overrides: Annotated[tuple[str, ...], Option("of the configuration", flag="--set", metavar="KEY=VALUE")] = (),
+) -> None:  # fmt: skip
+    table.settings["threads"] = 1
+    for method in methods:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}",
-                 "-m", "benchmarks.intake_time", "--report", folder, "--config", args.config,
-                 f"--set=run.out={folder}/run", f"--set=operator.method={method}",
-                 *(f"--set={text}" for text in args.overrides)],
-                cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(args.ranks)]
-        slowest = max(ranks, key=lambda found: sum(s for check, s in found.items() if check != "whole"))
+            settings = [f"run.out={folder}/run", f"operator.method={method}", *overrides]
+            found = apart(timed, ["run", config, *(f"--set={text}" for text in settings)], ranks=ranks, threads=1)
+        slowest = max(found, key=lambda seconds: sum(s for check, s in seconds.items() if check != "whole"))
         whole = slowest.pop("whole")
         spent = {**{check: slowest.get(check, 0.0) for check in CHECKS}, "all checks": sum(slowest.values())}
-        rows += [{"method": method, "check": check, "s": s, "of the run": f"{100 * s / whole:.2f} %"}
-                 for check, s in spent.items()]  # fmt: skip
-        rows.append({"method": method, "check": "whole run", "s": whole, "of the run": "100 %"})
-    write("intake_time", "What the intake adds to the demo's run", rows,
-          {"config": args.config, "ranks": args.ranks, "threads": 1}, "Of the rank whose checks took longest.")  # fmt: skip
+        for check, s in spent.items():
+            table.add({"method": method, "check": check, "s": s, "of the run": f"{100 * s / whole:.2f} %"})
+        table.add({"method": method, "check": "whole run", "s": whole, "of the run": "100 %"})
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ alone, which hold several matrices of queries x keys, where they fit.
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import resource
 import time
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Annotated
 
-from benchmarks.common import write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.processes import apart
 
 
 def measure(what: str, length: int, threads: int) -> dict[str, float]:
@@ -45,28 +43,24 @@ def measure(what: str, length: int, threads: int) -> dict[str, float]:
     return {"s": seconds, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--compare", type=int, nargs="*", default=[1024, 2048], metavar="LENGTH")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
-        for length in args.lengths:
-            found = {}
-            for what in ["gradient", "exact", *(["elementary"] if length in args.compare else [])]:
-                found[what] = fresh.submit(measure, what, length, args.threads).result()
-                print(length, what, found[what], flush=True)
-            row = {"tokens": length, "gradient, s": found["gradient"]["s"], "gradient, GB": found["gradient"]["gb"]}
-            for what, name in (("exact", "exact"), ("elementary", "without chunks")):
-                if what in found:
-                    ratio = found[what]["s"] / found["gradient"]["s"]
-                    row |= {f"{name}, gradients": ratio, f"{name}, GB": found[what]["gb"]}
-            rows.append(row)
-    asked = "4,096 tokens: 6 GB, 3.5 gradients; 8,192: runs in 24 GB"
-    write("long_sequences", "An exact product of SmolLM2-135M over one long sequence", rows,
-          {"threads": args.threads, "dtype": "float32", "asked": asked})  # fmt: skip
+@benchmark("An exact product of SmolLM2-135M over one long sequence",
+           asked="4,096 tokens: 6 GB, 3.5 gradients; 8,192: runs in 24 GB")  # fmt: skip
+def main(
+    table: Table, lengths: tuple[int, ...] = (1024, 2048, 4096, 8192),
+    compare: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048), threads: int = 2,
+) -> None:  # fmt: skip
+    table.settings["dtype"] = "float32"
+    for length in lengths:
+        found = {}
+        for what in ["gradient", "exact", *(["elementary"] if length in compare else [])]:
+            (found[what],) = apart(measure, what, length, threads, threads=threads)
+            print(length, what, found[what], flush=True)
+        row = {"tokens": length, "gradient, s": found["gradient"]["s"], "gradient, GB": found["gradient"]["gb"]}
+        for what, name in (("exact", "exact"), ("elementary", "without chunks")):
+            if what in found:
+                ratio = found[what]["s"] / found["gradient"]["s"]
+                row |= {f"{name}, gradients": ratio, f"{name}, GB": found[what]["gb"]}
+        table.add(row)
 
 
 if __name__ == "__main__":

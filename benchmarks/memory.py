@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 
-from benchmarks.common import run_program, write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import run_program
 from hpc_hess.config import make_config
 from hpc_hess.model.data.data import load_samples
 from hpc_hess.model.sharded.blocklist import find_blocks
@@ -45,38 +45,34 @@ def activation_bytes(sequence_length: int) -> tuple[int, int, int, int]:
     return sum(saved.values()), logits.numel() * 4, block, root
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--check", choices=["both", "with", "without"], default="both", help="against the exact product")
-    args = parser.parse_args()
+@benchmark("Peak memory of a rank, SmolLM2-135M", asked="measured: at most 1.10 of the sum")
+def main(
+    table: Table, ranks: int = 2, steps: int = 20,
+    check: Annotated[Literal["both", "with", "without"], "against the exact product"] = "both",
+) -> None:  # fmt: skip
     length = 128
+    table.settings |= {"micro-batch": f"1 x {length}", "reorthogonalise": "full"}
     cases = {"with the check against the exact product (the default)": True, "without it": False}
-    if args.check != "both":
-        cases = {name: check for name, check in cases.items() if check == (args.check == "with")}
-    data = {"sequences": args.ranks, "sequence_length": length}
+    data = {"sequences": ranks, "sequence_length": length}
     results = {
-        name: run_program({"data": data, "lanczos": {"steps": args.steps}, "operator": {"check": check}}, args.ranks)
-        for name, check in cases.items()
-    }
-    shard = -(-next(iter(results.values()))["num_params"] // args.ranks) * 4
+        name: run_program({"data": data, "lanczos": {"steps": steps}, "operator": {"check": checked}}, ranks)
+        for name, checked in cases.items() if check == "both" or checked == (check == "with")
+    }  # fmt: skip
+    shard = -(-next(iter(results.values()))["num_params"] // ranks) * 4
     activations, logits, block, root = activation_bytes(length)
     parts = {
         "parameters": shard, "gradients": shard, "theta_0": shard, "3 vectors": 3 * shard,
-        f"basis, {args.steps} rows": args.steps * shard, "activations": activations,
+        f"basis, {steps} rows": steps * shard, "activations": activations,
         # a group is there as gathered parameters, as gradients, and as the buffers of its collectives
         "largest unsharded group and its buffers": 3 * max(block, root) + root, "logits and their gradient": 2 * logits,
     }  # fmt: skip
     total = sum(parts.values())
-    rows: list[dict[str, Any]] = [{"part": name, "MB": value / 1e6, "of the sum": ""} for name, value in parts.items()]
-    rows.append({"part": "sum", "MB": total / 1e6, "of the sum": "asked: <= 1.10"})
+    for name, value in {**parts, "sum": total}.items():
+        table.add({"part": name, "MB": value / 1e6, "of the sum": ""})
     for name, result in results.items():
         measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
-        rows.append({"part": f"measured (peak RSS above RSS after the imports), {name}", "MB": measured / 1e6,
-                     "of the sum": measured / total})  # fmt: skip
-    write("memory", "Peak memory of a rank, SmolLM2-135M", rows,
-          {"ranks": args.ranks, "steps": args.steps, "micro_batch": f"1 x {length}", "reorthogonalise": "full"})  # fmt: skip
+        table.add({"part": f"measured (peak RSS above RSS after the imports), {name}", "MB": measured / 1e6,
+                   "of the sum": measured / total})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ The papers claim a modest constant factor over first-order training.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, run_program, write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import program, run_program
 
 CONFIG = "launch/configs/smollm2.toml"
 RUNS: dict[str, dict[str, Any]] = {
@@ -26,45 +23,30 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(args: argparse.Namespace) -> tuple[float, int]:
+def train(data: dict[str, int], steps: int) -> tuple[float, int]:
     """Return the median seconds of an AdamW step and the peak resident bytes; nothing else was started before."""
     with tempfile.TemporaryDirectory() as folder:
-        data = {"sequences": args.sequences, "sequence_length": args.length, "micro_batch": args.micro_batch}
-        subprocess.run(
-            [sys.executable, "-m", "hpc_hess", "finetune", CONFIG, *(f"--set=data.{k}={v}" for k, v in data.items()),
-             "--steps", str(args.steps), "--batch", str(args.sequences), "--optimizer", "adamw", "--out", folder],
-            cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())},
-        )  # fmt: skip
+        program("finetune", CONFIG, *(f"--set=data.{key}={value}" for key, value in data.items()), "--steps", steps,
+                "--batch", data["sequences"], "--optimizer", "adamw", "--out", folder)  # fmt: skip
         lines = [json.loads(line) for line in (Path(folder) / "training.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(seconds[1:]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    args = parser.parse_args()
-    adamw_s, adamw_bytes = train(args)
-    rows: list[dict[str, Any]] = [
-        {"step": "AdamW", "s": adamw_s, "of AdamW": 1.0, "peak GB": adamw_bytes / 1e9, "memory of AdamW": 1.0}
-    ]
+@benchmark("A Lanczos step against a training step, SmolLM2-135M")
+def main(table: Table, steps: int = 4, sequences: int = 16, length: int = 128, micro_batch: int = 4) -> None:
+    table.settings["finite differences"] = "fixed step, calibration apart"
+    data = {"sequences": sequences, "sequence_length": length, "micro_batch": micro_batch}
+    adamw_s, adamw_bytes = train(data, steps)
+    table.add({"step": "AdamW", "s": adamw_s, "of AdamW": 1.0, "peak GB": adamw_bytes / 1e9, "memory of AdamW": 1.0})
     for name, lanczos in RUNS.items():
-        result = run_program({
-            "data": {"sequences": args.sequences, "sequence_length": args.length, "micro_batch": args.micro_batch},
-            "lanczos": {"steps": args.steps, **lanczos},
-            "operator": {"check": False, "step": 1e-3,
-                         "method": "exact" if name.startswith("exact") else "finite_difference"},
-        })  # fmt: skip
-        steps = [e["hvp_s"] + e["lanczos_s"] + e["checkpoint_s"] for e in result["events"] if e["event"] == "step"]
-        seconds, peak = statistics.median(steps[1:]), result["memory"]["peak_bytes"]
-        rows.append({"step": f"Lanczos: {name}", "s": seconds, "of AdamW": seconds / adamw_s, "peak GB": peak / 1e9,
-                     "memory of AdamW": peak / adamw_bytes})  # fmt: skip
-    write("overhead", "A Lanczos step against a training step, SmolLM2-135M", rows,
-          {"tokens": f"{args.sequences} x {args.length}", "micro-batch": args.micro_batch, "steps": args.steps,
-           "finite differences": "fixed step, calibration apart"})  # fmt: skip
+        method = "exact" if name.startswith("exact") else "finite_difference"
+        result = run_program({"data": data, "lanczos": {"steps": steps, **lanczos},
+                              "operator": {"check": False, "step": 1e-3, "method": method}})  # fmt: skip
+        each = [e["hvp_s"] + e["lanczos_s"] + e["checkpoint_s"] for e in result["events"] if e["event"] == "step"]
+        seconds, peak = statistics.median(each[1:]), result["memory"]["peak_bytes"]
+        table.add({"step": f"Lanczos: {name}", "s": seconds, "of AdamW": seconds / adamw_s, "peak GB": peak / 1e9,
+                   "memory of AdamW": peak / adamw_bytes})  # fmt: skip
 
 
 if __name__ == "__main__":

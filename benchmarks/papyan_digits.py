@@ -7,7 +7,6 @@ scikit-learn``).
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import matplotlib as mpl
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hpc_hess
-from benchmarks.common import RESULTS, write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.api.classifiers import Batch, Decomposition, decompose
 from hpc_hess.linalg.density import symlog
 from hpc_hess.report.style import CYCLE, MUTED, STYLE, set_symlog
@@ -107,14 +106,15 @@ def spectra_of(parts: Decomposition) -> dict[str, np.ndarray]:
     return {name: np.linalg.eigvalsh(matrix) for name, matrix in matrices.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--per-class", type=int, default=30)
-    parser.add_argument("--epochs", type=int, default=20)
-    args = parser.parse_args()
-    training, rest = digits(args.per_class)
+@benchmark(
+    "Class structure of a digits classifier's Hessian", note="![Spectra](papyan_digits.png)",
+    asked={"eigenvalues of G above*": "about 10", "eigenvalue C - 1 of G over the largest*": "> 1"},
+)  # fmt: skip
+def main(table: Table, per_class: int = 30, epochs: int = 20) -> None:
+    table.settings |= {"examples": per_class * CLASSES, "optimizer": "Adam, full batch", "dtype": "float64"}
+    training, rest = digits(per_class)
     model = network(0)
-    train(model, training, args.epochs)
+    train(model, training, epochs)
     model.eval()
     parts = decompose(model, training, CLASSES)
     spectra = spectra_of(parts)
@@ -122,26 +122,18 @@ def main() -> None:
     g, knocked_out = spectra["G"], spectra["G with the class means projected out"]
     slq = hpc_hess.slq(parts.gauss_newton, steps=60, probes=1)
     last, next_ = float(g[-CLASSES + 1]), float(g[-CLASSES])
-    rows = [
-        {"what": "accuracy on the digits not trained on", "asked": "", "measured": accuracy(model, rest)},
-        {"what": "parameters", "asked": "", "measured": len(g)},
-        {"what": "eigenvalues of G above the largest without the class means' span", "asked": "about 10",
-         "measured": int((g > 1.05 * knocked_out[-1]).sum())},
-        {"what": "eigenvalue C - 1 of G over eigenvalue C: the gap", "asked": "", "measured": last / next_},
-        {"what": "eigenvalue C - 1 of G over the largest without the class means' span", "asked": "> 1",
-         "measured": last / float(knocked_out[-1])},
-        {"what": "largest of G", "asked": "", "measured": float(g[-1])},
-        *({"what": f"largest of {name}", "asked": "", "measured": float(spectra[name][-1])} for name in list(spectra)[3:]),
-        {"what": "share of tr G in A1 + A2", "asked": "", "measured": float(means.sum() / g.sum())},
-        {"what": "largest eigenvalue of G by slq, 60 steps, relative error", "asked": "",
-         "measured": float(abs(slq.lambda_max - g[-1]) / g[-1])},
-    ]  # fmt: skip
-    draw(spectra, means, RESULTS / "papyan_digits.png")
-    write(
-        "papyan_digits", "Class structure of a digits classifier's Hessian", rows,
-        {"examples": args.per_class * CLASSES, "epochs": args.epochs, "optimizer": "Adam, full batch", "dtype": "float64"},
-        "![Spectra](papyan_digits.png)",
-    )  # fmt: skip
+    table.measured("accuracy on the digits not trained on", accuracy(model, rest))
+    table.measured("parameters", len(g))
+    count = int((g > 1.05 * knocked_out[-1]).sum())
+    table.measured("eigenvalues of G above the largest without the class means' span", count)
+    table.measured("eigenvalue C - 1 of G over eigenvalue C: the gap", last / next_)
+    table.measured("eigenvalue C - 1 of G over the largest without the class means' span", last / float(knocked_out[-1]))
+    table.measured("largest of G", float(g[-1]))
+    for name in list(spectra)[3:]:
+        table.measured(f"largest of {name}", float(spectra[name][-1]))
+    table.measured("share of tr G in A1 + A2", float(means.sum() / g.sum()))
+    table.measured("largest eigenvalue of G by slq, 60 steps, relative error", float(abs(slq.lambda_max - g[-1]) / g[-1]))
+    draw(spectra, means, table.folder / "papyan_digits.png")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,17 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
-from benchmarks.common import ROOT, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.processes import FailedError, apart, run
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import make_progress
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
@@ -95,11 +94,11 @@ def prepare(config: dict[str, Any], folder: Path) -> Path:
     return Path(problem.source.path)
 
 
-def ours(tool: str, config: dict[str, Any], folder: Path, repeats: int, steps: int) -> dict[str, Any]:
+def ours(tool: str, config: dict[str, Any], folder: str, repeats: int, steps: int) -> dict[str, Any]:
     """Measure one of our products in this process."""
     problem = load(config, "float32")
     space, out = problem.model.space, problem.model.space.zeros()
-    v, reference = (space.wrap(torch.from_numpy(np.load(folder / name))) for name in ("v.npy", "reference.npy"))
+    v, reference = (space.wrap(torch.from_numpy(np.load(Path(folder) / name))) for name in ("v.npy", "reference.npy"))
     operator: Any
     if tool in ("central", "forward"):
         operator = FiniteDifferenceHessian(problem.gradient, tool)  # type: ignore[arg-type]
@@ -147,50 +146,15 @@ def ours(tool: str, config: dict[str, Any], folder: Path, repeats: int, steps: i
     }  # fmt: skip
 
 
-def measured(command: list[str], **variables: str) -> dict[str, Any]:
-    """Run one tool; return what it printed, or why it did not finish."""
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
-        print(done.stderr[-3000:], file=sys.stderr)
-        return {"finishes": f"no: {why[:90]}"}
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def race(args: argparse.Namespace) -> None:
-    settings = {
-        "tokens": f"{args.sequences} x {args.length}", "micro_batch": args.micro_batch, "Lanczos steps": args.steps,
-        "threads": torch.get_num_threads(), "repeats": args.repeats,
-    }  # fmt: skip
-    for name in args.models:
-        rows: list[dict[str, Any]] = []
-        with subject(name, args.sequences, args.length) as config, tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            config.setdefault("data", {})["micro_batch"] = args.micro_batch
-            (folder / "config.json").write_text(json.dumps(config))
-            weights = prepare(config, folder)
-            common = ["--folder", str(folder), "--repeats", str(args.repeats), "--steps", str(args.steps)]
-            for tool, title in {**OURS, **PEERS}.items():
-                if args.only not in tool:
-                    continue
-                if tool in OURS:
-                    found = measured([sys.executable, "-m", "benchmarks.peers", "--ours", tool, *common])
-                else:
-                    found = measured([
-                        str(args.python), str(ROOT / "benchmarks" / "peer_products.py"), tool, "--model", str(weights),
-                        "--micro-batch", str(args.micro_batch), *common,
-                    ], PYTHONPATH="")  # fmt: skip
-                rows.append(line(name, title, found))
-                print(rows[-1], flush=True)
-                # after each tool: an end by force keeps the others
-                write(RESULTS_OF[name], "Products and Lanczos steps beside other tools", rows, settings, NOTE,
-                      command=f"peers --python PEERS/bin/python --models '{name}'")  # fmt: skip
+def theirs(tool: str, python: Path, weights: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Measure a peer's product in its own environment."""
+    words = ["--micro-batch", given.micro_batch, "--folder", folder, "--repeats", given.repeats, "--steps", given.steps]
+    printed = run(python, "benchmarks/peer_products.py", tool, "--model", weights, *words, PYTHONPATH="")
+    return dict(json.loads(printed.strip().splitlines()[-1]))
 
 
 def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the table."""
-    if "product_s" not in found:
-        return {"model": model, "tool": title, "finishes": found["finishes"]}
     step = found.get("step_s")
     return {
         "model": model, "tool": title, "product, s": found["product_s"], "in gradients": found["gradients"],
@@ -200,34 +164,38 @@ def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-NOTE = (
-    "A product is timed between two gradients of the same process; medians. A Lanczos step is the mean over a process of so "
-    "many steps: hpc_hess and hessian-eigenthings reorthogonalise against the whole basis, curvlinops against none, "
+@benchmark(
+    "Products and Lanczos steps beside other tools",
+    note="A product is timed between two gradients of the same process; medians. A Lanczos step is the mean over a process "
+    "of so many steps: hpc_hess and hessian-eigenthings reorthogonalise against the whole basis, curvlinops against none, "
     "pyhessian against all. Calibration of our finite differences (done again every few products) is apart. The peers' "
-    "gradients are autograd's of the whole loss; ours are written into a vector, with chunks of the cross-entropy."
+    "gradients are autograd's of the whole loss; ours are written into a vector, with chunks of the cross-entropy.",
 )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, help="of the environment with the peers")
-    parser.add_argument("--models", nargs="+", choices=[SMOLLM2, GPT2], default=[SMOLLM2, GPT2])
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--only", default="", help="tools whose name holds this text")
-    parser.add_argument("--ours", choices=list(OURS), help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.ours:
-        config = json.loads((args.folder / "config.json").read_text())
-        print(json.dumps(ours(args.ours, config, args.folder, args.repeats, args.steps)))
-    elif args.python is None:
-        parser.error("--python PEERS/bin/python: see above how to make that environment")
-    else:
-        race(args)
+def main(
+    table: Table, python: Annotated[Path, "of the environment with the peers"],
+    models: Annotated[tuple[str, ...], Option(choices=(SMOLLM2, GPT2))] = (SMOLLM2, GPT2), sequences: int = 2,
+    length: int = 128, micro_batch: int = 1, repeats: int = 3, steps: int = 8,
+    only: Annotated[str, "tools whose name holds this text"] = "",
+) -> None:  # fmt: skip
+    table.settings["threads"] = os.cpu_count()
+    for name in models:
+        if table.rows:
+            table.finish()
+        table.name = RESULTS_OF[name]
+        with subject(name, sequences, length) as config, tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            config.setdefault("data", {})["micro_batch"] = micro_batch
+            weights = prepare(config, folder)
+            for tool, title in {**OURS, **PEERS}.items():
+                if only not in tool:
+                    continue
+                try:
+                    (found,) = (apart(ours, tool, config, place, repeats, steps) if tool in OURS
+                                else [theirs(tool, python, weights, folder, table.given)])  # fmt: skip
+                    table.add(line(name, title, found))
+                except FailedError as failed:
+                    print(failed, flush=True)
+                    table.add({"model": name, "tool": title, "finishes": f"no: {failed.why[:90]}"})
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ time as the run has ranks.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.common import LLAMAS, ROOT, random_llama, run_program, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.llamas import LLAMAS, random_llama
+from benchmarks.processes import program, run_program
 from hpc_hess.config import make_config
 from hpc_hess.planning.machine import Machine, seconds
 from hpc_hess.planning.planner import trace
@@ -38,35 +38,28 @@ def model_of(name: str, length: int, sequences: int) -> Iterator[dict[str, Any]]
 
 def machine_of(ranks: int) -> Machine:
     """Measure this machine as one of so many ranks that work at a time sees it."""
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(ranks) as pool:
         files = [str(Path(folder) / f"{rank}.json") for rank in range(ranks)]
-        measuring = [
-            subprocess.Popen([sys.executable, "-m", "hpc_hess", "scaling", "machine", file], cwd=ROOT,
-                             env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL)
-            for file in files
-        ]  # fmt: skip
-        assert all(process.wait() == 0 for process in measuring)
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        list(pool.map(lambda file: program("scaling", "machine", file, threads=threads), files))
         return Machine.read(files[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", metavar="MODEL:RANKS,RANKS", help=f"models: {', '.join([SMOLLM2, *SHAPES])}",
-                        default=[f"{name}:1,2,3,4" for name in (SMOLLM2, *SHAPES)])  # fmt: skip
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--step", default="auto", help="of differences; a number saves calibrations, in memory too")
-    args = parser.parse_args()
-    step = args.step if args.step == "auto" else float(args.step)
-    name_of_table = "planner" if step == "auto" else "planner_fixed_step"
-    rows: list[dict[str, Any]] = []
-    for name, _, counts in (case.partition(":") for case in args.cases):
+@benchmark("Peak memory of a rank and seconds of a product: the planner against runs")
+def main(
+    table: Table,
+    cases: Annotated[tuple[str, ...], Option(f"models: {', '.join([SMOLLM2, *SHAPES])}", metavar="MODEL:RANKS,RANKS")] = (
+        *(f"{name}:1,2,3,4" for name in (SMOLLM2, *SHAPES)),
+    ), length: int = 256, step: Annotated[str, "of differences; a number saves calibrations, in memory too"] = "auto",
+) -> None:  # fmt: skip
+    table.name = "planner" if step == "auto" else "planner_fixed_step"
+    for name, _, counts in (case.partition(":") for case in cases):
         for method in ("finite_difference", "exact"):
             for ranks in map(int, counts.split(",")):
-                with model_of(name, args.length, ranks) as config:
+                with model_of(name, length, ranks) as config:
                     config |= {
-                        "operator": {"method": method, "check": False, "step": step}, "lanczos": {"steps": 3},
-                        "parallel": {"device": "cpu"}, "run": {"report": False},
+                        "operator": {"method": method, "check": False, "step": step if step == "auto" else float(step)},
+                        "lanczos": {"steps": 3}, "parallel": {"device": "cpu"}, "run": {"report": False},
                     }  # fmt: skip
                     traced = trace(make_config(config), ranks, ranks, gloo=True)
                     machine = machine_of(ranks)  # each time: its speed is another one an hour later
@@ -75,16 +68,12 @@ def main() -> None:
                 measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
                 time = seconds(traced.product, machine, ranks, ranks).at(machine.share(method))
                 product_s = result["timing"]["hvp_s"]
-                rows.append({
+                table.add({
                     "model": name, "operator": method.replace("_", " "), "ranks": ranks, "predicted, MB": predicted / 1e6,
                     "measured, MB": measured / 1e6, "predicted / measured": predicted / measured,
                     "product predicted, s": time.most, "product measured, s": product_s,
                     "time predicted / measured": time.most / product_s,
                 })  # fmt: skip
-                title = "Peak memory of a rank and seconds of a product: the planner against runs"
-                settings = {"tokens of a rank": f"1 x {args.length}", "step of differences": step}
-                command = "planner" if step == "auto" else f"planner --step {step}"
-                write(name_of_table, title, rows, settings, command=command)  # after each run: an end by force keeps them
 
 
 if __name__ == "__main__":

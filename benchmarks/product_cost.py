@@ -2,56 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from typing import Any
+from typing import Literal
 
-from benchmarks.common import run_program, write
-
-ASKED = {"central": "<= 2.05", "forward": "<= 1.05", "fourth": ""}
-ASKED_OF_VECTORS = {"none": "<= 1.5 %", "full": "<= 5 %"}
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import run_program
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--scheme", choices=list(ASKED), default="central")
-    parser.add_argument("--reorthogonalise", choices=list(ASKED_OF_VECTORS), default="full")
-    args = parser.parse_args()
-    config: dict[str, Any] = {
-        "data": {"sequences": args.sequences, "sequence_length": 128, "micro_batch": args.micro_batch},
-        "lanczos": {"steps": args.steps, "probes": 1, "reorthogonalise": args.reorthogonalise},
+@benchmark("Cost of a product and of Lanczos on SmolLM2-135M", asked={
+    "central product / gradient": "<= 2.05", "forward product / gradient": "<= 1.05",
+    "Lanczos bookkeeping*none / products": "<= 1.5 %", "Lanczos bookkeeping*full / products": "<= 5 %",
+    "base gradient*": "reported apart", "gradients of the calibration": "reported apart",
+})  # fmt: skip
+def main(
+    table: Table, ranks: int = 1, steps: int = 20, sequences: int = 16, micro_batch: int = 4,
+    scheme: Literal["central", "forward", "fourth"] = "central", reorthogonalise: Literal["full", "none"] = "full",
+) -> None:  # fmt: skip
+    table.settings["tokens of a sequence"] = 128
+    other = {f"{ranks}_ranks": ranks == 1, scheme: scheme == "central", reorthogonalise: reorthogonalise == "full"}
+    table.name = "_".join(["product_cost", *(word for word, usual in other.items() if not usual)])
+    result = run_program({
+        "data": {"sequences": sequences, "sequence_length": 128, "micro_batch": micro_batch},
+        "lanczos": {"steps": steps, "probes": 1, "reorthogonalise": reorthogonalise},
         # the comparison with the exact product is no part of a step
-        "operator": {"check": False, "scheme": args.scheme},
-    }
-    result = run_program(config, args.ranks)
-    steps = [e for e in result["events"] if e["event"] == "step"]
-    gradient_s = next(e["seconds"] for e in result["events"] if e["event"] == "gradient")
-    hvp = [e["hvp_s"] for e in steps]
-    lanczos_s, checkpoint_s = sum(e["lanczos_s"] for e in steps), sum(e["checkpoint_s"] for e in steps)
-    rows = [
-        {"what": "one gradient, s (median over the run)", "asked": "", "measured": result["timing"]["gradient_s"]},
-        {"what": "base gradient, first of the run, s", "asked": "reported apart", "measured": gradient_s},
-        {"what": f"{args.scheme} product, s (median)", "asked": "", "measured": statistics.median(hvp)},
-        {"what": f"{args.scheme} product / gradient", "asked": ASKED[args.scheme],
-         "measured": statistics.median(hvp) / result["timing"]["gradient_s"]},
-        {"what": f"Lanczos bookkeeping of {len(steps)} steps, reorthogonalisation {args.reorthogonalise} / products",
-         "asked": ASKED_OF_VECTORS[args.reorthogonalise], "measured": f"{100 * lanczos_s / sum(hvp):.1f} %"},
-        {"what": "gradients of the calibration", "asked": "reported apart",
-         "measured": sum(e["calibration_gradients"] for e in steps)},
-        {"what": "checkpoints / products", "asked": "", "measured": f"{100 * checkpoint_s / sum(hvp):.1f} %"},
-    ]  # fmt: skip
-    changed = {"ranks": args.ranks, "scheme": args.scheme, "reorthogonalise": args.reorthogonalise}
-    changed = {key: value for key, value in changed.items() if value != parser.get_default(key)}
-    words = [f"{value}_ranks" if key == "ranks" else str(value) for key, value in changed.items()]
-    name = "_".join(["product_cost", *words])
-    write(name, "Cost of a product and of Lanczos on SmolLM2-135M", rows,
-          {"ranks": args.ranks, "steps": args.steps, "sequences": args.sequences, "sequence_length": 128,
-           "micro_batch": args.micro_batch, "reorthogonalise": args.reorthogonalise, "scheme": args.scheme},
-          command=" ".join(["product_cost", *(f"--{key} {value}" for key, value in changed.items())]))  # fmt: skip
+        "operator": {"check": False, "scheme": scheme},
+    }, ranks)  # fmt: skip
+    each = [e for e in result["events"] if e["event"] == "step"]
+    gradient_s = result["timing"]["gradient_s"]
+    hvp = [e["hvp_s"] for e in each]
+    lanczos_s, checkpoint_s = sum(e["lanczos_s"] for e in each), sum(e["checkpoint_s"] for e in each)
+    table.measured("one gradient, s (median over the run)", gradient_s)
+    table.measured("base gradient, first of the run, s",
+                   next(e["seconds"] for e in result["events"] if e["event"] == "gradient"))  # fmt: skip
+    table.measured(f"{scheme} product, s (median)", statistics.median(hvp))
+    table.measured(f"{scheme} product / gradient", statistics.median(hvp) / gradient_s)
+    table.measured(f"Lanczos bookkeeping of {len(each)} steps, reorthogonalisation {reorthogonalise} / products",
+                   f"{100 * lanczos_s / sum(hvp):.1f} %")  # fmt: skip
+    table.measured("gradients of the calibration", sum(e["calibration_gradients"] for e in each))
+    table.measured("checkpoints / products", f"{100 * checkpoint_s / sum(hvp):.1f} %")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ calibration are apart.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from benchmarks.common import random_llama, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.llamas import random_llama
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import make_progress
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
@@ -101,17 +101,15 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return value, time.perf_counter() - began
 
 
-class Table:
-    """Measures products of one problem against references, and writes the table after every row.
+class Products:
+    """Measures products of one problem against references.
 
     Vectors and references wait in host memory: those of a large model would not fit a GPU beside what is measured.
     """
 
-    def __init__(self, problem: Problem, vectors: list[torch.Tensor], references: list[torch.Tensor],
-                 save: Callable[[list[dict[str, Any]], float], None], only: str = "") -> None:  # fmt: skip
-        self._only = only
-        self.problem, self.vectors, self.references, self._save = problem, vectors, references, save
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, table: Table, problem: Problem, vectors: list[torch.Tensor], references: list[torch.Tensor],
+                 only: str) -> None:  # fmt: skip
+        self.table, self.problem, self.vectors, self.references, self._only = table, problem, vectors, references, only
         self.gradient_s: list[float] = []
         self._out = problem.model.space.zeros()
 
@@ -136,7 +134,7 @@ class Table:
             try:
                 result, spent = product(v)
             except torch.cuda.OutOfMemoryError as error:
-                self.rows.append({"method": name, "asked": asked.cost, "seconds": "does not fit"})
+                self.table.add({"method": name, "asked": asked.cost, "seconds": "does not fit"})
                 print(f"{name}: {error}", flush=True)
                 release_memory()
                 return
@@ -156,43 +154,22 @@ class Table:
         row |= {"cost in gradients": statistics.median(costs), "asked": asked.cost, "seconds": statistics.median(seconds)}
         if peak:
             row["peak memory"] = gigabytes(peak)
-        self.rows.append(row)
-        self._save(self.rows, statistics.median(self.gradient_s))
+        self.table.settings["gradient, s (median)"] = round(statistics.median(self.gradient_s), 3)
+        self.table.add(row)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=["smollm2", *LLAMAS], default="smollm2")
-    parser.add_argument("--power-steps", type=int, default=12)
-    parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    args = parser.parse_args()
-    with subject(args.model) as (title, config):
-        config["data"]["micro_batch"] = args.micro_batch
-        measure(args, title, config)
-
-
-def measure(args: argparse.Namespace, title: str, config: dict[str, Any]) -> None:
+def measure(table: Table, config: dict[str, Any], power_steps: int, only: str, fast_bfloat16: bool) -> None:
     problem = load(config, "float32")
     exact = ExactHessian(problem.model, problem.gradient.objective)
-    top, value, residual = dominant(problem, exact, args.power_steps)
-    print(f"dominant eigenvalue {value:.6g}, residual {residual:.2g}", flush=True)
+    top, value, residual = dominant(problem, exact, power_steps)
+    table.settings |= {"dominant eigenvalue": f"{value:.6g}", "its residual": f"{residual:.2g}"}
     vectors = [probe(problem, k + 1).data.cpu() for k in range(NUM_PROBES)] + [top.data.cpu()]
     del top
     with same_weights(problem, config) as stored:
         references = references_in_float64(stored, vectors)
 
-    def save(rows: list[dict[str, Any]], gradient_s: float) -> None:
-        name = "products" if args.model == "smollm2" else f"products_{args.model.replace('-', '_')}"
-        write(name, f"Hessian products on {title}", rows,
-              {"probes": NUM_PROBES, "dominant eigenvalue": f"{value:.6g}", "its residual": f"{residual:.2g}",
-               "gradient, s (median)": round(gradient_s, 3), "threads": torch.get_num_threads(),
-               "micro-batch": args.micro_batch, "attention": "sdpa for gradients, math for exact products",
-               "TF32": "off"},
-              command=f"products --model {args.model}")  # fmt: skip
-
-    table = Table(problem, vectors, references, save, args.only)
-    table.gradient()
+    products = Products(table, problem, vectors, references, only)
+    products.gradient()
 
     def plain(operator: Any) -> Callable[[Vector], tuple[Vector, float]]:
         return lambda v: timed(lambda: operator.matvec(v))
@@ -203,18 +180,18 @@ def measure(args: argparse.Namespace, title: str, config: dict[str, Any]) -> Non
                     settings=Settings(keep_state=keep_state))  # fmt: skip
 
     asked = Asked("<= 3e-5", "<= 2e-5", "<= 3.7")
-    table.row("exact fp32, one vector, recomputing", asked, plain(exact))
-    table.row("exact fp32, one vector, keeping state", replace(asked, cost="<= 2.9"), plain(operator(keep_state=True)))
+    products.row("exact fp32, one vector, recomputing", asked, plain(exact))
+    products.row("exact fp32, one vector, keeping state", replace(asked, cost="<= 2.9"), plain(operator(keep_state=True)))
 
     def lock_step(v: Vector) -> tuple[Vector, float]:
         others = [probe(problem, 10 + k) for k in range(3)]
         results, seconds = timed(lambda: exact.matmat([v, *others]))
         return results[0], seconds / 4
 
-    table.row("exact fp32, 4 in lock-step, per vector", replace(asked, cost="<= 2.5"), lock_step)
-    if args.model != "smollm2":  # no fast bfloat16 on most CPUs
+    products.row("exact fp32, 4 in lock-step, per vector", replace(asked, cost="<= 2.5"), lock_step)
+    if fast_bfloat16:  # most CPUs have none
         bfloat16 = operator(compute_dtype=torch.bfloat16)
-        table.row("exact bf16 (fp32 masters), one vector", Asked(), plain(bfloat16))
+        products.row("exact bf16 (fp32 masters), one vector", Asked(), plain(bfloat16))
     for scheme, limits in (("fourth", Asked("<= 4e-4", "<= 1e-3", "<= 4.2")),
                            ("central", Asked("<= 1e-3", "<= 2.5e-3", "<= 2.1")),
                            ("forward", Asked("<= 6e-3", "<= 1.5e-2", "<= 1.05"))):  # fmt: skip
@@ -226,9 +203,9 @@ def measure(args: argparse.Namespace, title: str, config: dict[str, Any]) -> Non
             print(f"  step {record.step:.3g} realised {record.realised:.6f} predicted {record.predicted_error:.2g}")
             return result, seconds - record.calibration_s
 
-        table.row(f"{scheme} differences, fp32", limits, product)
+        products.row(f"{scheme} differences, fp32", limits, product)
         del differences, product
-    table.row("Gauss-Newton, exact fp32", Asked(cost="<= 2.1"), plain(operator(GaussNewton)), errors=False)
+    products.row("Gauss-Newton, exact fp32", Asked(cost="<= 2.1"), plain(operator(GaussNewton)), errors=False)
 
 
 @contextlib.contextmanager
@@ -251,6 +228,20 @@ def references_in_float64(config: dict[str, Any], vectors: list[torch.Tensor]) -
     del operator, problem, space
     release_memory()
     return found
+
+
+@benchmark("Hessian products")
+def main(
+    table: Table, model: Annotated[str, Option(choices=("smollm2", *LLAMAS))] = "smollm2", power_steps: int = 12,
+    micro_batch: int = 1, only: Annotated[str, "rows whose name holds this text"] = "",
+) -> None:  # fmt: skip
+    table.name = "products" if model == "smollm2" else f"products_{model.replace('-', '_')}"
+    table.settings |= {"probes": NUM_PROBES, "threads": torch.get_num_threads(), "TF32": "off",
+                       "attention": "sdpa for gradients, math for exact products"}  # fmt: skip
+    with subject(model) as (title, config):
+        table.title = f"Hessian products on {title}"
+        config["data"]["micro_batch"] = micro_batch
+        measure(table, config, power_steps, only, fast_bfloat16=model != "smollm2")
 
 
 if __name__ == "__main__":

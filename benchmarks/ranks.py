@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.common import write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.processes import apart
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import Progress
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
@@ -18,14 +18,14 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import load_problem
-from tests.support.spawn import run_ranks
 from tests.support.toys import TOYS, toy_directory
 
 STEPS = 10
 
 
-def recurrences(world: World, folder: str, dtype: str, models: list[str]) -> dict[str, tuple[list[float], list[float]]]:
+def recurrences(folder: str, dtype: str, models: list[str]) -> dict[str, tuple[list[float], list[float]]]:
     """Return alpha and beta of every toy. Collective: yes."""
+    world = World.join("cpu", 1200.0)
     world.make_mesh(1)
     found = {}
     for name in models:
@@ -43,20 +43,19 @@ def recurrences(world: World, folder: str, dtype: str, models: list[str]) -> dic
         while not process.finished:
             process.step()
         found[name] = (process.alpha, process.beta)
+    world.leave()
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", default=list(TOYS), choices=list(TOYS))
-    models = parser.parse_args().models
-    rows: list[dict[str, Any]] = []
+@benchmark("alpha, beta against one rank, relative to max|T|, first 10 steps, central differences")
+def main(table: Table, models: Annotated[tuple[str, ...], Option(choices=(*TOYS,))] = (*TOYS,)) -> None:
+    table.settings |= {"steps": STEPS, "tokens": "5 x 13", "step": "auto"}
     with tempfile.TemporaryDirectory() as folder:
         for name in models:
             toy_directory(name, Path(folder) / name)
         np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, 96, 200))
         for dtype, bound in (("float64", 1e-8), ("float32", 1e-3)):
-            runs = {n: run_ranks(recurrences, n, folder, dtype, models, timeout_s=1200)[0] for n in (1, 2, 3, 4)}
+            runs = {n: apart(recurrences, folder, dtype, models, ranks=n, threads=1)[0] for n in (1, 2, 3, 4)}
             for name in models:
                 alpha, beta = (np.array(x) for x in runs[1][name])
                 scale = max(np.abs(alpha).max(), beta.max())
@@ -64,9 +63,7 @@ def main() -> None:
                 for n in (2, 3, 4):
                     a, b = (np.array(x) for x in runs[n][name])
                     row[f"{n} ranks"] = float(max(np.abs(a - alpha).max(), np.abs(b - beta).max()) / scale)
-                rows.append(row)
-    write("ranks", "alpha, beta against one rank, relative to max|T|, first 10 steps, central differences", rows,
-          {"steps": STEPS, "tokens": "5 x 13", "step": "auto"})  # fmt: skip
+                table.add(row)
 
 
 if __name__ == "__main__":

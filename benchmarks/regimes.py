@@ -15,17 +15,17 @@ SmolLM2-135M instead (minutes; ``--dtypes`` cuts it in pieces). Results of other
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from benchmarks import regimes_krylov
-from benchmarks.common import machine, random_llama, write
+from benchmarks.frame import Option, Table, benchmark, machine
+from benchmarks.llamas import random_llama
 from benchmarks.regimes_curves import CURVES, DTYPES, SMOLLM2, VECTORS, summary, truncation_of
 from benchmarks.regimes_figures import draw
 from benchmarks.regimes_formats import BFloat16Objective, exact_product, hold_bfloat16_weights, load
@@ -85,7 +85,7 @@ SMOLLM2_PLAN = Plan({"float64": (-7, 0, 1), "float32": (-4.5, 1, 0.5), "bfloat16
                      "bfloat16, weights too": (-1, 1, 1)}, 8, ("random", "Ritz"))  # fmt: skip
 
 
-def sweep(name: str, config: dict[str, Any], plan: Plan, dtypes: list[str]) -> list[dict[str, Any]]:
+def sweep(name: str, config: dict[str, Any], plan: Plan, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return a curve for each number format and vector."""
     began = time.perf_counter()
     narrow = load(config, "float32")
@@ -162,36 +162,37 @@ def _error(product: Vector, reference: torch.Tensor) -> float:
     return float((product.data.double() - reference).norm() / reference.norm())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", action="store_true", help="measure SmolLM2-135M, 1 x 128 tokens, and not the toys")
-    parser.add_argument("--models", nargs="*", choices=list(TOYS), default=list(TOYS), help="which toys")
-    parser.add_argument("--no-krylov", action="store_true", help="leave regimes_krylov out")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--figures", action="store_true", help="only rewrite tables and figures from the stored curves")
-    args = parser.parse_args()
+@benchmark("Error of a Hessian product against step, number format, size and vector")
+def main(
+    table: Table, smollm2: Annotated[bool, "measure SmolLM2-135M, 1 x 128 tokens, and not the toys"] = False,
+    models: Annotated[tuple[str, ...], Option("which toys", choices=(*TOYS,))] = (*TOYS,),
+    no_krylov: Annotated[bool, "leave regimes_krylov out"] = False,
+    dtypes: Annotated[tuple[str, ...], Option(choices=DTYPES)] = DTYPES,
+    figures: Annotated[bool, "only rewrite tables and figures from the stored curves"] = False,
+) -> None:  # fmt: skip
     curves: list[dict[str, Any]] = []
-    if args.smollm2 and not args.figures:
+    if smollm2 and not figures:
         data = {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 1}
-        curves = sweep(SMOLLM2, {"data": data}, SMOLLM2_PLAN, args.dtypes)
-    elif not args.figures:
-        for name in args.models:
+        curves = sweep(SMOLLM2, {"data": data}, SMOLLM2_PLAN, dtypes)
+    elif not figures:
+        for name in models:
             with random_llama(TOYS[name], 1, 64) as config:
-                curves += sweep(name, config, TOY_PLAN, args.dtypes)
-    kept = json.loads(CURVES.read_text())["curves"] if CURVES.exists() else []
+                curves += sweep(name, config, TOY_PLAN, dtypes)
+    stored = table.folder / CURVES
+    kept = json.loads(stored.read_text())["curves"] if stored.exists() else []
     fresh = {(c["model"], c["dtype"]) for c in curves}
     curves += [c for c in kept if (c["model"], c["dtype"]) not in fresh]
     names = [*TOYS, SMOLLM2]
     curves.sort(key=lambda c: (names.index(c["model"]), VECTORS.index(c["vector"]), DTYPES.index(c["dtype"])))
-    CURVES.write_text(json.dumps({"machine": machine(), "curves": curves}, default=float) + "\n")
-    write("regimes", "Error of a Hessian product against step, number format, size and vector",
-          [summary(c, truncation_of(curves, c)) for c in curves],
-          {"reference": "exact product in float64 at the same parameters", "scheme": "central",
-           "toys": "1 x 64 random tokens", SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
-           "threads": torch.get_num_threads()})  # fmt: skip
-    if not (args.smollm2 or args.figures or args.no_krylov):
-        regimes_krylov.main()
-    draw()
+    table.settings = {"reference": "exact product in float64 at the same parameters", "scheme": "central",
+                      "toys": "1 x 64 random tokens", SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
+                      "threads": torch.get_num_threads()}  # fmt: skip
+    for curve in curves:
+        table.add(summary(curve, truncation_of(curves, curve)))
+    stored.write_text(json.dumps({"machine": machine(), "curves": curves}, default=float) + "\n")
+    if not (smollm2 or figures or no_krylov):
+        regimes_krylov.main(["--write-to", str(table.folder)])
+    draw(table.folder)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS
-
 SMOLLM2 = "SmolLM2-135M"
 DTYPES = ("float64", "float32", "bfloat16", "bfloat16, weights too")
 VECTORS = ("random", "Ritz", "final norm")
-CURVES = RESULTS / "regimes_curves.json"
-KRYLOV_CURVES = RESULTS / "regimes_krylov_curves.json"
+CURVES, KRYLOV_CURVES = "regimes_curves.json", "regimes_krylov_curves.json"  # files beside the tables
 
 
 def fit(curve: dict[str, Any], truncation: float | None = None) -> dict[str, float | None]:

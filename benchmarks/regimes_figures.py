@@ -1,8 +1,9 @@
-"""The figures of benchmarks.regimes, from the stored curves: ``python -m benchmarks.regimes_figures``."""
+"""The figures of benchmarks.regimes, from the stored curves."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.common import RESULTS
 from benchmarks.regimes_curves import CURVES, DTYPES, KRYLOV_CURVES, SMOLLM2, VECTORS, fit, truncation_of
 from hpc_hess.report.style import CYCLE, INK, MUTED, STYLE
 
@@ -31,7 +31,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_sweep(curves: list[dict[str, Any]]) -> None:
+def draw_sweep(curves: list[dict[str, Any]], folder: Path) -> None:
     """Error against step: a column for each model, a row for each vector."""
     models = list(dict.fromkeys(c["model"] for c in curves))
     figure = _figure(3.3 * len(models) + 0.4, 8.6)
@@ -66,7 +66,7 @@ def draw_sweep(curves: list[dict[str, Any]]) -> None:
         Line2D([], [], color=MUTED, ls=(0, (1, 2)), lw=0.8, label="1 %"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    figure.savefig(RESULTS / "regimes_eps.png", dpi=120)
+    figure.savefig(folder / "regimes_eps.png", dpi=120)
 
 
 def _draw_curve(axes: Axes, curve: dict[str, Any], truncation_constant: float | None) -> None:
@@ -86,7 +86,7 @@ def _draw_curve(axes: Axes, curve: dict[str, Any], truncation_constant: float | 
         axes.axhline(curve["exact_error"], xmin=0.94, color=colour, lw=3, alpha=0.6)
 
 
-def draw_krylov(runs: list[dict[str, Any]]) -> None:
+def draw_krylov(runs: list[dict[str, Any]], folder: Path) -> None:
     """Six measures against the step; what they come from, last."""
     figure = _figure(12.4, 7.8)
     grid = figure.subplots(2, 3)
@@ -113,7 +113,7 @@ def draw_krylov(runs: list[dict[str, Any]]) -> None:
     _scatter(grid[1, 2], hessian)
     handles = [Line2D([], [], color=c, label=p) for p, c in PRODUCTS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    figure.savefig(RESULTS / "regimes_krylov.png", dpi=120)
+    figure.savefig(folder / "regimes_krylov.png", dpi=120)
 
 
 def _series(
@@ -149,14 +149,10 @@ def _scatter(axes: Axes, runs: list[dict[str, Any]]) -> None:
     axes.legend(handles=[Line2D([], [], color=MUTED, marker=m, mfc=f, mew=1.5, ms=7, ls="", label=t) for m, f, t in shapes])
 
 
-def draw() -> None:
+def draw(folder: Path) -> None:
     """Draw what has been measured."""
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
-        if CURVES.exists():
-            draw_sweep(json.loads(CURVES.read_text())["curves"])
-        if KRYLOV_CURVES.exists():
-            draw_krylov(json.loads(KRYLOV_CURVES.read_text())["runs"])
-
-
-if __name__ == "__main__":
-    draw()
+        if (folder / CURVES).exists():
+            draw_sweep(json.loads((folder / CURVES).read_text())["curves"], folder)
+        if (folder / KRYLOV_CURVES).exists():
+            draw_krylov(json.loads((folder / KRYLOV_CURVES).read_text())["runs"], folder)

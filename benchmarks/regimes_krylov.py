@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 
-from benchmarks.common import machine, random_llama, write
+from benchmarks.frame import Table, benchmark, machine
+from benchmarks.llamas import random_llama
 from benchmarks.regimes_curves import KRYLOV_CURVES
 from benchmarks.regimes_formats import BFloat16Objective, hold_bfloat16_weights, load
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
@@ -168,15 +169,19 @@ def operators(wide: Problem, narrow: Problem) -> dict[str, Any]:
     return {"hessian": products, "gauss_newton": gauss_newton}
 
 
-def main() -> None:
+@benchmark("Lanczos with products of different quality, 100 steps, against a dense float64 spectrum",
+           note=(__doc__ or "").split("\n\n", 1)[1])  # fmt: skip
+def main(table: Table) -> None:
     runs: list[dict[str, Any]] = []
     spectra: dict[str, list[float]] = {}
+    table.settings |= {"tokens": f"{ROWS} x {LENGTH}", "steps": STEPS, "start": "rademacher, seed 0"}
     with random_llama(SHAPE, ROWS, LENGTH) as config:
         wide, narrow = load(config, "float64"), load(config, "float32")
         for problem in (wide, narrow):
             hold_bfloat16_weights(problem)
         for matrix, products in operators(wide, narrow).items():
             full = dense(products["exact float64"]())
+            table.settings["parameters"] = len(full)
             truth = Truth(full, torch.linalg.eigvalsh(full).numpy())
             spectra[matrix] = [*truth.values[:10].tolist(), *truth.values[-10:].tolist()]
             print(f"{matrix}: {len(full)} eigenvalues, {truth.values[0]:.4g} to {truth.values[-1]:.4g}", flush=True)
@@ -189,12 +194,8 @@ def main() -> None:
                     found = measure(process, errors, truth, reference)
                     runs.append({"matrix": matrix, "product": name, "reorthogonalise": reorthogonalise,
                                  "steps": process.step_count, "end": end, **found})  # fmt: skip
-                    print(summary(runs[-1]), flush=True)
-    KRYLOV_CURVES.write_text(json.dumps({"machine": machine(), "spectra": spectra, "runs": runs}) + "\n")
-    write("regimes_krylov", "Lanczos with products of different quality, 100 steps, against a dense float64 spectrum",
-          [summary(r) for r in runs],
-          {"parameters": len(full), "tokens": f"{ROWS} x {LENGTH}", "steps": STEPS, "start": "rademacher, seed 0"},
-          note=(__doc__ or "").split("\n\n", 1)[1])  # fmt: skip
+                    table.add(summary(runs[-1]))
+    (table.folder / KRYLOV_CURVES).write_text(json.dumps({"machine": machine(), "spectra": spectra, "runs": runs}) + "\n")
 
 
 def summary(run: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
-from benchmarks.tables import Row, against, asked, cell, chosen, exists, pivot, rows, show, spread, table
+from benchmarks.tables import ROOT, Row, against, asked, cell, chosen, exists, pivot, rows, show, spread, table
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

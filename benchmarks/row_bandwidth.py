@@ -6,19 +6,16 @@ that it is durable, its checksum included.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.common import ROOT, write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import Launcher, apart, run
 from hpc_hess.config import ModelSection
 from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.source import resolve_source
@@ -27,22 +24,18 @@ from hpc_hess.parallel.world import World
 from hpc_hess.storage.store import Store
 
 TURNS, RANKS = 5, 2
-LAUNCH = {
-    "files": [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"],
-    "mpio": ["mpirun", "--quiet", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(RANKS),
-             sys.executable],
-}  # fmt: skip
+LAUNCHERS: dict[str, Launcher] = {"files": "torchrun", "mpio": "mpirun"}  # by driver
 
 
-def worker(driver: str, folder: Path) -> None:
-    """Write rows and let dd write as much, in turns; rank 0 prints the seconds of both."""
+def turns(driver: str, folder: str) -> dict[str, Any]:
+    """Write rows and let dd write as much, in turns; return the bytes, and the seconds of both."""
     world = World.join("cpu", 120.0, want_mpi=driver == "mpio")
     section = ModelSection()
     skeleton = build_skeleton(resolve_source(section), section)
     layout = Layout({name: tuple(p.shape) for name, p in skeleton.named_parameters()}, world.size)
     shard = layout.shard(world.rank)
     store = Store.create(
-        folder / "run", layout=layout, shard=shard, world=world, probes=1, steps=TURNS + 1, rows=TURNS + 1,
+        Path(folder) / "run", layout=layout, shard=shard, world=world, probes=1, steps=TURNS + 1, rows=TURNS + 1,
         attributes={}, driver=driver,
     )  # fmt: skip
     values = np.random.default_rng(world.rank).standard_normal(shard.size, np.float32)
@@ -53,50 +46,36 @@ def worker(driver: str, folder: Path) -> None:
         store.write_row(0, turn, values)
         seconds["row"].append(world.max_over_ranks(time.perf_counter() - began, "row"))
         if world.rank == 0:
-            seconds["dd"].append(dd(folder / "dd", 4 * layout.num_params))
+            seconds["dd"].append(dd(Path(folder) / "dd", 4 * layout.num_params))
         world.barrier("dd")
     store.close()
-    if world.rank == 0:
-        print(json.dumps({"bytes": 4 * layout.num_params, **seconds}), flush=True)
     world.leave()
+    return {"bytes": 4 * layout.num_params, **seconds}
 
 
 def dd(path: Path, count: int) -> float:
     """Return the seconds that dd takes to write ``count`` bytes to a new file and sync it."""
     block = 1 << 24
-    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={-(-count // block)}", "conv=fsync"]
     began = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    run("dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={-(-count // block)}", "conv=fsync")
     seconds = time.perf_counter() - began
     path.unlink()
     return seconds * count / (-(-count // block) * block)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs=2, metavar=("DRIVER", "FOLDER"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", default=None, help="where to write: the disk that is measured")
-    args = parser.parse_args()
-    if args.worker:
-        worker(args.worker[0], Path(args.worker[1]))
-        return
-    rows = []
-    for driver, launch in LAUNCH.items():
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            command = [*launch, "-m", "benchmarks.row_bandwidth", "--worker", driver, folder]
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
+@benchmark("Write bandwidth of a basis row, SmolLM2-135M", asked="row / dd: >= 0.6")
+def main(table: Table, folder: Annotated[Path | None, "where to write: the disk that is measured"] = None) -> None:
+    table.settings |= {"ranks": RANKS, "turns": TURNS}
+    for driver, launcher in LAUNCHERS.items():
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            found = apart(turns, driver, place, ranks=RANKS, launcher=launcher, threads=1)[0]
         pairs = list(zip(found["row"], found["dd"], strict=True))[1:]  # the first turn finds the disk's caches as they are
-        rows.append({
+        table.add({
             "driver": driver, "row, MB/s": found["bytes"] / 1e6 / statistics.median(row for row, _ in pairs),
             "dd, MB/s": found["bytes"] / 1e6 / statistics.median(d for _, d in pairs),
-            "row / dd, median of the turns": statistics.median(d / row for row, d in pairs), "asked": ">= 0.6",
+            "row / dd, median of the turns": statistics.median(d / row for row, d in pairs),
             "row / dd, each": " ".join(f"{d / row:.2f}" for row, d in pairs),
         })  # fmt: skip
-    write("row_bandwidth", "Write bandwidth of a basis row, SmolLM2-135M", rows, {"ranks": RANKS, "turns": TURNS})
 
 
 if __name__ == "__main__":

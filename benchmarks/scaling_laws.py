@@ -6,19 +6,18 @@ the fit; its seconds and its memory are then predicted.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
 
-from benchmarks.common import LLAMAS, ROOT, random_llama, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.llamas import LLAMAS, random_llama
+from benchmarks.processes import program
+from benchmarks.tables import ROOT
 
 SEQUENCES = 2  # of a rank
 
@@ -40,44 +39,33 @@ def held_out(record: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(LLAMAS), default=["9 M", "24 M", "51 M", "93 M"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 256])
-    parser.add_argument("--methods", nargs="+", default=["finite_difference", "exact"])
-    parser.add_argument("--steps", type=int, default=4)
-    args = parser.parse_args()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "hpc_hess", "scaling"]
+@benchmark("The largest model, predicted by laws fitted to the smaller ones")
+def main(
+    table: Table, models: Annotated[tuple[str, ...], Option(choices=(*LLAMAS,))] = ("9 M", "24 M", "51 M", "93 M"),
+    ranks: tuple[int, ...] = (1, 2), lengths: tuple[int, ...] = (128, 256),
+    methods: tuple[str, ...] = ("finite_difference", "exact"), steps: int = 4,
+) -> None:  # fmt: skip
+    table.settings |= {"sequences of a rank": SEQUENCES, "threads of a rank": 1}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        count, length = SEQUENCES * max(args.ranks), max(args.lengths)
-        models = [stack.enter_context(random_llama(LLAMAS[name], count, length)) for name in args.models]
-        config = {
-            **models[0],
-            "parallel": {"device": "cpu"},
-            "run": {"report": False},
-        }  # its few tokens are known to all
+        shapes = [LLAMAS[name] for name in models]
+        given = [stack.enter_context(random_llama(shape, SEQUENCES * max(ranks), max(lengths))) for shape in shapes]
+        config = {**given[0], "parallel": {"device": "cpu"}, "run": {"report": False}}  # its few tokens are known to all
         (folder / "config.toml").write_text(tomli_w.dumps(config))
         study = {
             "config": str(folder / "config.toml"), "out": str(folder / "study"),
-            "set": {"lanczos.steps": args.steps, "lanczos.reorthogonalise": "full", "operator.check": False,
+            "set": {"lanczos.steps": steps, "lanczos.reorthogonalise": "full", "operator.check": False,
                     "operator.step": 0.1, "data.micro_batch": 1},
             "per_rank": {"data.sequences": SEQUENCES},
-            "sweep": {"ranks": args.ranks, "model.source": [model["model"]["source"] for model in models],
-                      "data.sequence_length": args.lengths, "operator.method": args.methods},
+            "sweep": {"ranks": list(ranks), "model.source": [each["model"]["source"] for each in given],
+                      "data.sequence_length": list(lengths), "operator.method": list(methods)},
         }  # fmt: skip
         (folder / "study.toml").write_text(tomli_w.dumps(study))
-        subprocess.run([*program, "run", str(folder / "study.toml")], cwd=ROOT, env=env, check=True)
+        program("scaling", "run", folder / "study.toml", threads=1)
         out = ROOT / "runs" / "scaling_laws"  # the page stays there
-        runs = sorted(map(str, (folder / "study").iterdir()))
-        subprocess.run([*program, "fit", *runs, "--out", str(out)], cwd=ROOT, env=env, check=True)
-        record = json.loads((out / "scaling.json").read_text())
-    rows = held_out(record)
-    settings = {"models": args.models, "ranks": args.ranks, "tokens of a sequence": args.lengths,
-                "sequences of a rank": SEQUENCES, "threads of a rank": 1, "steps": args.steps}  # fmt: skip
-    write("scaling_laws", "The largest model, predicted by laws fitted to the smaller ones", rows, settings)
+        program("scaling", "fit", *sorted((folder / "study").iterdir()), "--out", out, threads=1)
+    for row in held_out(json.loads((out / "scaling.json").read_text())):
+        table.add(row)
 
 
 if __name__ == "__main__":

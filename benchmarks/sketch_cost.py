@@ -8,16 +8,16 @@ vector and scaled, since they cost N D. Schioppa 2024, tables 3, 4, 8, 9, 11. Me
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.common import write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import run
 from benchmarks.sketch_memory import sketch_once
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import Progress
@@ -77,7 +77,6 @@ def explicit(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, A
                 "sketch": kind, "within": "" if kind == "qk" else preconditioner, "log2 D": bits, "seconds": seconds,
                 "of a gradient": seconds / gradient_s,
             }  # fmt: skip
-            print(row, flush=True)
             yield row
     for kind in ("rademacher", "gaussian"):
         for bits in args.bits[:1]:
@@ -90,9 +89,8 @@ def explicit(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, A
                    "note": f"{PART:,} entries, scaled"}  # fmt: skip
     if args.traker:
         for bits in args.bits[:1]:
-            found = subprocess.run([str(args.traker), "-c", _TRAKER, str(PART), str(1 << bits)], capture_output=True,
-                                   text=True, check=True)  # fmt: skip
-            seconds = float(found.stdout.split()[-1]) * size / PART
+            printed = run(args.traker, "-c", _TRAKER, PART, 1 << bits, PYTHONPATH="")
+            seconds = float(printed.split()[-1]) * size / PART
             yield {"sketch": "traker BasicProjector", "log2 D": bits, "seconds": seconds,
                    "of a gradient": seconds / gradient_s, "note": f"{PART:,} entries, scaled"}  # fmt: skip
 
@@ -149,31 +147,31 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
             "gradient, ratio": times["gradient, implicit"] / times["gradient, explicit"],
             "product, ratio": times["product, implicit"] / times["product, explicit"],
         }  # fmt: skip
-        print(row, flush=True)
         yield row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, nargs="+", default=[12, 14, 16, 18, 20])
-    parser.add_argument("--forms-bits", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--traker", type=Path, help="Python of an environment with traker")
-    parser.add_argument("--only", choices=["explicit", "forms"])
-    args = parser.parse_args()
+@benchmark("Cost of one gradient sketch of SmolLM2-135M")
+def main(
+    table: Table, bits: tuple[int, ...] = (12, 14, 16, 18, 20), forms_bits: int = 16, length: int = 128, times: int = 3,
+    traker: Annotated[Path | None, "Python of an environment with traker"] = None,
+    only: Literal["explicit", "forms"] | None = None,
+) -> None:  # fmt: skip
     world = World.alone("cuda" if torch.cuda.is_available() else "cpu")
-    config = make_config({"data": {"sequences": 1, "sequence_length": args.length}})
+    config = make_config({"data": {"sequences": 1, "sequence_length": length}})
     problem = load_problem(config, world, Progress(0))
-    settings = {"tokens": f"1 x {args.length}", "N": problem.model.space.size, "threads": torch.get_num_threads()}
-    if args.only != "forms":
-        write("sketch_cost", "Cost of one gradient sketch of SmolLM2-135M", list(explicit(problem, args)), settings,
-              "Within: the orthogonal transform. Medians. Memory: sketch_memory.")  # fmt: skip
-    if args.only != "explicit":
-        write("sketch_forms", "Explicit and implicit sketches of SmolLM2-135M", list(forms(problem, args)),
-              {**settings, "log2 D": args.forms_bits}, "Seconds; ratios are implicit over explicit. Products by two passes "
-              "backwards through the whole model in both forms, attention by matrix products.",
-              command="sketch_cost --only forms")  # fmt: skip
+    table.settings |= {"N": problem.model.space.size, "threads": torch.get_num_threads()}
+    if only != "forms":
+        table.note = "Within: the orthogonal transform. Medians. Memory: sketch_memory."
+        for row in explicit(problem, table.given):
+            table.add(row)
+    if only != "explicit":
+        if table.rows:
+            table.finish()
+        table.name, table.title = "sketch_forms", "Explicit and implicit sketches of SmolLM2-135M"
+        table.note = ("Seconds; ratios are implicit over explicit. Products by two passes backwards through the whole model "
+                      "in both forms, attention by matrix products.")  # fmt: skip
+        for row in forms(problem, table.given):
+            table.add(row)
 
 
 if __name__ == "__main__":

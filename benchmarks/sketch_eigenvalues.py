@@ -6,14 +6,13 @@ eigenvalue about trace / D, the mean of the rest of the spectrum seen through N 
 
 from __future__ import annotations
 
-import argparse
 import time
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.common import write
+from benchmarks.frame import Option, Table, benchmark
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import Progress
 from hpc_hess.linalg import probes
@@ -50,48 +49,39 @@ def largest(operator: LinearOperator, basis_size: int, most_products: int) -> La
     return Largest(values, float(np.max(found.residuals)), n, (time.perf_counter() - began) / n)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--products", type=int, default=90, help="at most so many for each")
-    parser.add_argument("--basis", type=int, default=24, help="vectors of the unsketched search, of N entries")
-    parser.add_argument("--sketched-basis", type=int, default=60)
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--cases", nargs="+", metavar="KIND:BITS",
-                        default=["affd:10", "affd:13", "affd:16", "afjl:12", "afjl:16", "qk:13", "qk:16"])  # fmt: skip
-    args = parser.parse_args()
-    world = World.alone()
+@benchmark("Ten largest eigenvalues of SmolLM2-135M's Hessian in sketch space",
+           note="Error: mean relative error of the ten largest eigenvalues. Residual: the largest of the ten.")  # fmt: skip
+def main(
+    table: Table, products: Annotated[int, "at most so many for each"] = 90,
+    basis: Annotated[int, "vectors of the unsketched search, of N entries"] = 24, sketched_basis: int = 60,
+    sequences: int = 2, length: int = 64,
+    cases: Annotated[tuple[str, ...], Option(metavar="KIND:BITS")] = (
+        "affd:10", "affd:13", "affd:16", "afjl:12", "afjl:16", "qk:13", "qk:16"),
+) -> None:  # fmt: skip
     config = make_config({
-        "data": {"sequences": args.sequences, "sequence_length": args.length},
-        "operator": {"method": "exact", "keep_state": True},
+        "data": {"sequences": sequences, "sequence_length": length}, "operator": {"method": "exact", "keep_state": True},
     })  # fmt: skip
-    problem = load_problem(config, world, Progress(0))
+    problem = load_problem(config, World.alone(), Progress(0))
     operator = exact_operator(config, problem)
     v = probes.draw(operator.space, seed=1, probe=0, distribution="rademacher")
     trace = v.dot(operator.matvec(v))  # of one probe
-    exact = largest(operator, args.basis, args.products)
-    print("unsketched", exact, f"trace about {trace:.0f}", flush=True)
-    settings = {"tokens": f"{args.sequences} x {args.length}", "trace": f"{trace:.0f}", "threads": torch.get_num_threads(),
-                "basis": f"{args.basis} vectors, sketched {args.sketched_basis}",
-                "eigenvalues": ", ".join(f"{v:.4g}" for v in exact.values)}  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    exact = largest(operator, basis, products)
+    table.settings |= {"trace": f"{trace:.0f}", "threads": torch.get_num_threads(),
+                       "eigenvalues": ", ".join(f"{value:.4g}" for value in exact.values)}  # fmt: skip
 
     def add(name: str, dimension: int, found: Largest, **more: Any) -> None:
-        rows.append({
+        print(found.values, flush=True)
+        table.add({
             "sketch": name, **more, "largest": found.values[0], "tenth": found.values[-1], "residual": found.residual,
             "products": found.products, "seconds each": found.seconds, "basis vector, MB": dimension * 4 / 1e6,
         })  # fmt: skip
-        print(rows[-1], found.values, flush=True)
-        write("sketch_eigenvalues", "Ten largest eigenvalues of SmolLM2-135M's Hessian in sketch space", rows, settings,
-              "Error: mean relative error of the ten largest eigenvalues. Residual: the largest of the ten.",
-              f"sketch_eigenvalues --sequences {args.sequences} --cases {' '.join(args.cases)}")  # fmt: skip
 
     add("none", operator.space.size, exact)
-    for case in args.cases:
+    for case in cases:
         kind, bits = case.split(":")
         D = 1 << int(bits)
         sketch = Sketch(operator.space.layout.num_params_full, SketchSettings(kind=kind, dimension=D))  # type: ignore[arg-type]
-        found = largest(SketchedOperator(operator, sketch), args.sketched_basis, args.products)
+        found = largest(SketchedOperator(operator, sketch), sketched_basis, products)
         add(kind, D, found, **{
             "log2 D": int(bits), "error": eigenvalue_error(exact.values, found.values),
             "rescaled": eigenvalue_error(exact.values, found.values, rescale=True),

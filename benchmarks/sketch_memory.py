@@ -5,16 +5,13 @@ The process has the vector and nothing that was freed before: what its peak rise
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.common import write
-from hpc_hess.sketch.kinds import SketchSettings
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import apart
+from hpc_hess.sketch.kinds import Kind, SketchSettings
 from hpc_hess.sketch.sketch import Sketch
 
 SIZE = 134_515_008  # N of SmolLM2-135M
@@ -27,8 +24,9 @@ def sketch_once(sketch: Sketch, x: torch.Tensor) -> torch.Tensor:
     return sketch.end(collection)
 
 
-def added_mb(settings: SketchSettings) -> float:
+def added_mb(kind: Kind, preconditioner: str, bits: int) -> float:
     """Return by how much a sketch raises the peak of this process' memory, on its GPU if it has one."""
+    settings = SketchSettings(kind=kind, dimension=1 << bits, preconditioner=preconditioner)  # type: ignore[arg-type]
     if torch.cuda.is_available():
         x = torch.ones(SIZE, device="cuda")
         held = torch.cuda.memory_allocated()
@@ -49,22 +47,13 @@ def _peak_mb() -> float:
     return int(line.split()[1]) / 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, nargs="+", default=[12, 14, 16, 18, 20])
-    args = parser.parse_args()
+@benchmark("Memory of one sketch beside its input")
+def main(table: Table, bits: tuple[int, ...] = (12, 14, 16, 18, 20)) -> None:
+    table.settings |= {"N": SIZE, "input, MB": SIZE * 4 / 1e6}
     cases = [(k, p) for k in ("affd", "afjl") for p in ("hadamard", "fft", "haar")] + [("qk", "haar"), ("ffd", "hadamard")]
-    rows: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as fresh:
-        for kind, preconditioner in cases:
-            row: dict[str, Any] = {"sketch": kind, "within": preconditioner}
-            for bits in args.bits:
-                settings = SketchSettings(kind=kind, dimension=1 << bits, preconditioner=preconditioner)  # type: ignore[arg-type]
-                row[f"2^{bits}, MB"] = fresh.submit(added_mb, settings).result()
-            print(row, flush=True)
-            rows.append(row)
-    write("sketch_memory", "Memory of one sketch beside its input", rows, {"N": SIZE, "input, MB": SIZE * 4 / 1e6})
+    for kind, preconditioner in cases:
+        table.add({"sketch": kind, "within": preconditioner,
+                   **{f"2^{each}, MB": apart(added_mb, kind, preconditioner, each)[0] for each in bits}})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ only.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
 import torch
 
-from benchmarks.common import write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.sketch.kinds import Kind, SketchSettings
 from hpc_hess.sketch.sketch import Sketch
 from hpc_hess.sketch.transforms import hadamard
@@ -71,27 +70,22 @@ def spread(kind: Kind, D: int, vectors: Vectors, count: int) -> dict[str, float]
     return {"mean": float(r.mean()), "spread": float(r.std()), "beyond 20 %": float(((r - 1).abs() > 0.2).double().mean())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="vectors of each sort")
-    parser.add_argument("--bits", type=int, default=10)
-    args = parser.parse_args()
-    D = 1 << args.bits
-    rows: list[dict[str, Any]] = []
+@benchmark("Norms of sketched vectors")
+def main(table: Table, count: Annotated[int, "vectors of each sort"] = 1000, bits: int = 10) -> None:
+    D = 1 << bits
+    table.settings["N"] = SIZE
+    table.note = (
+        f"|Phi x|^2 / |x|^2, each vector with another seed. A dense Gaussian matrix has spread {math.sqrt(2 / D):.3f} and "
+        f"about {math.erfc(0.2 / (2 / math.sqrt(D))):.1e} beyond 20 %. fjl: a tenth of the vectors."
+    )
     kinds: list[Kind] = ["affd", "afjl", "qk", "ffd", "fjl"]
     sorts: dict[str, Vectors] = {
         "random": dense, "sparse": sparse, "pairs 2^15 apart": pairs, "a column of the transform": concentrated(D)
     }  # fmt: skip
     for kind in kinds:
         for name, vectors in sorts.items():
-            count = args.count if kind != "fjl" else max(20, args.count // 10)
-            rows.append({"sketch": kind, "vectors": name, **spread(kind, D, vectors, count)})
-            print(rows[-1], flush=True)
-    gaussian = math.erfc(0.2 / (2 / math.sqrt(D)))
-    settings = {"N": SIZE, "log2 D": args.bits, "vectors of a sort": args.count}
-    write("sketch_norms", "Norms of sketched vectors", rows, settings,
-          f"|Phi x|^2 / |x|^2, each vector with another seed. A dense Gaussian matrix has spread {math.sqrt(2 / D):.3f} and "
-          f"about {gaussian:.1e} beyond 20 %. fjl: a tenth of the vectors.")  # fmt: skip
+            tried = count if kind != "fjl" else max(20, count // 10)
+            table.add({"sketch": kind, "vectors": name, **spread(kind, D, vectors, tried)})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ earlier table.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import shutil
 import tempfile
@@ -21,12 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
 
-from benchmarks.common import RESULTS, write
+from benchmarks.frame import Table, benchmark
 from hpc_hess.storage.events import read_events
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.schema import FILE
@@ -63,7 +61,7 @@ class Outcome:
 @contextmanager
 def started(script: str, settings: list[str], out: Path, ranks: int) -> Iterator[Any]:
     """Start the run that writes to ``out``; whatever is left of it at the end is killed."""
-    config, *rest = [*settings, "store.keep_basis=true", f"run.out={out}"]
+    config, *rest = [*settings, f"run.out={out}"]
     process = launch(script, "-n", str(ranks), config, *(word for s in rest for word in ("--set", s)))
     try:
         yield process
@@ -132,7 +130,7 @@ def soak(script: str, settings: list[str], folder: Path, *, kills: int, ranks: i
     AssertionError : a store is damaged, a job hangs after a kill, or a run fails by itself.
 
     """
-    rng, outcome = random.Random(seed), Outcome()
+    rng, outcome, settings = random.Random(seed), Outcome(), [*settings, "store.keep_basis=true"]
     reference, out = folder / "reference", folder / "run"
     with started(script, settings, reference, ranks) as process:
         began = time.monotonic()
@@ -203,29 +201,27 @@ def strike(process: Any, rng: random.Random | None) -> None:
     assert not alive, f"{len(alive)} processes go on {_END_S:.0f} s after a rank was killed"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, nargs="+", default=[30, 30, 20, 20], help="for each case in turn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--add", action="store_true", help="to the table that is there; a case of 0 kills is left out")
-    args = parser.parse_args()
-    earlier = RESULTS / "soak.json"
-    rows: list[dict[str, Any]] = json.loads(earlier.read_text())["rows"] if args.add and earlier.exists() else []
-    for (name, (script, settings)), kills in zip(CASES.items(), args.kills, strict=False):
-        if not kills:
+@benchmark("Runs killed at random instants and resumed")
+def main(
+    table: Table, kills: Annotated[tuple[int, ...], "for each case in turn"] = (30, 30, 20, 20), seed: int = 0,
+    add: Annotated[bool, "to the table that is there; a case of 0 kills is left out"] = False,
+) -> None:  # fmt: skip
+    table.settings |= {"ranks": 2, "every second kill": "one rank; else launcher and ranks at once"}
+    for row in table.earlier() if add else []:
+        table.add(row)
+    for (name, (script, settings)), count in zip(CASES.items(), kills, strict=False):
+        if not count:
             continue
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            found = soak(script, settings, Path(folder), kills=kills, seed=args.seed)
+            found = soak(script, settings, Path(folder), kills=count, seed=seed)
         assert found.lost_steps <= 1, found
         assert not found.unequal, found
-        rows.append({
-            "run": name, "seed": args.seed, "kills": found.kills, "before a store was there": found.before_creation,
+        table.add({
+            "run": name, "seed": seed, "kills": found.kills, "before a store was there": found.before_creation,
             "resumed": found.resumed, "completed steps lost, at most": found.lost_steps, "runs finished": found.finished,
             "kills each survived": " ".join(map(str, found.interrupted)), "not bitwise equal": found.unequal,
         })  # fmt: skip
-        write("soak", "Runs killed at random instants and resumed", rows,
-              {"ranks": 2, "every second kill": "one rank; else launcher and ranks at once"})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import RESULTS, run_program, write
+from benchmarks.frame import Table, benchmark
+from benchmarks.processes import run_program
 
 ENTRIES = "model.layers.{}.self_attn.q_proj.weight[0, :]"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[0])
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--columns", type=int, default=8)
-    args = parser.parse_args()
-    chosen = [ENTRIES.format(layer) for layer in args.layers]
+@benchmark("Exact Hessian of a row of a query weight, SmolLM2-135M", note="![Matrix](sub_block.png)")
+def main(table: Table, layers: tuple[int, ...] = (0,), tokens: int = 64, columns: int = 8) -> None:
+    chosen = [ENTRIES.format(layer) for layer in layers]
+    table.settings["rows"] = ", ".join(chosen)
     with tempfile.TemporaryDirectory() as folder:
         result = run_program(
             {
-                "data": {"sequences": 1, "sequence_length": args.tokens}, "lanczos": {"steps": 1},
+                "data": {"sequences": 1, "sequence_length": tokens}, "lanczos": {"steps": 1},
                 "operator": {"method": "exact"},
                 "parameters": {"include": sorted({text.partition("[")[0] for text in chosen})},
-                "analysis": {"sub_block": chosen, "columns": args.columns},
+                "analysis": {"sub_block": chosen, "columns": columns},
             },
             keep=Path(folder),
         )  # fmt: skip
-        shutil.copy(Path(folder) / "figures" / "sub_block.png", RESULTS / "sub_block.png")
+        table.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(folder) / "figures" / "sub_block.png", table.folder / "sub_block.png")
     found = result["studies"]["sub_block"]
-    rows = [
-        {"what": "entries", "measured": found["entries"]},
-        {"what": "share of the diagonal in the squared Frobenius norm", "measured": found["diagonal_share"]},
-        {"what": "median off-diagonal over median diagonal entry", "measured": found["median_ratio"]},
-        {"what": "largest eigenvalue", "measured": found["lambda_max"]},
-        {"what": "smallest eigenvalue", "measured": found["lambda_min"]},
-        {"what": "asymmetry of the products", "measured": found["asymmetry"]},
-        *({"what": f"Hutchinson's diagonal, {n} samples: relative error", "measured": error}
-          for n, error in zip(found["samples"], found["diagonal_errors"], strict=True) if n in (10, 100, 1000)),
-    ]  # fmt: skip
-    write("sub_block", "Exact Hessian of a row of a query weight, SmolLM2-135M", rows,
-          {"rows": ", ".join(chosen), "tokens": args.tokens, "columns at a time": args.columns},
-          "![Matrix](sub_block.png)")  # fmt: skip
+    table.measured("entries", found["entries"])
+    table.measured("share of the diagonal in the squared Frobenius norm", found["diagonal_share"])
+    table.measured("median off-diagonal over median diagonal entry", found["median_ratio"])
+    table.measured("largest eigenvalue", found["lambda_max"])
+    table.measured("smallest eigenvalue", found["lambda_min"])
+    table.measured("asymmetry of the products", found["asymmetry"])
+    for count, error in zip(found["samples"], found["diagonal_errors"], strict=True):
+        if count in (10, 100, 1000):
+            table.measured(f"Hutchinson's diagonal, {count} samples: relative error", error)
 
 
 if __name__ == "__main__":

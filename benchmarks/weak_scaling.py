@@ -6,10 +6,10 @@ sheet (see hpc_hess.planning.machine). Nothing is run: this shows where traffic 
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.common import ROOT, write
+from benchmarks.frame import Option, Table, benchmark
+from benchmarks.tables import ROOT
 from hpc_hess.config import make_config
 from hpc_hess.planning.planner import Planner
 
@@ -32,28 +32,21 @@ def point(shape: str, nodes: int, length: int, gpu: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 8, 32, 128])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048])
-    parser.add_argument("--gpu", default="h100")
-    args = parser.parse_args()
-    rows = []
-    for shape in args.models:
-        for length in args.lengths:
-            for nodes in args.nodes:
-                row = point(shape, nodes, length, args.gpu)
-                rows.append({"model": row.pop("model"), "tokens a rank": length, **row})
-                print(rows[-1], flush=True)
-    settings = {"gpu": args.gpu, "ranks a node": PER_NODE}
-    write("weak_scaling", "Weak scaling of a central product by the planner", rows, settings, NOTE)
-
-
-NOTE = (
-    "Predicted, not run. Arithmetic stays; traffic grows to its limit once it leaves the node. Where it passes arithmetic, "
-    "more tokens a rank, or replicas within which ranks share the parameters (parallel.replicate), help."
+@benchmark(
+    "Weak scaling of a central product by the planner",
+    note="Predicted, not run. Arithmetic stays; traffic grows to its limit once it leaves the node. Where it passes "
+    "arithmetic, more tokens a rank, or replicas within which ranks share the parameters (parallel.replicate), help.",
 )
+def main(
+    table: Table, models: Annotated[tuple[str, ...], Option(choices=(*SHAPES,))] = (*SHAPES,),
+    nodes: tuple[int, ...] = (1, 2, 8, 32, 128), lengths: tuple[int, ...] = (128, 512, 2048), gpu: str = "h100",
+) -> None:  # fmt: skip
+    table.settings["ranks a node"] = PER_NODE
+    for shape in models:
+        for length in lengths:
+            for count in nodes:
+                row = point(shape, count, length, gpu)
+                table.add({"model": row.pop("model"), "tokens a rank": length, **row})
 
 
 if __name__ == "__main__":

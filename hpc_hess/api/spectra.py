@@ -24,6 +24,7 @@ from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
 from hpc_hess.linalg.measure import Cumulative, Interval
 from hpc_hess.linalg.quadrature import Estimate, Ritz
 from hpc_hess.linalg.sampling import StoppingRule
+from hpc_hess.linalg.wanted import num_wanted
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.studies.sub_block import compute as sub_blocks
 
@@ -174,7 +175,7 @@ def eigenpairs(
         given.whole(*x) for x in (("count", count), ("most_products", most_products), ("seed", seed, 0))
     )  # fmt: skip
     given.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
-    wanted = eigen.num_wanted(count, which)
+    wanted = num_wanted(count, which)
     size = min(2 * wanted + 8 if basis_size is None else given.whole("basis_size", basis_size), space.size)
     process = eigen.ThickRestart(
         operator, Basis(space, size + 1), size, count, which, given.real("tolerance", tolerance, 0.0), copies=copies,

@@ -17,31 +17,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.wanted import Float, Wanted, Which, least_basis, risk_of_missing
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 
-Which = Literal["largest", "smallest", "both", "magnitude"]
-Float = NDArray[np.float64]
 _RISK = 0.01  # that a direction is believed to find nothing more, though there is a copy
-
-
-def num_wanted(count: int, which: Which) -> int:
-    """Return how many pairs ``count`` stands for: so many of each end with "both"."""
-    return 2 * count if which == "both" else count
-
-
-def least_basis(count: int, which: Which) -> int:
-    """Return the smallest basis that the pairs can be found in: themselves, and three vectors to search with."""
-    return num_wanted(count, which) + 3
 
 
 @dataclass
@@ -174,16 +162,17 @@ class ThickRestart:
         """
         if self._told:
             pairs, (values, vectors) = self.pairs(), self._ritz()
-            self._keep(values, vectors, 0, self._wanted(values))
+            self._keep(values, vectors, 0, self.wanted.of(values))
             self.dropped = pairs.residuals.tolist()
             self._turn()
         elif self.locked and not self._changed:
             values, vectors = self._last()
             kept = max(1, min((self.size - self.locked) // 2, self._most - self.locked))
-            self._keep(values, vectors, self.locked, self._ends(np.abs(vectors[-1]), kept))
+            self._keep(values, vectors, self.locked, self.wanted.ends(np.abs(vectors[-1]), kept))
         else:
             values, vectors = self._ritz()
-            kept_ones = self._kept(values)
+            pairs = self.pairs()
+            kept_ones = self.wanted.kept(values, pairs.residuals > self.tolerance * pairs.scale, self.size)
             self.dropped = (np.array(self.dropped) @ vectors[: self.locked, kept_ones]).tolist() if self.locked else []
             self._keep(values, vectors, 0, kept_ones)
             self.locked, self.known = 0, []
@@ -218,8 +207,18 @@ class ThickRestart:
         self.basis[filled] = new.scale_(1.0 / norm)
 
     @property
+    def wanted(self) -> Wanted:
+        """What is searched for."""
+        return Wanted(self.count, self.which, self.operator.space.size)
+
+    @property
+    def num_wanted(self) -> int:
+        """Pairs that are wanted, of both ends together."""
+        return self.wanted.number
+
+    @property
     def _most(self) -> int:
-        return self.most_kept(self.size, self.count, self.which)
+        return self.wanted.most_kept(self.size)
 
     @property
     def _told(self) -> bool:
@@ -243,9 +242,8 @@ class ThickRestart:
     def complete(self) -> bool:
         """Whether all pairs have converged and none is missing, copies of an eigenvalue included. Collective: yes.
 
-        The last direction was a new one and has changed nothing; and its own best Ritz pair has converged, or k steps were
-        too many for what it would have missed: a random start misses more than epsilon of the spread with a probability
-        below 1.648 sqrt(N) exp(-sqrt(epsilon) (2 k - 1)) (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992).
+        The last direction was a new one and has changed nothing; and its own best Ritz pair has converged, or it has
+        made too many steps to have missed one (:func:`risk_of_missing`).
         """
         if self.spanned:
             return True
@@ -260,45 +258,15 @@ class ThickRestart:
             """Whether the last direction has no eigenvalue beyond ``edge`` at the end ``sign``."""
             best, lowest = int(np.argmax(sign * values)), float((sign * everything).min())
             share = (edge + slack - sign * float(values[best])) / (edge + slack - lowest)
-            risk = 1.648 * math.sqrt(self.operator.space.size) * math.exp(-math.sqrt(max(share, 0)) * (2 * self.looks - 1))
+            risk = risk_of_missing(share, self.looks, self.wanted.dimension)
             return bool(residuals[best] <= slack) or risk <= _RISK
 
-        found, count = pairs.values, self.count
-        ends = {
-            "largest": [(1, found[0])], "smallest": [(-1, -found[-1])],
-            "both": [(1, found[-count]), (-1, -found[count - 1])],
-            "magnitude": [(sign, np.abs(found).min()) for sign in (1, -1)],
-        }  # fmt: skip
-        return all(nothing_beyond(sign, float(edge)) for sign, edge in ends[self.which])
-
-    def _kept(self, values: Float) -> list[int]:
-        """Choose the Ritz values that survive a restart: more as pairs converge, so that the search does not stall.
-
-        As ARPACK (Lehoucq, Sorensen, Yang 1998, section 5.1.2): one for each that has converged, up to half of the room; at
-        least a fifth of it. With both ends, the one that has more pairs to go keeps more.
-        """
-        pairs, room = self.pairs(), self.size - self.num_wanted
-        going = pairs.residuals > self.tolerance * pairs.scale
-        extra = max(room // 5, min(int((~going).sum()), room // 2))
-        if self.which != "both":
-            return sorted(_first(values, self.num_wanted + extra, self.which).tolist())
-        below, above = int(going[: self.count].sum()), int(going[self.count :].sum())
-        low = round(extra * (below + 0.5) / (below + above + 1))
-        return [*range(self.count + low), *range(len(values) - self.count - (extra - low), len(values))]
-
-    def _ends(self, last: Float, number: int) -> list[int]:
-        """Choose Ritz values of the last direction, from the ends that are wanted in turn, the less known first."""
-        up, down = [*range(len(last))][::-1], [*range(len(last))]
-        if self.which in ("largest", "smallest"):
-            return sorted((up if self.which == "largest" else down)[:number])
-        pair = (up, down) if last[-1] > last[0] else (down, up)
-        return sorted([*dict.fromkeys(k for both in zip(*pair, strict=True) for k in both)][:number])
+        return all(nothing_beyond(sign, edge) for sign, edge in self.wanted.edges(pairs.values))
 
     @staticmethod
     def most_kept(size: int, count: int, which: Which) -> int:
         """Return how many vectors survive a restart at most."""
-        wanted = num_wanted(count, which)
-        return wanted + (size - wanted) // 2
+        return Wanted(count, which, size).most_kept(size)
 
     # -- to be kept and taken up ---------------------------------------------------------------------------------
 
@@ -316,18 +284,6 @@ class ThickRestart:
 
     # -- what has been found -------------------------------------------------------------------------------------
 
-    @property
-    def num_wanted(self) -> int:
-        """Pairs that are wanted, of both ends together."""
-        return min(num_wanted(self.count, self.which), self.operator.space.size)
-
-    def _wanted(self, values: Float) -> list[int]:
-        """Return which Ritz values are wanted, ascending."""
-        if self.which != "both":
-            return sorted(_first(values, self.count, self.which).tolist())
-        low, high = range(min(self.count, len(values))), range(max(0, len(values) - self.count), len(values))
-        return sorted({*low, *high})
-
     def _last(self) -> tuple[Float, Float]:
         """Return the Ritz pairs of the last direction alone. Collective: yes."""
         mine = slice(self.locked, self.filled)
@@ -344,7 +300,7 @@ class ThickRestart:
     def pairs(self) -> Pairs:
         """Return the wanted Ritz pairs of the basis as it is (fewer than wanted at the beginning). Collective: yes."""
         values, vectors = self._ritz()
-        chosen = self._wanted(values)
+        chosen = self.wanted.of(values)
         residuals = np.abs(self.beta * vectors[-1, chosen])
         if any(self.dropped):
             residuals += np.abs(np.array(self.dropped) @ vectors[: len(self.dropped), chosen])
@@ -359,7 +315,7 @@ class ThickRestart:
         if self.filled == 0:
             return False
         pairs = self.pairs()
-        return len(pairs.values) == self.num_wanted and bool((pairs.residuals <= tolerance * pairs.scale).all())
+        return len(pairs.values) == self.wanted.number and bool((pairs.residuals <= tolerance * pairs.scale).all())
 
     @property
     def finished(self) -> bool:
@@ -380,12 +336,6 @@ class Pairs:
     def vector(self, number: int) -> Vector:
         """Return Ritz vector ``number``, of norm 1 up to rounding. Collective: no."""
         return self.basis.combine(torch.from_numpy(self.coefficients[number].copy()))
-
-
-def _first(values: Float, count: int, which: Which) -> NDArray[np.int64]:
-    """Return the indices of the ``count`` values that matter most."""
-    keys = {"largest": -values, "smallest": values, "magnitude": -np.abs(values)}
-    return np.argsort(keys[which], kind="stable")[:count]
 
 
 def eigenpairs(process: ThickRestart, most_products: int) -> Pairs:

@@ -54,6 +54,32 @@ def unpack(message: bytes) -> Any:
         raise ValueError(f"not a message of a rank ({error})") from None
 
 
+def packed(value: Any) -> bytes:
+    """Return a message; where that is not possible, one that says so to the ranks that wait for it."""
+    try:
+        return pack(value)
+    except (TypeError, ValueError) as error:
+        return pack(Unsaid(str(error)))
+
+
+def unpacked(buffer: torch.Tensor, size: int) -> Any:
+    """Return the value of a message. Raises TypeError on every rank where one of them could not say it."""
+    value = unpack(buffer[:size].numpy().tobytes())
+    if isinstance(value, Unsaid):
+        raise TypeError(value.why)
+    return value
+
+
+def buffer(mine: bytes, size: int) -> torch.Tensor:
+    """Return ``size`` bytes that begin with ``mine``. Raises ValueError where another rank wants to send too much."""
+    if not 0 <= size <= MOST_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    found = torch.empty(size, dtype=torch.uint8)
+    if mine:
+        found[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    return found
+
+
 def _encode(value: Any, arrays: list[bytes]) -> Any:
     if type(value) in _PLAIN:
         return value

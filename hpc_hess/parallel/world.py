@@ -10,10 +10,8 @@ import contextlib
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,15 +19,15 @@ import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
 from hpc_hess.parallel import messages
-from hpc_hess.parallel.launcher import Launch, detect, is_loopback, master_endpoint, mpi_world
+from hpc_hess.parallel.failing import first_to_fail, linger
+from hpc_hess.parallel.launcher import Launch, detect, mpi_world
+from hpc_hess.parallel.meeting import meet
 from hpc_hess.parallel.shard_collectives import ShardCollectives, TorchCollectives
 from hpc_hess.parallel.shared_memory import SharedMemory, open_windows
 from hpc_hess.parallel.timers import Timers
 from hpc_hess.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
-_FAILURE_KEY = "hpc_hess/failure"
-_LINGER_S = 3.0
 
 
 class World:
@@ -80,34 +78,7 @@ class World:
             torch_device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(torch_device)
         mpi = mpi_world(launch, wanted=want_mpi)
-        timeout, watchdog = timedelta(seconds=timeout_s), None
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        try:
-            if launch.size == 1:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            else:
-                address, port = master_endpoint(launch, os.environ, mpi)
-                # torchrun's agent already serves a store on this port; elsewhere rank 0 does
-                agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-                served: Any = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not agent, timeout=timeout)
-                prefix = f"hpc_hess/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-                store = dist.PrefixStore(prefix, served)
-                if _all_on_loopback(store, launch, address):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
-                dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
-
-                def connect() -> Any:
-                    wait = timedelta(seconds=min(10.0, timeout_s))
-                    return dist.PrefixStore(prefix, dist.TCPStore(address, port, is_master=False, timeout=wait))
-
-                watchdog = Watchdog(launch.rank, launch.size, connect, timeout_s)
-        except (RuntimeError, ValueError, OSError) as error:
-            first = str(error).split("\n", 1)[0]
-            several = ", GLOO_SOCKET_IFNAME (the network between the nodes)" if launch.num_nodes > 1 else ""
-            raise CollectiveError(
-                f"rank {launch.rank} of {launch.size} could not join the others ({first}); check MASTER_ADDR, "
-                f"MASTER_PORT{several} and that every rank was started"
-            ) from error
+        watchdog = meet(launch, "cpu:gloo,cuda:nccl" if use_cuda else "gloo", mpi, timeout_s)
         world = cls(launch, torch_device, connected=True, mpi=mpi)
         world._watchdog = watchdog
         world.barrier("join the world")
@@ -285,26 +256,26 @@ class World:
         """Return rank 0's ``value`` (of a kind that messages.pack takes) on every rank. Collective: yes."""
         if not self.connected or self.size == 1:
             return value
-        mine = _packed(value) if self.rank == 0 else b""
+        mine = messages.packed(value) if self.rank == 0 else b""
         with self._named(name):
             size = torch.tensor([len(mine)])
             dist.broadcast(size, src=0)
-            buffer = _buffer(mine, int(size))
+            buffer = messages.buffer(mine, int(size))
             dist.broadcast(buffer, src=0)
-        return cast(T, _unpacked(buffer, int(size)))
+        return cast(T, messages.unpacked(buffer, int(size)))
 
     def gather(self, value: T, name: str) -> list[T]:
         """Return every rank's ``value`` (of a kind that messages.pack takes) in rank order, everywhere. Collective: yes."""
         if not self.connected or self.size == 1:
             return [value]
-        mine = _packed(value)
+        mine = messages.packed(value)
         with self._named(name):
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(sizes, torch.tensor([len(mine)]))
             most = max(int(size) for size in sizes)
             buffers = [torch.empty(most, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(buffers, _buffer(mine, most))
-        return [cast(T, _unpacked(buffer, int(size))) for buffer, size in zip(buffers, sizes, strict=True)]
+            dist.all_gather(buffers, messages.buffer(mine, most))
+        return [cast(T, messages.unpacked(buffer, int(size))) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def barrier(self, name: str) -> None:
         """Wait for every rank. Collective: yes."""
@@ -335,81 +306,20 @@ class World:
         """Show ``error`` once for the whole job and return the exit code. Never waits for other ranks."""
         code = error.exit_code if isinstance(error, HpcHessError) else 1
         text = str(error) if isinstance(error, HpcHessError) else f"{type(error).__name__}: {error}"
-        if self._first_to_fail(secondary=isinstance(error, CollectiveError)):
+        several = self.connected and self.size > 1
+        if not several or first_to_fail(self.rank, secondary=isinstance(error, CollectiveError)):
             where = f" [rank {self.rank}]" if self.size > 1 else ""
             if debug or not isinstance(error, HpcHessError):
                 traceback.print_exception(error)
             print(f"hpc-hess: error{where}: {text}", file=sys.stderr, flush=True)
-        self._linger()
+        if several:
+            linger(self.size)
         return code
-
-    def _first_to_fail(self, *, secondary: bool) -> bool:
-        """Elect one rank to speak. A rank that only noticed another's end waits a moment for that one to speak."""
-        if not self.connected or self.size == 1:
-            return True
-        if secondary:
-            time.sleep(1.0 + 0.1 * min(self.rank, 10))
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            return store.compare_set(_FAILURE_KEY, "", str(self.rank)).decode() == str(self.rank)
-        except (RuntimeError, UnicodeDecodeError):
-            return not secondary or self.rank == 1  # rank 0, which serves the store, is gone
-
-    def _linger(self) -> None:
-        """Wait a moment for the others to fail too: the first to leave makes the launcher end the rest, unheard.
-
-        Rank 0 may serve the store in which they ask who speaks. A rank that hangs costs the whole moment.
-        """
-        if not self.connected or self.size == 1:
-            return
-        deadline = time.monotonic() + _LINGER_S
-        with contextlib.suppress(RuntimeError):  # the store is gone, and so is its rank
-            store = dist.distributed_c10d._get_default_store()
-            here = store.add(_FAILURE_KEY + "/here", 1)
-            while here < self.size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                here = store.add(_FAILURE_KEY + "/here", 0)
 
 
 def gpu_id(device: torch.device) -> str:
     """Return what tells a GPU from all others of all nodes, "" of a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-def _all_on_loopback(store: Any, launch: Launch, address: str) -> bool:
-    """Return whether every rank reaches rank 0 by the loopback interface, so that all are on one machine. Collective: yes.
-
-    On the first of several nodes alone a host name may be 127.0.1.1.
-    """
-    store.set(f"loopback/{launch.rank}", str(is_loopback(address)))
-    keys = [f"loopback/{rank}" for rank in range(launch.size)]
-    return is_loopback(address) and set(store.multi_get(keys)) == {b"True"}
-
-
-def _packed(value: Any) -> bytes:
-    """Return a message; where that is not possible, one that says so to the ranks that wait for it."""
-    try:
-        return messages.pack(value)
-    except (TypeError, ValueError) as error:
-        return messages.pack(messages.Unsaid(str(error)))
-
-
-def _unpacked(buffer: torch.Tensor, size: int) -> Any:
-    """Return the value of a message. Raises TypeError on every rank where one of them could not say it."""
-    value = messages.unpack(buffer[:size].numpy().tobytes())
-    if isinstance(value, messages.Unsaid):
-        raise TypeError(value.why)
-    return value
-
-
-def _buffer(mine: bytes, size: int) -> torch.Tensor:
-    """Return ``size`` bytes that begin with ``mine``. Raises ValueError where another rank wants to send too much."""
-    if not 0 <= size <= messages.MOST_BYTES:
-        raise ValueError(f"a message of {size} bytes")
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if mine:
-        buffer[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-    return buffer
 
 
 def describe(world: World) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from hpc_hess.errors import CollectiveError, DataError, LaunchError
 from hpc_hess.linalg import probes
 from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.parallel import messages, shared_memory
-from hpc_hess.parallel import world as world_module
 from hpc_hess.parallel.launcher import Launch
 from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.world import World
@@ -190,7 +189,7 @@ def _tell(world: World) -> list[Any]:
     with pytest.raises(TypeError, match="larger than 1000"):
         world.broadcast("x" * 2000, "much")
     with pytest.raises(ValueError, match="a message of 1001 bytes"):  # from a rank that says so all the same
-        world_module._buffer(b"", 1001)
+        messages.buffer(b"", 1001)
     return got
 
 

@@ -52,7 +52,8 @@ def settings(toy: Path, out: Path, *overrides: str, **analysis: Any) -> Config:
 
 
 def found(out: Path, study: str) -> dict[str, Any]:
-    return dict(json.loads((out / "result.json").read_text())["studies"][study])
+    text = (out / "result.json").read_text()
+    return dict(json.loads(text, parse_constant=pytest.fail)["studies"][study])  # NaN is no JSON
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,15 @@ def test_block_diagonal_products(operator: api.Operator, dense: Float, toy: Path
             else:
                 assert part["relative_error"] == pytest.approx(error, abs=1e-6)
                 assert part["cosine"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_two_samples_tell_no_standard_error(world: World, toy: Path, tmp_path: Path) -> None:
+    config = settings(toy, tmp_path, "lanczos.steps=2", "run.report=true", block_diagonal=["layer", "row"], block_samples=2)
+    assert run(config, world) == 0
+    for part in found(tmp_path, "block_diagonal")["products"]:
+        known = part["blocks"] == "layer"  # few enough to be exact
+        assert (part["relative_error_stderr"] is not None) == (part["cosine_stderr"] is not None) == known
+    assert "± not known" in (tmp_path / "report.html").read_text()
 
 
 def test_block_spectra(operator: api.Operator, dense: Float, whole: Path) -> None:

@@ -113,4 +113,4 @@ def test_every_benchmark_is_listed() -> None:
     programs = [p.stem for p in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in p.read_text()]
     listed = [name for name in programs if f"python -m benchmarks.{name}" in page]
     assert len(listed) > 30
-    assert not [name for name in {*programs} - {*listed} if not name.startswith(("peer_", "regimes_"))]  # parts of others
+    assert not [name for name in {*programs} - {*listed} if not name.startswith(("peer_", "regimes_", "processes"))]

@@ -11,7 +11,7 @@ whose tangent is the second function, and that tangent, whose own way back is di
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from hpc_hess.errors import ModelError
 CHUNK_ENTRIES = 1 << 22
 _LEAST_ROWS = 16
 
-Tensors = tuple[Any, ...]  # of tensors
+Tensors = Sequence[Any]  # of tensors
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:
-        tensors, mask, scale = inputs[:3], Mask(*inputs[3:6]), inputs[6]
-        return torch.cat([_elementary_of(part, scale, *_part(tensors, rows, keys))
-                          for rows, keys, part in _chunks(tensors[0], tensors[1], mask)], -2)  # fmt: skip
+        return _in_chunks(_elementary_of, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.causal, ctx.scale = inputs[5:]
-        ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
+        _keep(ctx, inputs)
+        ctx.save_for_forward(*inputs[:-2])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
@@ -157,9 +154,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-        saved, scale = ctx.saved_tensors, ctx.scale
-        tensors, mask = saved[:3], Mask(saved[3], saved[4], ctx.causal)
-        return *_gradients(_elementary_of, tensors, mask, scale, out_bar), None, None, None, None
+        return _pulled_back(_elementary_of, ctx, out_bar)
 
 
 class _Tangent(torch.autograd.Function):
@@ -169,20 +164,15 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:
-        tensors, mask, scale = inputs[:6], Mask(*inputs[6:9]), inputs[9]
-        return torch.cat([_tangent_of(part, scale, *_part(tensors, rows, keys))
-                          for rows, keys, part in _chunks(tensors[0], tensors[1], mask)], -2)  # fmt: skip
+        return _in_chunks(_tangent_of, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.causal, ctx.scale = inputs[8:]
-        ctx.save_for_backward(*inputs[:8])
+        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-        saved, scale = ctx.saved_tensors, ctx.scale
-        tensors, mask = saved[:6], Mask(saved[6], saved[7], ctx.causal)
-        return *_gradients(_tangent_of, tensors, mask, scale, out_bar), None, None, None, None
+        return _pulled_back(_tangent_of, ctx, out_bar)
 
 
 def _elementary_of(mask: Mask, scale: float, *tensors: Any) -> torch.Tensor:
@@ -195,15 +185,26 @@ def _tangent_of(mask: Mask, scale: float, *tensors: Any) -> torch.Tensor:
     return torch.func.jvp(partial(_elementary_of, mask, scale), tensors[:3], tensors[3:])[1]
 
 
-def _gradients(
-    f: Callable[..., torch.Tensor], tensors: Tensors, mask: Mask, scale: float, out_bar: torch.Tensor
-) -> Tensors:  # fmt: skip
-    """Return the gradients of <out_bar, f> by all tensors, chunk by chunk."""
+def _in_chunks(f: Callable[..., torch.Tensor], inputs: Tensors) -> torch.Tensor:
+    """Return ``f`` of (tensors..., allowed, bias, causal, scale), chunk by chunk."""
+    *tensors, allowed, bias, causal, scale = inputs
+    chunks = _chunks(tensors[0], tensors[1], Mask(allowed, bias, causal))
+    return torch.cat([f(part, scale, *_part(tensors, rows, keys)) for rows, keys, part in chunks], -2)
+
+
+def _keep(ctx: Any, inputs: Tensors) -> None:
+    ctx.causal, ctx.scale = inputs[-2:]
+    ctx.save_for_backward(*inputs[:-2])
+
+
+def _pulled_back(f: Callable[..., torch.Tensor], ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
+    """Return the gradients of <out_bar, f> by all inputs, chunk by chunk: the masks and the scale have none."""
+    *tensors, allowed, bias = ctx.saved_tensors
     sums = _Sums(tensors[1].shape[-2])
-    for rows, keys, part in _chunks(tensors[0], tensors[1], mask):
-        pull = torch.func.vjp(partial(f, part, scale), *_part(tensors, rows, keys))[1]
+    for rows, keys, part in _chunks(tensors[0], tensors[1], Mask(allowed, bias, ctx.causal)):
+        pull = torch.func.vjp(partial(f, part, ctx.scale), *_part(tensors, rows, keys))[1]
         sums.add(pull(out_bar[..., rows, :]))
-    return sums.all()
+    return *sums.all(), None, None, None, None
 
 
 def scaled_dot_product_attention(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def block_diagonal(bench: Bench) -> dict[str, Any]:
         numbers = bench.keep.numbers(partial(_compare_all, bench, blocks, vector))
         for k, kind in enumerate(kinds):
             some = numbers[_NUMBERS * k : _NUMBERS * (k + 1)]
-            rows.append({"direction": name, "blocks": kind, **dict(zip(_NAMES, some, strict=True))})
+            known = [number if isfinite(number) else None for number in some]  # two samples tell no standard error
+            rows.append({"direction": name, "blocks": kind, **dict(zip(_NAMES, known, strict=True))})
     found: dict[str, Any] = {"products": rows, "counts": {kind: blocks[kind].count for kind in kinds}}
     if settings.spectrum:
         chosen = partition(space, settings.spectrum)

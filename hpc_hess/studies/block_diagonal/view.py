@@ -36,9 +36,16 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _with_error(value: float, error: float) -> str:
+def _known(error: float | None) -> bool:
+    """Whether a standard error is there: an old result.json may hold one that is not a number."""
+    return error is not None and isfinite(error)
+
+
+def _with_error(value: float, error: float | None) -> str:
     text = minus(f"{value:.3f}")
-    return text + (f" ± {number(error, 2)}" if isfinite(error) and error else "")
+    if not _known(error):
+        return f"{text} ± not known"
+    return text + (f" ± {number(error, 2)}" if error else "")
 
 
 def size(found: Mapping[str, Any]) -> tuple[float, float]:
@@ -55,7 +62,8 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
         for k, kind in enumerate(kinds):
             rows = [row for row in found["products"] if row["blocks"] == kind]
             x = np.arange(len(rows)) + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
-            errors = [row[f"{key}_stderr"] if isfinite(row[f"{key}_stderr"]) else 0.0 for row in rows]
+            stated = [row[f"{key}_stderr"] for row in rows]
+            errors = [error if _known(error) else 0.0 for error in stated]
             axes.bar(x, [row[key] for row in rows], 0.8 / len(kinds), yerr=errors, color=CYCLE[k], label=f"by {kind}",
                      error_kw={"linewidth": 0.9})  # fmt: skip
         axes.set_xticks(range(len(directions)), [d.replace(" ", "\n") for d in directions], fontsize=7.5)
@@ -65,10 +73,10 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     low = min(0.0, *(row["cosine"] - 0.05 for row in found["products"]))
     panels[1].set_ylim(low, 1.05)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(kinds))
-    missing = not all(isfinite(row["cosine"]) for row in found["products"])
+    missing = not all(_known(row["cosine_stderr"]) for row in found["products"])
     return (
         "Relative error and cosine of the block-diagonal product for each direction; bars: one standard error. An error "
-        "of 1 is what zero would give." + (" Without a bar: more products are needed to tell." if missing else "")
+        "of 1 is what zero would give." + (" With two samples no standard error is known." if missing else "")
     )
 
 

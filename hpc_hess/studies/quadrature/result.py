@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -237,8 +238,16 @@ def refuse_meaningless(result: dict[str, Any]) -> None:
 
 
 def to_json(result: dict[str, Any]) -> str:
-    """Return the text of result.json."""
-    return json.dumps(result, indent=1) + "\n"
+    """Return the text of result.json. What is not a finite number, which JSON cannot say, is null: not known."""
+    return json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu() -> str:
