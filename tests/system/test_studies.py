@@ -303,3 +303,15 @@ def test_what_does_not_go_together(world: World, toy: Path, whole: Path, tmp_pat
     assert not (tmp_path / "c" / "krylov.h5").exists()  # said before anything is computed
     with pytest.raises(ConfigError, match="knows no projection of attention heads"):
         run(settings(toy, tmp_path / "b", 'parameters.include=["model.norm.weight"]', block_diagonal=["head"]), world)
+
+
+def test_spectra_of_blocks_alone(world: World, toy: Path, tmp_path: Path, whole: Path) -> None:
+    """Without products to compare, only the spectra are computed and shown."""
+    out = tmp_path / "run"
+    assert run(settings(toy, out, eigenpairs=2, tolerance=1e-9, block_spectrum="layer", block_steps=6), world) == 0
+    study = found(out, "block_diagonal")
+    assert study["products"] == []
+    assert study["spectrum"]["parts"] == found(whole, "block_diagonal")["spectrum"]["parts"]
+    write_report(out)
+    assert (out / "figures" / "layers.png").exists()
+    assert not (out / "figures" / "block_diagonal.png").exists()
