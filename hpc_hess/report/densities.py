@@ -39,12 +39,23 @@ def draw_unresolved(axes: Axes, x: Float, low: Float, high: Float, where: NDArra
     axes.fill_between(x, low, high, where=where, facecolor="none", edgecolor=colour, hatch="////", alpha=0.35, linewidth=0)
 
 
-def draw_curve(axes: Axes, shape: Density, linear: float, **look: Any) -> None:
-    """Draw a density on a symmetric-log axis: a line where it is resolved, elsewhere hatched up to its bound."""
-    x, peak = symlog(shape.grid, linear), float(shape.mean.max())
-    axes.plot(x, np.where(shape.resolved, np.maximum(shape.mean, 1e-300), np.nan), **look)
+def told(shape: Density, parts: Sequence[Ritz]) -> NDArray[np.bool_]:
+    """Return where a line tells something: stretches of resolved places that hold a Ritz value.
+
+    One without any is a tail of the smoothing, so thin that nothing else is there: a stray line beyond the spectrum.
+    """
+    stretch = np.cumsum(np.diff(shape.resolved, prepend=False))
+    after = np.searchsorted(shape.grid, np.concatenate([q.values for q in parts]))
+    beside = np.clip([after - 1, after], 0, len(stretch) - 1)
+    return np.asarray(shape.resolved & np.isin(stretch, stretch[beside]))
+
+
+def draw_curve(axes: Axes, shape: Density, parts: Sequence[Ritz], linear: float, **look: Any) -> None:
+    """Draw a density on a symmetric-log axis: a line where it is told, elsewhere hatched up to its bound."""
+    x, peak, line = symlog(shape.grid, linear), float(shape.mean.max()), told(shape, parts)
+    axes.plot(x, np.where(line, np.maximum(shape.mean, 1e-300), np.nan), **look)
     low, high = (np.clip(edge, peak * 1e-30, peak * 1e3) for edge in (shape.low, shape.high))
-    draw_unresolved(axes, x, low, high, ~shape.resolved, look["color"])
+    draw_unresolved(axes, x, low, high, ~line, look["color"])
 
 
 UNRESOLVED = (
@@ -68,7 +79,7 @@ def draw_densities(
     for curve in curves:
         shape = density_symlog(curve.parts, points=1200, width=width, linear=linear)
         peak = max(peak, float(shape.mean.max()))
-        draw_curve(axes, shape, linear, color=curve.colour, label=curve.label, linewidth=curve.linewidth)
+        draw_curve(axes, shape, curve.parts, linear, color=curve.colour, label=curve.label, linewidth=curve.linewidth)
     axes.set_yscale("log")
     axes.set_ylabel("density per decade of λ")
     axes.set_xlabel("eigenvalue λ, symmetric-log axis")

@@ -24,6 +24,7 @@ from hpc_hess.storage.commit import Ledger
 from hpc_hess.storage.disk import (
     SAVE_SPACE,
     damaged_row,
+    not_allocated,
     remove,
     rename_durably,
     require_space,
@@ -195,3 +196,25 @@ def _copy_rows(
             old.close()
         if new is not None:
             new.close()
+
+
+def allocate_again(path: Path, schema: Schema, world: World, shard: Shard | None) -> None:
+    """Allocate what was given back of the disk space of all rows. ``shard``: of a rank that has files. Collective: yes.
+
+    Raises
+    ------
+    StoreError : the disk has no room for it.
+
+    """
+    files = [path]
+    if schema.driver == "files":
+        files = [schema.rank_file(path.parent, index) for index in range(schema.num_shards)]
+    missing = 0
+    with attempt(world, path, "allocate the basis"):
+        if world.rank == 0:
+            missing = sum(not_allocated(file) for file in files)
+            require_space(path.parent, missing)
+    if world.broadcast(missing, "space of the basis"):
+        with attempt(world, path, "allocate the basis"):
+            if shard is not None and shard.index < len(files):
+                reserve(files[shard.index])

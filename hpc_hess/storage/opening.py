@@ -17,7 +17,8 @@ from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.build import build, sweep
 from hpc_hess.storage.commit import Committed, Ledger, encode, kept_rows, newest
 from hpc_hess.storage.disk import remove, sync_directory
-from hpc_hess.storage.schema import FILE, Header, Schema
+from hpc_hess.storage.drivers import choose_driver
+from hpc_hess.storage.schema import FILE, Header, Schema, read_header
 
 
 def put_aside(run_dir: Path) -> Path:
@@ -91,6 +92,38 @@ def communicator(world: World, driver: str) -> Any:
     if driver != "mpio" or world.mpi is None:
         return None
     return world.mpi if world.num_replicas == 1 else world.mpi.Split(world.replica, world.rank)
+
+
+def adopt(
+    run_dir: Path, driver: str, wanted: dict[str, Any], layout: Layout, shard: Shard, world: World
+) -> tuple[Header, Any]:
+    """Return the header of the store that is there, rebuilt where this job cannot write it, and the communicator.
+
+    ``wanted``: probes, steps, rows, width and keep_basis (None: as it is), at least. Collective: yes.
+
+    Raises
+    ------
+    StoreError : as Store.open.
+
+    """
+    header: Any = None
+    with attempt(world, run_dir / FILE, "open the store"):
+        if world.rank == 0:
+            header = read_header(run_dir / FILE)
+            check_layout(header, layout, run_dir)
+            sweep(run_dir, header.schema.generation)
+    header = world.broadcast(header, "read the store")
+    old = header.schema
+    kind = choose_driver(driver, world, old.driver)
+    keep_basis, size = wanted["keep_basis"], {key: wanted[key] for key in ("probes", "steps", "rows")}
+    size["width"] = min(wanted["width"], max(wanted["probes"], old.probes))
+    grown: dict[str, Any] = {key: max(value, getattr(old, key)) for key, value in size.items()}
+    grown["keep_basis"] = old.keep_basis if keep_basis is None else keep_basis
+    comm = communicator(world, kind)
+    same = kind == old.driver and all(getattr(old, key) == value for key, value in grown.items())
+    if not (same and (kind == "mpio" or same_shards(header, layout))):
+        header = rebuild(run_dir, header, kind, grown, layout=layout, shard=shard, world=world, comm=comm)
+    return header, comm
 
 
 def rebuild(

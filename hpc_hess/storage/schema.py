@@ -333,3 +333,9 @@ def blocks_of_file(schema: Schema, intervals: tuple[Any, Any], size: int) -> lis
     if schema.driver == "mpio":
         return regular_blocks(*intervals)
     return [Block(0, 0, size, 1, size)] if size else []
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return "float32", "float64" or "bfloat16" from a name, a NumPy or a torch dtype."""
+    text = str(dtype).removeprefix("torch.")
+    return text if text == "bfloat16" else np.dtype(text if str(dtype).startswith("torch.") else dtype).name

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,18 +21,18 @@ from numpy.typing import NDArray
 from hpc_hess.errors import CollectiveError, HpcHessError, StoreError
 from hpc_hess.parallel.layout import Layout, Shard
 from hpc_hess.parallel.world import World
-from hpc_hess.storage.agree import attempt, explained, met
-from hpc_hess.storage.background import Background
-from hpc_hess.storage.build import build, sum_checksums, sweep
+from hpc_hess.storage.agree import attempt
+from hpc_hess.storage.build import allocate_again, build, sum_checksums
 from hpc_hess.storage.checksum import partial_checksum
 from hpc_hess.storage.commit import Committed, Ledger
-from hpc_hess.storage.disk import SAVE_SPACE, damaged_row, not_allocated, require_space, reserve
+from hpc_hess.storage.disk import SAVE_SPACE, damaged_row
 from hpc_hess.storage.drivers import Driver, choose_driver, open_driver
 from hpc_hess.storage.journal import Journal, Member, Plan, write_plan
 from hpc_hess.storage.lock import RunLock
-from hpc_hess.storage.opening import check_layout, clear, communicator, rebuild, same_shards
+from hpc_hess.storage.opening import adopt, clear, communicator, rebuild
 from hpc_hess.storage.replicas import share_with_replicas
-from hpc_hess.storage.schema import FILE, Header, Schema, read_header
+from hpc_hess.storage.schema import FILE, Header, Schema, dtype_name
+from hpc_hess.storage.writing import Writer
 
 _abandoned: list[Driver] = []
 
@@ -55,8 +54,7 @@ class Store:
         self._shard, self._world, self._lock, self._comm = shard, world, lock, comm
         self._driver: Driver | None = None
         self._closed = False
-        self._started: list[tuple[int, int, Future[int]]] = []  # (probe, row, checksum of this rank's part)
-        self._background = Background(threads=comm is None or _may_write_beside())
+        self._writer = Writer(self._path, shard, world, comm)
         self._journal = Journal(header.schema, header.ledger, self._path)
         self._open_files()
 
@@ -103,9 +101,8 @@ class Store:
             schema = Schema(
                 run_id=run_id, driver=kind, generation="" if kind == "mpio" else generation,
                 num_shards=world.shard_size, num_params=layout.num_params, fingerprint=layout.fingerprint,
-                dtype=_dtype_name(dtype),
-                probes=probes, width=min(width, probes), steps=steps, rows=rows, keep_basis=keep_basis,
-                extra_bytes=extra_bytes,
+                dtype=dtype_name(dtype), probes=probes, width=min(width, probes), steps=steps, rows=rows,
+                keep_basis=keep_basis, extra_bytes=extra_bytes,
             )  # fmt: skip
             comm = communicator(world, kind)
             ledger = Ledger.empty(schema.slots, steps)
@@ -113,8 +110,7 @@ class Store:
                 run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=attributes,
                 ledger=ledger, save_space=save_space,
             )  # fmt: skip
-            header = Header(schema, attributes, {}, ledger)
-            return cls(run_dir, header, shard=shard, world=world, lock=lock, comm=comm)
+            return cls(run_dir, Header(schema, attributes, {}, ledger), shard=shard, world=world, lock=lock, comm=comm)
         except BaseException:
             lock.release()
             raise
@@ -139,22 +135,8 @@ class Store:
         lock = lock or RunLock.acquire(run_dir, world)
         try:
             run_dir = Path(run_dir).resolve()
-            header: Any = None
-            with attempt(world, run_dir / FILE, "open the store"):
-                if world.rank == 0:
-                    header = read_header(run_dir / FILE)
-                    check_layout(header, layout, run_dir)
-                    sweep(run_dir, header.schema.generation)
-            header = world.broadcast(header, "read the store")
-            old = header.schema
-            kind = choose_driver(driver, world, old.driver)
-            size = {"probes": probes, "steps": steps, "rows": rows, "width": min(width, max(probes, old.probes))}
-            grown: dict[str, Any] = {key: max(value, getattr(old, key)) for key, value in size.items()}
-            grown["keep_basis"] = old.keep_basis if keep_basis is None else keep_basis
-            comm = communicator(world, kind)
-            same = kind == old.driver and all(getattr(old, key) == value for key, value in grown.items())
-            if not (same and (kind == "mpio" or same_shards(header, layout))):
-                header = rebuild(run_dir, header, kind, grown, layout=layout, shard=shard, world=world, comm=comm)
+            wanted = {"probes": probes, "steps": steps, "rows": rows, "width": width, "keep_basis": keep_basis}
+            header, comm = adopt(run_dir, driver, wanted, layout, shard, world)
             return cls(run_dir, header, shard=shard, world=world, lock=lock, comm=comm)
         except BaseException:
             lock.release()
@@ -199,43 +181,12 @@ class Store:
         if self._journal.begin_row(probe, row):
             self._write(self._journal.release())
             self._journal.begin_row(probe, row)
-        self._started.append((probe, row, self._background.submit(self._put, probe, row, values)))
-
-    def _put(self, probe: int, row: int, values: NDArray) -> int:
-        """Write this rank's part of a row and return that part's checksum. Runs beside the program: no collectives."""
-        if self._driver is None:
-            return 0
-        part = partial_checksum(values, *self._shard.file_intervals)
-        self._driver.write_row(self.schema.basis_index(probe), row, np.ascontiguousarray(values))
-        self._driver.push_rows()
-        return part
+        self._writer.start(self._driver, self.schema.basis_index(probe), (probe, row), values)
 
     def finish_rows(self) -> None:
         """Wait until every row that was started is durable on every rank. Collective: yes. Raises as :meth:`write_row`."""
-        started, self._started = self._started, []
-        if not started:
-            return
-        name = "write a basis row"
-        parts: list[int] = []
-        error: HpcHessError | None = None
-        with self._world.doing(name):
-            for _, _, future in started:
-                try:
-                    parts.append(future.result())
-                except Exception as caught:
-                    parts.append(0)
-                    error = error or explained(caught, self._path, name)
-        with self._world.doing(name) if self._comm is None else met(self._world, name):
-            try:
-                if self._driver is not None:
-                    self._driver.sync_rows()  # a collective with MPI: every rank comes here
-            except Exception as caught:
-                error = error or explained(caught, self._path, name)
-        totals, failed = sum_checksums(self._world, parts, error is not None, name)
-        if failed:
-            self._world.raise_together(error, name)
-        for (probe, row, _), total in zip(started, totals, strict=True):
-            self._journal.end_row(probe, row, total)
+        for (probe, row), checksum in self._writer.finish(self._driver):
+            self._journal.end_row(probe, row, checksum)
 
     def row_reader(self, probe: int) -> Callable[[int, int, NDArray], None]:
         """Return read(row, start, out), which reads entries start..start+len(out)-1 of this rank's shard of a row.
@@ -322,26 +273,8 @@ class Store:
                 )
 
     def take_back(self) -> None:
-        """Allocate what was given back of the disk space of all rows. Collective: yes.
-
-        Raises
-        ------
-        StoreError : the disk has no room for it.
-
-        """
-        folder, schema = self._path.parent, self.schema
-        files = [self._path]
-        if schema.driver == "files":
-            files = [schema.rank_file(folder, shard) for shard in range(schema.num_shards)]
-        missing = 0
-        with attempt(self._world, self._path, "allocate the basis"):
-            if self._world.rank == 0:
-                missing = sum(not_allocated(file) for file in files)
-                require_space(folder, missing)
-        if self._world.broadcast(missing, "space of the basis"):
-            with attempt(self._world, self._path, "allocate the basis"):
-                if self._driver is not None and self._shard.index < len(files):
-                    reserve(files[self._shard.index])
+        """Allocate what was given back of the disk space of all rows. Collective: yes. Raises StoreError: no room for it."""
+        allocate_again(self._path, self.schema, self._world, self._shard if self._driver else None)
 
     def free_basis(self) -> None:
         """Give up the rows of finished probes: a store without a basis takes this one's place. Collective: yes.
@@ -380,7 +313,7 @@ class Store:
         """Close the files and release the lock; a second call does nothing. Collective: yes."""
         if self._closed:
             return
-        self._background.close()
+        self._writer.close()
         driver, self._driver, self._closed = self._driver, None, True
         try:
             with attempt(self._world, self._path, "close the store", meet=self._comm is not None):
@@ -391,7 +324,7 @@ class Store:
 
     def abandon(self) -> None:
         """Release the lock, and this rank's files where that needs no other rank. For a dying job. Collective: no."""
-        self._background.close(wait=False)
+        self._writer.close(wait=False)
         driver, self._driver, self._closed = self._driver, None, True
         if driver is not None and self._comm is not None and self._comm.Get_size() > 1:
             _abandoned.append(driver)  # to forget its files would close them, together with ranks that will not come
@@ -410,16 +343,3 @@ class Store:
             self.close()
         else:
             self.abandon()
-
-
-def _may_write_beside() -> bool:
-    """Whether MPI allows calls from a thread that is not its first one, one at a time."""
-    from mpi4py import MPI
-
-    return MPI.Query_thread() >= MPI.THREAD_SERIALIZED
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Return "float32", "float64" or "bfloat16" from a name, a NumPy or a torch dtype."""
-    text = str(dtype).removeprefix("torch.")
-    return text if text == "bfloat16" else np.dtype(text if str(dtype).startswith("torch.") else dtype).name

@@ -87,7 +87,7 @@ def _draw_density(axes: Axes, spectrum: Mapping[str, Any], whole: list[Ritz]) ->
     for some, shares, colour, label in ((whole, equal, INK, "the matrix"), (blocks, together, CYCLE[1], its_blocks)):
         shape = density_symlog(some, points=1200, width=width, linear=linear, shares=shares)
         peaks.append(float(shape.mean.max()))
-        draw_curve(axes, shape, linear, color=colour, label=label)
+        draw_curve(axes, shape, some, linear, color=colour, label=label)
     set_symlog(axes, "x", float(values.min()), float(values.max()), linear)
     axes.set_yscale("log")
     axes.set_ylim(max(peaks) * 1e-11, max(peaks) * 4)
