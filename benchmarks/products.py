@@ -135,7 +135,7 @@ class Table:
                 torch.cuda.reset_peak_memory_stats()
             try:
                 result, spent = product(v)
-            except torch.cuda.OutOfMemoryError as error:
+            except torch.OutOfMemoryError as error:
                 self.rows.append({"method": name, "asked": asked.cost, "seconds": "does not fit"})
                 print(f"{name}: {error}", flush=True)
                 release_memory()

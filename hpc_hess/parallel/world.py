@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
-from hpc_hess.parallel import messages
+from hpc_hess.parallel import devices, messages
 from hpc_hess.parallel.launcher import Launch, detect, is_loopback, master_endpoint, mpi_world
 from hpc_hess.parallel.shard_collectives import ShardCollectives, TorchCollectives
 from hpc_hess.parallel.shared_memory import SharedMemory, open_windows
 from hpc_hess.parallel.timers import Timers
 from hpc_hess.parallel.watchdog import Watchdog
+from hpc_hess.system import loopback
 
 T = TypeVar("T")
 _FAILURE_KEY = "hpc_hess/failure"
@@ -71,17 +72,10 @@ class World:
 
         """
         launch = detect(os.environ)
-        use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-        if use_cuda and not torch.cuda.is_available():
-            raise LaunchError('parallel.device = "cuda" but torch sees no GPU; set parallel.device = "cpu"')
-        torch_device = torch.device("cpu")
-        if use_cuda:
-            # a launcher may show each rank GPUs of its own alone; that no two ranks have the same is seen below
-            torch_device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(torch_device)
+        torch_device = devices.take(device, launch.local_rank)  # that no two ranks have the same is seen below
         mpi = mpi_world(launch, wanted=want_mpi)
         timeout, watchdog = timedelta(seconds=timeout_s), None
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        backend = devices.backend(torch_device)
         try:
             if launch.size == 1:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -93,7 +87,7 @@ class World:
                 prefix = f"hpc_hess/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
                 store = dist.PrefixStore(prefix, served)
                 if _all_on_loopback(store, launch, address):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())  # made-up host names need not resolve
                 dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
 
                 def connect() -> Any:
@@ -111,7 +105,7 @@ class World:
         world = cls(launch, torch_device, connected=True, mpi=mpi)
         world._watchdog = watchdog
         world.barrier("join the world")
-        world.require_own_gpu(gpu_id(torch_device))
+        world.require_own_gpu(devices.identity(torch_device))
         return world
 
     @contextlib.contextmanager
@@ -130,7 +124,7 @@ class World:
                 self.barrier(name)
 
     def require_own_gpu(self, mine: str) -> None:
-        """Refuse two ranks with the same GPU. ``mine``: what gpu_id() says of this rank's. Collective: yes.
+        """Refuse two ranks with the same GPU. ``mine``: what devices.identity() says of this rank's. Collective: yes.
 
         Raises
         ------
@@ -371,11 +365,6 @@ class World:
                 here = store.add(_FAILURE_KEY + "/here", 0)
 
 
-def gpu_id(device: torch.device) -> str:
-    """Return what tells a GPU from all others of all nodes, "" of a CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
 def _all_on_loopback(store: Any, launch: Launch, address: str) -> bool:
     """Return whether every rank reaches rank 0 by the loopback interface, so that all are on one machine. Collective: yes.
 
@@ -414,7 +403,7 @@ def _buffer(mine: bytes, size: int) -> torch.Tensor:
 
 def describe(world: World) -> dict[str, Any]:
     """Return what a report says about the machine: launcher, ranks, host, device, threads."""
-    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    gpu = devices.name(world.device) if devices.is_gpu(world.device) else None
     return {
         "launcher": world.launch.launcher, "world_size": world.size, "nodes": world.launch.num_nodes,
         "replicas": world.num_replicas, "host": socket.gethostname(), "device": gpu or "cpu",

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_hess import system
 from hpc_hess.commands.intrinsic_dimension.work import _Job
 from hpc_hess.curvature.decomposition import Groups, weights
 from hpc_hess.curvature.exact.exact import ExactHessian
@@ -216,7 +217,7 @@ def _other_machine(world: World, what: str) -> tuple[bool, list[str]]:
         opened.append(path)
         return os.open(path, flags)
 
-    shared_memory.os = SimpleNamespace(**{**vars(os), "open": watched})  # type: ignore[attr-defined]
+    system.os = SimpleNamespace(**{**vars(os), "open": watched})  # type: ignore[attr-defined]
     world.make_mesh()
     return isinstance(world.collectives, TorchCollectives), opened
 
