@@ -133,7 +133,7 @@ class Products:
                 torch.cuda.reset_peak_memory_stats()
             try:
                 result, spent = product(v)
-            except torch.cuda.OutOfMemoryError as error:
+            except torch.OutOfMemoryError as error:
                 self.table.add({"method": name, "asked": asked.cost, "seconds": "does not fit"})
                 print(f"{name}: {error}", flush=True)
                 release_memory()

@@ -17,6 +17,7 @@ import hpc_hess
 from hpc_hess.commands.arguments import Comparison, Query, Search, Training, add_arguments, filled
 from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
+from hpc_hess.system import ask_for_large_pages
 
 _LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check", "intrinsic-dimension")
 
@@ -191,8 +192,7 @@ def _debuggable(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _spmd(args: argparse.Namespace) -> int:
-    # torch reads it once: large tensors in huge pages take a third of the page faults, and less memory at the peak
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    ask_for_large_pages(os.environ)
     # heavy imports only where they are needed: --help answers at once
     end_with_launcher(os.environ)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop is heeded once there is something to commit

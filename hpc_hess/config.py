@@ -68,8 +68,9 @@ class ParallelSection(Section):
     replicate: int = Field(default=1, ge=1)
     """Replicas of the sharded model (HSDP). Dot products stay within one replica; it must divide the number of
     ranks."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What to compute on. auto takes GPUs where there are any, one rank each."""
+    device: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
+    """What to compute on. auto takes GPUs where there are any, one rank each. cuda: those of NVIDIA, and of AMD, which torch
+    calls so too. xpu: those of Intel."""
     deterministic: bool = False
     """Use only GPU kernels that give the same bits each time: a resume is bitwise equal there too."""
     timeout_s: float = Field(default=1800.0, gt=0)

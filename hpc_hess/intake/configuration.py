@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hpc_hess.errors import HpcHessError, ModelError
+from hpc_hess.parallel.devices import is_of_collectives
 
 _WORDS = re.compile(r"[A-Za-z_][A-Za-z_0-9]{3,}")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -124,8 +125,7 @@ def running(path: Path, values: Mapping[str, Any]) -> Iterator[None]:
     except (HpcHessError, torch.OutOfMemoryError, MemoryError, torch.distributed.DistError):
         raise
     except Exception as error:
-        text = str(error)
-        if "gloo" in text or "NCCL" in text or "allocate" in text:
+        if is_of_collectives(str(error)) or "allocate" in str(error):
             raise
         own = code_at_fault(error)
         where = f" (in its own code, {own.name})" if own else ""

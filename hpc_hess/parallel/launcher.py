@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from hpc_hess.errors import LaunchError
+from hpc_hess.system import reads_a_terminal
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _sign_of_a_shell(env: Mapping[str, str]) -> str:
     if task == str(os.getpid()):
         return ""
     with contextlib.suppress(OSError):  # of another machine's numbers, or another user's
-        if not os.readlink(f"/proc/{int(task or 0)}/fd/0").startswith(("/dev/pts/", "/dev/tty")):
+        if not reads_a_terminal(int(task or 0)):
             return ""
     return f"{sign} = {env[sign]}"
 

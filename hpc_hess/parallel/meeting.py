@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hpc_hess.errors import CollectiveError
 from hpc_hess.parallel.launcher import Launch, is_loopback, master_endpoint
 from hpc_hess.parallel.watchdog import Watchdog
+from hpc_hess.system import loopback
 
 
 def meet(launch: Launch, backend: str, mpi: Any, timeout_s: float) -> Watchdog | None:
@@ -34,7 +35,7 @@ def meet(launch: Launch, backend: str, mpi: Any, timeout_s: float) -> Watchdog |
         prefix = f"hpc_hess/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = dist.PrefixStore(prefix, served)
         if _all_on_loopback(store, launch, address):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # made-up host names need not resolve
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())  # made-up host names need not resolve
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
 
         def connect() -> Any:

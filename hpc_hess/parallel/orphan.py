@@ -1,8 +1,8 @@
 """A rank whose launcher is gone: it ends as by SIGTERM, instead of waiting for ranks that nobody starts or ends any more.
 
 The launcher of a rank is its nearest ancestor that does not have the launcher's variables itself: torchrun's agent, mpirun
-or its daemon, slurmstepd; shells that wrap the rank have them. It is looked at from a thread. (Linux can send a signal
-instead, PR_SET_PDEATHSIG, but does so when the parent's thread ends: some launchers start ranks from threads of their own.)
+or its daemon, slurmstepd; shells that wrap the rank have them. It is looked at from a thread. (The system can send a
+signal instead, but does so when the thread of the parent ends: some launchers start ranks from threads of their own.)
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
+
+from hpc_hess.system import name_of, status_of, variables_of
 
 _EVERY_S = 1.0
 _TRIES = 10
@@ -55,9 +56,9 @@ def _nearest_without(marker: str) -> Process | None:
     """Return the nearest ancestor that was started without a variable. Raises OSError: one has ended."""
     number = os.getppid()
     while number > 0:
-        _, parent, started = _status(number)
+        _, parent, started = status_of(number)
         try:
-            variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+            variables = variables_of(number)
         except PermissionError:  # another user's, so not a wrapper of ours
             variables = []
         if not any(variable.startswith(f"{marker}=".encode()) for variable in variables):
@@ -70,23 +71,17 @@ _GONE = Process(0, "")
 
 
 def _is_reaper(number: int) -> bool:
-    name = Path(f"/proc/{number}/comm").read_text().strip()
+    name = name_of(number)
     return name in _REAPERS or (number == 1 and not any(part in name for part in _LAUNCHERS))
 
 
 def is_gone(process: Process) -> bool:
     """Return whether a process has ended, or is but not yet waited for."""
     try:
-        state, _, started = _status(process.number)
+        state, _, started = status_of(process.number)
     except (OSError, ValueError):
         return True
     return state in "ZX" or started != process.started
-
-
-def _status(number: int) -> tuple[str, int, str]:
-    """Return a process' state, parent and start. Raises OSError: there is none."""
-    fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()  # its name may hold spaces
-    return fields[0], int(fields[1]), fields[19]
 
 
 def end_with_launcher(env: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """All-gather and reduce-scatter among the ranks that share the parameters: what FSDP and exact products send.
 
-NCCL has both. CPU ranks of one node exchange through memory that they share (shared_memory.py), those of several by gloo,
-which has no reduce-scatter of its own and sums everything everywhere, twice the traffic: here each rank sends every other
-its part, and sums what it gets in rank order, so that it gets the same bits whatever arrives first.
+The collectives of GPUs have both. CPU ranks of one node exchange through memory that they share (shared_memory.py), those of
+several by gloo, which has no reduce-scatter of its own and sums everything everywhere, twice the traffic: here each rank
+sends every other its part, and sums what it gets in rank order, so that it gets the same bits whatever arrives first.
 """
 
 from __future__ import annotations

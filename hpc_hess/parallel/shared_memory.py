@@ -12,13 +12,13 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hpc_hess.parallel.shard_collectives import Done, Work
+from hpc_hess.system import machine, open_of, shared_file
 
 _ALL_HALVES_BYTES = 16 << 20  # of all ranks together: small beside anything a rank holds
 _LEAST_BYTES = 1 << 20
@@ -33,17 +33,6 @@ def half_bytes(ranks: int) -> int:
     return max(_ALL_HALVES_BYTES // ranks, _LEAST_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
 
 
-def machine() -> str:
-    """Return what tells this system, since it was started, and its process numbers from all others; "" where unknown.
-
-    On another machine, or in another container, the same process number is a process that is none of ours.
-    """
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
 class Window:
     """What a rank shares, which lives as long as a process holds it: nothing is left after a kill.
 
@@ -52,10 +41,9 @@ class Window:
 
     def __init__(self, ranks: int) -> None:
         self._bytes = 2 * half_bytes(ranks)
-        self._file = os.memfd_create("hpc_hess")
+        self._file = shared_file(self._bytes)
         nonce = secrets.token_bytes(_NONCE_BYTES)
         try:
-            os.posix_fallocate(self._file, 0, self._bytes)  # else a full memory would kill at the first touch
             os.pwrite(self._file, nonce, 0)
         except OSError:
             self.close()
@@ -65,7 +53,7 @@ class Window:
     def see(self, address: Address) -> torch.Tensor:
         """Return the halves [2, bytes] of a rank's window. Raises OSError if it is not on this machine."""
         process, file, nonce = address
-        opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
+        opened = open_of(process, file)
         try:
             if os.pread(opened, _NONCE_BYTES, 0) != nonce:
                 raise OSError("a process of another machine has this number there")

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
+from hpc_hess.parallel import devices
+
 
 class Timers:
     """Phases on one device, summed from :meth:`begin` to :meth:`take`; at other times nothing is counted.
 
-    On a CPU a phase does not count what phases inside it take. On a GPU it is what lies between two events of its stream,
+    On a CPU a phase does not count what phases inside it take. On a GPU it is what lies between two marks in its stream,
     where traffic goes on beside arithmetic: phases overlap, and nothing waits for the device before :meth:`take`.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._on_gpu = device, devices.is_gpu(device)
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
+        self._marks: list[tuple[str, Any, Any]] = []
         self._open: list[str] = []
         self._since = 0.0
         self._counting = False
@@ -30,7 +32,7 @@ class Timers:
         """Begin to count."""
         self._counting = True
         self._seconds.clear()
-        self._events.clear()
+        self._marks.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -38,14 +40,12 @@ class Timers:
         if not self._counting:
             yield
             return
-        if self._cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+        if self._on_gpu:
+            begin = devices.mark(self._device)
             try:
                 yield
             finally:
-                end.record()
-                self._events.append((name, begin, end))
+                self._marks.append((name, begin, devices.mark(self._device)))
             return
         self._switch()
         self._open.append(name)
@@ -58,13 +58,13 @@ class Timers:
     def take(self) -> dict[str, float]:
         """Return the seconds of each phase, and count no longer. Waits for the device."""
         self._counting = False
-        if self._events:
-            torch.cuda.synchronize()
-            for name, begin, end in self._events:
+        if self._marks:
+            devices.wait(self._device)
+            for name, begin, end in self._marks:
                 self._seconds[name] += begin.elapsed_time(end) / 1e3
         found = dict(self._seconds)
         self._seconds.clear()
-        self._events.clear()
+        self._marks.clear()
         return found
 
     def _switch(self) -> None:

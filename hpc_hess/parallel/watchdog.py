@@ -1,6 +1,6 @@
 """Who hangs, and in what: each rank's thread tells the others what its rank is doing, and ends it when it waits too long.
 
-Gloo's and NCCL's collectives have timeouts of their own, but do not say who did not come; MPI's have none at all, nor has
+Collectives of gloo and of GPUs have timeouts of their own, but do not say who did not come; MPI's have none at all, nor has
 a file system. What a rank does is told every few seconds through a connection of its own to the ranks' store, so that a
 rank that is stopped, dead or cut off is known by its silence.
 """

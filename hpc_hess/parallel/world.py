@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_hess.errors import CollectiveError, HpcHessError, LaunchError
-from hpc_hess.parallel import messages
+from hpc_hess.parallel import devices, messages
 from hpc_hess.parallel.failing import first_to_fail, linger
 from hpc_hess.parallel.launcher import Launch, detect, mpi_world
 from hpc_hess.parallel.meeting import meet
@@ -69,20 +69,13 @@ class World:
 
         """
         launch = detect(os.environ)
-        use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-        if use_cuda and not torch.cuda.is_available():
-            raise LaunchError('parallel.device = "cuda" but torch sees no GPU; set parallel.device = "cpu"')
-        torch_device = torch.device("cpu")
-        if use_cuda:
-            # a launcher may show each rank GPUs of its own alone; that no two ranks have the same is seen below
-            torch_device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(torch_device)
+        torch_device = devices.take(device, launch.local_rank)  # that no two ranks have the same is seen below
         mpi = mpi_world(launch, wanted=want_mpi)
-        watchdog = meet(launch, "cpu:gloo,cuda:nccl" if use_cuda else "gloo", mpi, timeout_s)
+        watchdog = meet(launch, devices.backend(torch_device), mpi, timeout_s)
         world = cls(launch, torch_device, connected=True, mpi=mpi)
         world._watchdog = watchdog
         world.barrier("join the world")
-        world.require_own_gpu(gpu_id(torch_device))
+        world.require_own_gpu(devices.identity(torch_device))
         return world
 
     @contextlib.contextmanager
@@ -101,7 +94,7 @@ class World:
                 self.barrier(name)
 
     def require_own_gpu(self, mine: str) -> None:
-        """Refuse two ranks with the same GPU. ``mine``: what gpu_id() says of this rank's. Collective: yes.
+        """Refuse two ranks with the same GPU. ``mine``: what devices.identity() says of this rank's. Collective: yes.
 
         Raises
         ------
@@ -317,14 +310,9 @@ class World:
         return code
 
 
-def gpu_id(device: torch.device) -> str:
-    """Return what tells a GPU from all others of all nodes, "" of a CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
 def describe(world: World) -> dict[str, Any]:
     """Return what a report says about the machine: launcher, ranks, host, device, threads."""
-    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    gpu = devices.name(world.device) if devices.is_gpu(world.device) else None
     return {
         "launcher": world.launch.launcher, "world_size": world.size, "nodes": world.launch.num_nodes,
         "replicas": world.num_replicas, "host": socket.gethostname(), "device": gpu or "cpu",

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _aten = torch.ops.aten
-_COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
-_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+_COPY_BYTES, _COPY_BYTES_OF_GPU = 1 << 26, 1 << 30
+_MATMUL_SIZE, _MATMUL_SIZE_OF_GPU = 1024, 8192
 _LONGEST_S = 0.5  # of the calls of one measurement, where three take less
 
 
@@ -63,16 +63,17 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """Return the floating-point operations in a second of a square matrix product."""
-    size = _MATMUL_SIZE[device.type]
+    size = _MATMUL_SIZE if device.type == "cpu" else _MATMUL_SIZE_OF_GPU
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / best_s(lambda: a @ a, device, repeats)
 
 
 def copy_rate(device: torch.device, repeats: int = 5) -> float:
     """Return the bytes that a copy reads and writes in a second."""
-    x = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
+    size = _COPY_BYTES if device.type == "cpu" else _COPY_BYTES_OF_GPU
+    x = torch.ones(size // 4, device=device)
     y = torch.empty_like(x)
-    return 2 * _COPY_BYTES[device.type] / best_s(lambda: y.copy_(x), device, repeats)
+    return 2 * size / best_s(lambda: y.copy_(x), device, repeats)
 
 
 def best_s(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -81,7 +82,7 @@ def best_s(function: Callable[[], object], device: torch.device, repeats: int) -
     while len(times) < 3 or (len(times) <= repeats and sum(times) < _LONGEST_S):
         began = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times[1:])

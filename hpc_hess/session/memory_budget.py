@@ -6,8 +6,6 @@ newest row and two panels of a basis (:class:`BasisOnDisk`).
 
 from __future__ import annotations
 
-import resource
-import sys
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,13 +56,6 @@ def lock_step(lanczos: LanczosSection, shared: bool) -> int:
     if wanted == "auto":
         wanted = _MOST_IN_LOCK_STEP if shared else 1
     return min(wanted, lanczos.probes)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this process on its device: resident set on a CPU, allocated memory on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def place_basis(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_
 from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.model.sources.weights import fill, open_reader
+from hpc_hess.parallel import devices
 from hpc_hess.parallel.memory import release_memory, used_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
@@ -94,9 +94,9 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
     ModelError, DataError, LayoutError : on every rank, if any rank meets one.
 
     """
-    make_exact_float32()
+    devices.make_exact_float32()
     if config.parallel.deterministic:
-        make_deterministic()
+        devices.make_deterministic()
     source, skeleton, samples = inputs or read_inputs(config, world)
     if world.size > 1:
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
@@ -146,23 +146,6 @@ def own_code_in_turn(section: ModelSection, world: World) -> contextlib.Abstract
     transformers copies the code into a cache (HF_MODULES_CACHE), where a rank would find another's half-copied files.
     """
     return world.local_first("load the model's own code") if section.trust_remote_code else contextlib.nullcontext()
-
-
-def make_exact_float32() -> None:
-    """Turn off the reduced-precision float32 modes of matrix products: a finite-difference step is below them."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-
-
-def make_deterministic() -> None:
-    """Let only kernels run that give the same bits each time; one that has no such form then says so, by name.
-
-    CPU kernels do already, for a fixed number of threads. On a GPU sums over tokens would otherwise be made in any order.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that writes every new tensor
 
 
 def check_repeatable(gradient: Gradient) -> float:

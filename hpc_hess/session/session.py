@@ -14,6 +14,7 @@ from hpc_hess.session.starts import clear_starts, note_stop
 from hpc_hess.session.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.events import EventLog
 from hpc_hess.storage.lock import RunLock
+from hpc_hess.system import missing
 
 
 @dataclass
@@ -82,6 +83,8 @@ def opened(
         lock = RunLock.acquire(out, world)
         session = Session(config, world, out, progress, stopper, lock, EventLog(out, world), held)
         held.callback(lambda: session.lock.release())  # the one that it is by then
+        if note := missing(world.size):
+            progress.note(note)
         yield session
         if not session._counted:
             session.got_through()

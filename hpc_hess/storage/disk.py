@@ -1,9 +1,8 @@
-"""Space, durability and clean-up of files: what the C library knows and Python does not wrap."""
+"""Space, durability and clean-up of files."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
@@ -12,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hpc_hess.errors import HpcHessError, StoreError
+from hpc_hess.system import allocate, can_give_back, punch_hole
 
 FILE, RANKS = "krylov.h5", "krylov.ranks"  # of every store: see schema
 SAVE_SPACE = (
     "lower lanczos.steps or lanczos.lock_step, set lanczos.reorthogonalise to a window, set store.keep_basis = false, or "
     "put run.out on a larger disk"
 )
-_PUNCH_HOLE = 1 | 2  # and keep the size: linux/falloc.h
 
 
 def size_text(count: int) -> str:
@@ -50,21 +49,11 @@ def require_space(directory: Path, needed: int, remedy: str = SAVE_SPACE) -> Non
 def reserve(path: Path) -> None:
     """Allocate every block of ``path``, so that later writes cannot meet a full disk. Writes no data.
 
-    fallocate itself, not posix_fallocate: where the file system has none, the latter writes to every block of what may
-    be terabytes. There, nothing is reserved and a full disk is met, and survived, when a row is written.
+    Where the file system cannot, nothing is reserved; a full disk is met, and survived, when a row is written.
     """
-    library = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(library, "fallocate"):
-        return
     with open(path, "r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        while size and library.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
-                return
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code), str(path))
-        os.fsync(file.fileno())
+        if allocate(file):
+            os.fsync(file.fileno())
 
 
 def allocated(path: Path) -> int:
@@ -88,8 +77,7 @@ def give_back(path: Path, parts: Iterable[tuple[int, int]]) -> None:
 
     Where the file system cannot, nothing happens.
     """
-    library = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(library, "fallocate"):
+    if not can_give_back():
         return
     holes: list[list[int]] = []  # neighbours together: only whole blocks are freed
     for start, length in sorted(parts):
@@ -99,7 +87,7 @@ def give_back(path: Path, parts: Iterable[tuple[int, int]]) -> None:
             holes.append([start, length])
     with open(path, "r+b") as file:
         for start, length in holes:
-            library.fallocate(file.fileno(), _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length))
+            punch_hole(file.fileno(), start, length)
         os.fsync(file.fileno())
 
 

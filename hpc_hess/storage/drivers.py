@@ -23,6 +23,7 @@ from hpc_hess.parallel.world import World
 from hpc_hess.storage.blocks import Block, bounded, clipped, read_blocks, write_blocks
 from hpc_hess.storage.disk import give_back
 from hpc_hess.storage.schema import Schema, blocks_of_file, open_file, open_rank_file
+from hpc_hess.system import drop_pages
 
 _LARGE = 16 << 20  # bytes of a rank's row from which its pages are dropped once they are on disk
 
@@ -117,7 +118,7 @@ class _Rows:
             size = dataset.dtype.itemsize
             start = dataset.id.get_offset() + (row * dataset.shape[1] + first.start) * size
             length = (last.start + (last.count - 1) * last.stride + last.length - first.start) * size
-            os.posix_fadvise(self._handle, start, length, os.POSIX_FADV_DONTNEED)
+            drop_pages(self._handle, start, length)
         self._written.clear()
 
     def _close_handle(self) -> None:

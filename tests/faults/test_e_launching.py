@@ -24,6 +24,7 @@ from hpc_hess.parallel.orphan import find_launcher, is_gone
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import own_code_in_turn
 from tests.support.base_model import config_b
+from tests.support.gpus import PretendedGPUs
 from tests.support.launcher_environments import BATCH_SHELL, HYDRA, OPEN_MPI, SRUN, TORCHRUN
 from tests.support.launching import (
     LAUNCHERS,
@@ -330,17 +331,13 @@ def test_a_name_that_does_not_resolve_ends_every_rank(script: str, tmp_path: Pat
 # -- E4: a GPU for each rank ----------------------------------------------------------------------------------
 
 
-def _with_gpus(world_: World, visible: list[list[str]]) -> tuple[str, str]:
+def _with_gpus(world_: World, kind: str, visible: list[list[str]]) -> tuple[str, str]:
     """Join as a rank that sees these GPUs; return its device and the sentence, if any. The GPUs are pretended."""
     mine = visible[world_.rank]
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     world_.barrier("before leaving")
     world_.leave()
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: len(mine)
-    torch.cuda.set_device = lambda device: None
-    world.Timers = lambda device: SimpleNamespace(phase=lambda name: world.contextlib.nullcontext())  # type: ignore[attr-defined]
-    world.gpu_id = lambda device: mine[device.index]  # type: ignore[assignment]
+    PretendedGPUs(pytest.MonkeyPatch(), kind, mine)
     joined: list[str] = []
     init = world.World.__init__
 
@@ -352,32 +349,34 @@ def _with_gpus(world_: World, visible: list[list[str]]) -> tuple[str, str]:
     world.dist.init_process_group, start = _by_gloo, world.dist.init_process_group  # type: ignore[assignment]
     _by_gloo.start = start  # type: ignore[attr-defined]
     try:
-        World.join("cuda", 30, want_mpi=False)
+        World.join(kind, 30, want_mpi=False)
     except LaunchError as error:
         return joined[-1], str(error)
     return joined[-1], ""
 
 
 def _by_gloo(backend: str, **options: Any) -> None:
-    assert backend == "cpu:gloo,cuda:nccl"
+    assert backend in ("cpu:gloo,cuda:nccl", "cpu:gloo,xpu:xccl")
     _by_gloo.start("gloo", **options)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("visible", "devices"),
+    ("kind", "visible", "devices"),
     [
-        ([["a"], ["b"]], ["cuda:0", "cuda:0"]),  # each its own alone, whatever launched it
-        ([["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
-        ([["a", "b"], ["c", "d"]], ["cuda:0", "cuda:1"]),
+        ("cuda", [["a"], ["b"]], ["cuda:0", "cuda:0"]),  # each its own alone, whatever launched it
+        ("cuda", [["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
+        ("cuda", [["a", "b"], ["c", "d"]], ["cuda:0", "cuda:1"]),
+        ("xpu", [["a", "b"], ["a", "b"]], ["xpu:0", "xpu:1"]),
     ],
 )
-def test_ranks_with_gpus_of_their_own(visible: list[list[str]], devices: list[str]) -> None:
-    assert run_ranks(_with_gpus, 2, visible) == [(device, "") for device in devices]
+def test_ranks_with_gpus_of_their_own(kind: str, visible: list[list[str]], devices: list[str]) -> None:
+    assert run_ranks(_with_gpus, 2, kind, visible) == [(device, "") for device in devices]
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
 @pytest.mark.parametrize("visible", [[["a"], ["a"]], [["a"], ["b", "a"]]])
-def test_two_ranks_on_one_gpu_are_refused(visible: list[list[str]]) -> None:
-    for _, text in run_ranks(_with_gpus, 2, visible):
+def test_two_ranks_on_one_gpu_are_refused(kind: str, visible: list[list[str]]) -> None:
+    for _, text in run_ranks(_with_gpus, 2, kind, visible):
         assert text.startswith("ranks 0 and 1 share the GPU a: start at most one rank per GPU")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_hess import system
 from hpc_hess.commands.intrinsic_dimension.work import _Job
 from hpc_hess.curvature.decomposition import Groups, weights
 from hpc_hess.curvature.exact.exact import ExactHessian
@@ -208,14 +209,15 @@ def _other_machine(world: World, what: str) -> tuple[bool, list[str]]:
     """Form the mesh where rank 1 is on another machine; return whether memory is shared, and what was opened of others."""
     opened: list[str] = []
     if world.rank == 1:
-        name = {"boot": "f" * 36 + "pid:[1]", "container": shared_memory.machine()[:36] + "pid:[1]", "unknown": ""}[what]
+        here = shared_memory.machine()
+        name = {"here": here, "boot": "f" * 36 + "pid:[1]", "container": here[:36] + "pid:[1]", "unknown": ""}[what]
         shared_memory.machine = lambda: name  # type: ignore[assignment]
 
     def watched(path: str, flags: int) -> int:
         opened.append(path)
         return os.open(path, flags)
 
-    shared_memory.os = SimpleNamespace(**{**vars(os), "open": watched})  # type: ignore[attr-defined]
+    system.os = SimpleNamespace(**{**vars(os), "open": watched})  # type: ignore[attr-defined]
     world.make_mesh()
     return isinstance(world.collectives, TorchCollectives), opened
 
@@ -223,6 +225,12 @@ def _other_machine(world: World, what: str) -> tuple[bool, list[str]]:
 @pytest.mark.parametrize("what", ["boot", "container", "unknown"])
 def test_no_file_of_another_machines_process_is_opened(what: str) -> None:
     assert run_ranks(_other_machine, 2, what) == [(True, [])] * 2
+
+
+def test_files_of_this_machines_processes_are_opened() -> None:
+    for alone, opened in run_ranks(_other_machine, 2, "here"):
+        assert not alone
+        assert len(opened) == 2  # its own, and the other's
 
 
 # -- G7: guards ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hpc_hess.commands.run.work import run
 from hpc_hess.config import load_config
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import read_store
-from hpc_hess.studies.quadrature.result import _cpu
+from hpc_hess.system import cpu_name
 from tests.support.spawn import run_ranks
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -54,7 +54,7 @@ CASES: dict[str, list[str]] = {
 def machine() -> dict[str, str]:
     """What the last bits depend on."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
-    return {"cpu": _cpu(), "instructions": torch.backends.cpu.get_cpu_capability(), **versions}
+    return {"cpu": cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability(), **versions}
 
 
 def runs(world: World, folder: str) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_hess.parallel.memory import _group_bytes_free, host_bytes_free
+from hpc_hess.parallel.memory import host_bytes_free
+from hpc_hess.system import group_bytes_free
 
 
 def group(folder: Path, *files: tuple[str, str]) -> None:
@@ -27,7 +28,7 @@ def version_1(folder: Path, limit: int, used: int, droppable: int) -> None:
 
 def left(root: Path, own: str) -> list[int]:
     (root / "own").write_text(own)
-    return sorted(_group_bytes_free(root, root / "own"))
+    return sorted(group_bytes_free(root, root / "own"))
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("1000", [640]), ("max", [])])
@@ -49,5 +50,5 @@ def test_version_1(tmp_path: Path) -> None:
 
 
 def test_a_system_without_control_groups(tmp_path: Path) -> None:
-    assert list(_group_bytes_free(tmp_path, tmp_path / "none")) == []
+    assert list(group_bytes_free(tmp_path, tmp_path / "none")) == []
     assert host_bytes_free() > 0

@@ -20,6 +20,7 @@ from hpc_hess.config import make_config
 from hpc_hess.console.progress import Progress
 from hpc_hess.errors import ConfigError, LaunchError
 from hpc_hess.linalg import probes
+from hpc_hess.parallel import devices
 from hpc_hess.parallel.memory import host_bytes_free
 from hpc_hess.parallel.world import World
 from hpc_hess.planning import laws
@@ -119,9 +120,9 @@ def _law(law: Law) -> dict[str, Any]:
 
 def measure_machine(out: Path) -> int:
     """Time this machine's device and write what ``hpc-hess plan --gpu OUT`` reads."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(device).total_memory
+    device = torch.device(devices.find_kind() or "cpu")
+    if devices.is_gpu(device):
+        name, memory = devices.name(device), devices.total_bytes(device)
     else:
         name, memory = f"{torch.get_num_threads()} threads", host_bytes_free()
     machine = measure(device, name, memory)
@@ -140,7 +141,7 @@ def _shares(machine: Machine, device: torch.device) -> dict[str, float]:
 
     Matrix products are smaller than those that were timed, memory is fresh, Python takes its time: less than one.
     """
-    shape = _TRIAL | (_TRIAL_ON_GPU if device.type == "cuda" else {})
+    shape = _TRIAL | (_TRIAL_ON_GPU if devices.is_gpu(device) else {})
     length, found = shape["max_position_embeddings"], {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))

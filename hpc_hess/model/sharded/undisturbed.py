@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from hpc_hess.parallel.devices import exact_float32
+
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module | None) -> Iterator[None]:
@@ -21,19 +23,14 @@ def undisturbed(module: nn.Module | None) -> Iterator[None]:
     flags = [(m, m.training) for m in module.modules()]
     grads = [(p, p.grad) for p in module.parameters()]
     buffers = [(m, k, b, b.clone()) for m in module.modules() for k, b in m._buffers.items() if b is not None]
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for part, _ in flags:
             part.training = False
         for parameter, _ in grads:
             parameter.grad = None
-        torch.set_float32_matmul_precision("highest")  # a finite-difference step is below what other modes round to
-        torch.backends.cudnn.allow_tf32 = False
-        with torch.inference_mode(False), torch.enable_grad():
+        with exact_float32(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
         for parameter, grad in grads:
             parameter.grad = grad
         for part, training in flags:

@@ -19,9 +19,10 @@ from hpc_hess.linalg import probes
 from hpc_hess.linalg.lanczos import Lanczos, next_products
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.model.data.trial import reached_finding
+from hpc_hess.parallel.memory import peak_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.profiling.flops import FlopCounter
-from hpc_hess.session.memory_budget import Bases, peak_bytes
+from hpc_hess.session.memory_budget import Bases
 from hpc_hess.session.operators import (
     CurvatureOperator,
     build_operator,

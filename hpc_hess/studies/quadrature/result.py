@@ -6,10 +6,8 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -26,6 +24,7 @@ from hpc_hess.profiling.traffic import orthogonalisation_bytes
 from hpc_hess.session.memory_budget import basis_dtype
 from hpc_hess.session.problem import Problem, dtype_of
 from hpc_hess.session.reference import RitzCheck
+from hpc_hess.system import cpu_name
 
 RESULT_NAME = "result.json"
 FORMAT = 1
@@ -163,7 +162,7 @@ def make_result(
                               for name, (largest_s, mean_s) in sorted(tally.phases.items())},
                    "calibration_gradients": tally.calibration_gradients, **_rates(config, tally, space.size_local)},
         "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
-        "hardware": {**describe(world), "cpu": _cpu(), "cores": os.cpu_count()},
+        "hardware": {**describe(world), "cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": _versions(),
     }  # fmt: skip
 
@@ -248,14 +247,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _versions() -> dict[str, str]:
