@@ -13,8 +13,8 @@ from hpc_hess.parallel.orphan import find_launcher
 from hpc_hess.parallel.shard_collectives import TorchCollectives
 from hpc_hess.parallel.world import World
 from tests.support.elsewhere import ROOT, SETTINGS, TOY, mask
+from tests.support.launching import environment
 from tests.support.spawn import run_ranks
-from tests.system.launching import environment
 
 NOTE = "not on Linux: disk space is neither reserved ahead nor given back row by row"
 
