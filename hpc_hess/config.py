@@ -8,20 +8,39 @@ import re
 import tomllib
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.registry.operators import OPERATORS
+from hpc_hess.registry.table import Registry
 
 PACKAGE = Path(__file__).resolve().parent  # holds launch/configs and launch/data
 DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
 TOY = str(PACKAGE / "launch/configs/toy.toml")
 
 
+class OneOf:
+    """The check that a value names an entry of a registry, as it is when a configuration is read."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+
+    def __call__(self, value: Any) -> Any:
+        """Return the value. Raises PydanticCustomError."""
+        if not isinstance(value, str) or value not in self.registry:
+            raise PydanticCustomError("one_of", "{names}", {"names": self.registry.listed()})
+        return value
+
+
 class _Section(BaseModel):
-    """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it."""
+    """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it.
+
+    {entries} in it stands for what is registered.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -96,9 +115,8 @@ class DataSection(_Section):
 class OperatorSection(_Section):
     """Which matrix is multiplied with vectors, and how."""
 
-    kind: Literal["hessian", "gauss_newton", "residual", "fisher", "perplexity"] = "hessian"
-    """The matrix: the Hessian, the Gauss-Newton matrix, their difference (residual), the empirical Fisher matrix, or
-    the Hessian of the perplexity. gauss_newton, residual and fisher need exact products."""
+    kind: Annotated[str, BeforeValidator(OneOf(OPERATORS))] = "hessian"
+    """The matrix: {entries}."""
     method: Literal["finite_difference", "exact"] = "finite_difference"
     """How it is multiplied: by differences of gradients, or exactly: streamed block by block, without a step, at about
     twice the cost."""
@@ -374,8 +392,9 @@ def _check_combinations(config: Config) -> None:
             'over 40 % at every step size); set model.compute_dtype = "float32", or operator.method = "exact", which '
             "takes no step"
         )
-    if operator.method == "finite_difference" and operator.kind not in ("hessian", "perplexity"):
-        raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = "exact"')
+    spec = OPERATORS[operator.kind]
+    if operator.method not in spec.methods:
+        raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = {spec.by}')
     if isinstance(operator.step, float) and not 0 < operator.step < math.inf:
         raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
     if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:
@@ -406,10 +425,11 @@ def _check_combinations(config: Config) -> None:
             f"analysis.{config.analysis.on_parameters[0]} is a study of parameters, of which operator.sketched = true "
             "leaves random combinations: take one of the two out"
         )
-    if config.analysis.class_groups and operator.kind != "gauss_newton":
+    if config.analysis.class_groups and not spec.has_class_means:
+        kinds = " or ".join(f'"{each.name}"' for each in OPERATORS.values() if each.has_class_means)
         raise ConfigError(
             f"analysis.class_groups = {config.analysis.class_groups} takes the Gauss-Newton matrix apart: set "
-            'operator.kind = "gauss_newton" and operator.method = "exact"'
+            f'operator.kind = {kinds} and operator.method = "exact"'
         )
     if config.run.time_limit:
         parse_time_limit(config.run.time_limit)

@@ -8,10 +8,11 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from hpc_hess.config import Config
+from hpc_hess.config import Config, OneOf
+from hpc_hess.registry.table import Registry
 
 # the keys that matter first: what is computed, on what, how long, where
 FIRST = (
@@ -56,7 +57,7 @@ def tables(section: BaseModel | None = None, name: str = "") -> Iterator[Table]:
     section = section or Config()
     fields = {key: (info, getattr(section, key)) for key, info in type(section).model_fields.items()}
     keys = [
-        Key(key, default, _values(info), " ".join((info.description or "").split()))
+        Key(key, default, _values(info), _meaning(info))
         for key, (info, default) in fields.items()
         if not isinstance(default, BaseModel)
     ]
@@ -95,11 +96,25 @@ def _commented(key: Key) -> str:
     return f"{meaning}\n{key.name} = {json.dumps(key.default)}{values}"
 
 
+def _registry(info: FieldInfo) -> Registry[Any] | None:
+    """Return the registry whose entries a key names, if it is such a key."""
+    checks = [each.func for each in info.metadata if isinstance(each, BeforeValidator)]
+    return next((check.registry for check in checks if isinstance(check, OneOf)), None)
+
+
+def _meaning(info: FieldInfo) -> str:
+    """Return the text under a key."""
+    text, registry = " ".join((info.description or "").split()), _registry(info)
+    return text if registry is None else text.replace("{entries}", registry.listed(lambda entry: entry.said))
+
+
 def _values(info: FieldInfo) -> str:
     """Return in words which values a key takes."""
     bounds = [f"{word} {_number(getattr(bound, name))}" for bound in info.metadata for name, word in _BOUNDS.items()
               if hasattr(bound, name)]  # fmt: skip
-    return ", ".join([_either(info.annotation), *bounds])
+    registry = _registry(info)
+    named = _either(info.annotation) if registry is None else _alternatives([json.dumps(name) for name in registry])
+    return ", ".join([named, *bounds])
 
 
 def _number(value: float) -> str:
@@ -108,7 +123,11 @@ def _number(value: float) -> str:
 
 
 def _either(annotation: Any) -> str:
-    *others, last = _choices(annotation)
+    return _alternatives(_choices(annotation))
+
+
+def _alternatives(choices: list[str]) -> str:
+    *others, last = choices
     return " or ".join([*filter(None, [", ".join(others)]), last])
 
 

@@ -88,7 +88,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         studying = bool(config.analysis.eigenpairs or asked_for(config.analysis))
         if config.operator.method == "exact" and (studying or not complete):
             progress.phase("exact product")
-            exact = exact_operator(config, problem, config.operator.kind)
+            exact = exact_operator(config, problem)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
         going_on = found.state.width if found and not found.state.finished else 1
         place = place_basis(
