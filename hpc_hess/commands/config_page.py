@@ -97,9 +97,14 @@ def _commented(key: Key) -> str:
 
 
 def _registry(info: FieldInfo) -> Registry[Any] | None:
-    """Return the registry whose entries a key names, if it is such a key."""
-    checks = [each.func for each in info.metadata if isinstance(each, BeforeValidator)]
-    return next((check.registry for check in checks if isinstance(check, OneOf)), None)
+    """Return the registry that a key is about, if it is such a key."""
+    found = [check.func.registry if _is_checked(check) else check for check in info.metadata]
+    return next((each for each in found if isinstance(each, Registry)), None)
+
+
+def _is_checked(check: Any) -> bool:
+    """Return whether this lets nothing pass but an entry's name."""
+    return isinstance(check, BeforeValidator) and isinstance(check.func, OneOf)
 
 
 def _meaning(info: FieldInfo) -> str:
@@ -112,7 +117,7 @@ def _values(info: FieldInfo) -> str:
     """Return in words which values a key takes."""
     bounds = [f"{word} {_number(getattr(bound, name))}" for bound in info.metadata for name, word in _BOUNDS.items()
               if hasattr(bound, name)]  # fmt: skip
-    registry = _registry(info)
+    registry = _registry(info) if any(map(_is_checked, info.metadata)) else None
     named = _either(info.annotation) if registry is None else _alternatives([json.dumps(name) for name in registry])
     return ", ".join([named, *bounds])
 

