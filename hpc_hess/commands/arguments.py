@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hpc_hess.errors import ConfigError
+from hpc_hess.registry.operators import OPERATORS
+
+OF_SKETCHES = "fisher"  # of --precondition: the matrix that the sketches themselves make
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
@@ -25,7 +28,10 @@ def parse_steps(text: str) -> tuple[int, ...]:
 
 
 def _option(default: Any, meaning: str, metavar: str | None = None, **how: Any) -> Any:
-    """Return a field that is an option. ``default_is``: its default in words; ``read``: what makes its value of a text."""
+    """Return a field that is an option.
+
+    ``default_is``: its default in words; ``read``: what makes its value of a text; ``choices``: returns the values it takes.
+    """
     return field(default=default, metadata={"meaning": meaning, "metavar": metavar, **how})
 
 
@@ -66,6 +72,11 @@ class Training:
         return sorted({*self.save_at, self.steps})
 
 
+def preconditioners() -> list[str]:
+    """Return what --precondition takes: nothing, the sketches' own matrix, or one of operator.kind."""
+    return ["none", OF_SKETCHES, *(kind for kind in OPERATORS if kind != OF_SKETCHES)]
+
+
 @dataclass(frozen=True)
 class Query:
     """What attribution is asked: the gradient of the mean loss of ``text``, or of the first rows of ``data``.
@@ -80,11 +91,12 @@ class Query:
     data: str = _option("", "or a data source, such as text:FILE", "SOURCE")
     sequences: int = _option(1, "rows of that source; their mean loss is asked about")
     top: int = _option(10, "examples to list, of either sign")
-    precondition: Literal["none", "fisher", "gauss_newton", "hessian"] = _option(
-        "none", "by the inverse of this matrix, damped, in sketch space; fisher: of the sketches themselves"
-    )
+    precondition: str = _option(
+        "none", f"by the inverse of this matrix, damped, in sketch space; {OF_SKETCHES}: of the sketches themselves",
+        choices=preconditioners,
+    )  # fmt: skip
     damping: float | None = _option(None, "damping of that matrix", default_is="a tenth of the sketches' mean eigenvalue")
-    products: int = _option(30, "products with gauss_newton or hessian, at most")
+    products: int = _option(30, "products with a matrix of operator.kind, at most")
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.data):
@@ -92,6 +104,8 @@ class Query:
         for name in ("sequences", "top", "products"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not valid: it should be at least 1")
+        if self.precondition not in preconditioners():
+            raise ConfigError(f"--precondition {self.precondition} is not one of: {', '.join(preconditioners())}")
         if self.damping is not None and not self.damping > 0:
             raise ConfigError(f"--damping {self.damping} is not valid: it should be greater than 0")
 
@@ -186,6 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
         shown = how.get("default_is") or ("" if default in (MISSING, None, "") else _shown(default))
         options = {"metavar": how["metavar"]} if how.get("metavar") else {}
         options |= {} if "read" in how else _type(hints[each.name])
+        options |= {"choices": how["choices"]()} if "choices" in how else {}
         options |= {"required": True} if default is MISSING else {"default": default}
         option = "--" + each.name.replace("_", "-")
         parser.add_argument(option, dest=each.name, help=how["meaning"] + f" ({shown})" * bool(shown), **options)

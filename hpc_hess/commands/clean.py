@@ -20,9 +20,9 @@ from hpc_hess.storage.disk import allocated, remove
 from hpc_hess.storage.lock import RunLock
 from hpc_hess.storage.schema import FILE
 from hpc_hess.storage.space import Space
+from hpc_hess.studies.base import FOLDER as STUDIES
+from hpc_hess.studies.base import FOUND, PIECES
 from hpc_hess.studies.eigenpairs.compute import FOLDER as EIGENPAIRS
-from hpc_hess.studies.registry import FOLDER as STUDIES
-from hpc_hess.studies.registry import FOUND, PIECES
 
 _UNFINISHED = ("*.part", "*.part.npy", "*.h5.new")  # files that a job was writing aside when it was killed
 

@@ -8,10 +8,11 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from hpc_hess.config import Config
+from hpc_hess.config import Config, OneOf
+from hpc_hess.registry.table import Registry
 
 # the keys that matter first: what is computed, on what, how long, where
 FIRST = (
@@ -56,7 +57,7 @@ def tables(section: BaseModel | None = None, name: str = "") -> Iterator[Table]:
     section = section or Config()
     fields = {key: (info, getattr(section, key)) for key, info in type(section).model_fields.items()}
     keys = [
-        Key(key, default, _values(info), " ".join((info.description or "").split()))
+        Key(key, default, _values(info), _meaning(info))
         for key, (info, default) in fields.items()
         if not isinstance(default, BaseModel) and key != "studies"
     ]
@@ -98,11 +99,30 @@ def _commented(key: Key) -> str:
     return f"{meaning}\n{key.name} = {json.dumps(key.default)}{values}"
 
 
+def _registry(info: FieldInfo) -> Registry[Any] | None:
+    """Return the registry that a key is about, if it is such a key."""
+    found = [check.func.registry if _is_checked(check) else check for check in info.metadata]
+    return next((each for each in found if isinstance(each, Registry)), None)
+
+
+def _is_checked(check: Any) -> bool:
+    """Return whether this lets nothing pass but an entry's name."""
+    return isinstance(check, BeforeValidator) and isinstance(check.func, OneOf)
+
+
+def _meaning(info: FieldInfo) -> str:
+    """Return the text under a key."""
+    text, registry = " ".join((info.description or "").split()), _registry(info)
+    return text if registry is None else text.replace("{entries}", registry.listed(lambda entry: entry.said))
+
+
 def _values(info: FieldInfo) -> str:
     """Return in words which values a key takes."""
     bounds = [f"{word} {_number(getattr(bound, name))}" for bound in info.metadata for name, word in _BOUNDS.items()
               if hasattr(bound, name)]  # fmt: skip
-    return ", ".join([_either(info.annotation), *bounds])
+    registry = _registry(info) if any(map(_is_checked, info.metadata)) else None
+    named = _either(info.annotation) if registry is None else _alternatives([json.dumps(name) for name in registry])
+    return ", ".join([named, *bounds])
 
 
 def _number(value: float) -> str:
@@ -111,7 +131,11 @@ def _number(value: float) -> str:
 
 
 def _either(annotation: Any) -> str:
-    *others, last = _choices(annotation)
+    return _alternatives(_choices(annotation))
+
+
+def _alternatives(choices: list[str]) -> str:
+    *others, last = choices
     return " or ".join([*filter(None, [", ".join(others)]), last])
 
 

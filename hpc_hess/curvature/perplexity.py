@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from hpc_hess.curvature.operators import Point
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
@@ -27,3 +28,9 @@ class PerplexityHessian:
         """Return the products with several vectors, which H multiplies together if it can. Collective: yes."""
         pairs = zip(products(self._hessian, vectors), vectors, strict=True)
         return [hv.axpy_(self._gradient.dot(v), self._gradient).scale_(self._factor) for hv, v in pairs]
+
+
+def of_perplexity(hessian: LinearOperator, point: Point) -> PerplexityHessian:
+    """Return the perplexity's Hessian of the loss's, as an OperatorSpec builds it. Collective: no."""
+    assert point.gradient is not None
+    return PerplexityHessian(hessian, point.loss, point.gradient)

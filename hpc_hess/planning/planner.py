@@ -17,6 +17,7 @@ from hpc_hess.config import Config, make_config
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
 from hpc_hess.curvature.exact.exact import StreamedOperator
 from hpc_hess.curvature.exact.self_check import Choice
+from hpc_hess.curvature.operators import Point, built, exact_product
 from hpc_hess.errors import ConfigError
 from hpc_hess.intake.choices import Choices
 from hpc_hess.intake.findings import Intake, unchecked
@@ -37,7 +38,7 @@ from hpc_hess.planning.machine import Machine
 from hpc_hess.planning.plan import Plan, Trace, make_plan, nodes_needed
 from hpc_hess.planning.tracing import Tracer, Work
 from hpc_hess.session.memory_budget import basis_dtype, lock_step
-from hpc_hess.session.operators import STREAMED, streaming_settings, wants_reference
+from hpc_hess.session.operators import needs_gradient, spec_of, streaming_settings, wants_reference
 from hpc_hess.session.problem import dtype_of
 
 _MOST_NODES = 4096  # that a search looks at
@@ -103,7 +104,9 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         watch = _MicroBatches(tracer)
         width = lock_step(config.lanczos, config.operator.method == "exact")
         with tracer.category("vectors"):
-            operator = _operator(config, gradient, objective, plain, watch)
+            base = model.space.zeros() if needs_gradient(config) else None
+            point = Point(1.0, base, model)
+            operator = built(spec_of(config), _product(config, gradient, objective, plain, watch, base), point)
             vectors = [model.space.zeros() for _ in range(width)]
         with tracer.category("calibration"):
             spare = [model.space.zeros() for _ in range(_CALIBRATION_VECTORS if _calibrates(config) else 0)]
@@ -113,7 +116,8 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         peak = product.peak
         if wants_reference(config):
             with tracer.category("vectors"):
-                reference = _exact(config, gradient, objective, plain, config.model.master_dtype)
+                exact = _exact(config, gradient, objective, plain, config.model.master_dtype)
+                reference = built(spec_of(config), exact, point)
             with tracer.category("products"), tracer.stretch() as check:
                 found += products(reference, vectors[:1])
             peak = max(peak, check.peak, key=lambda peak: peak.bytes)
@@ -238,15 +242,15 @@ def _objective(config: Config, ranks: int, vocabulary: int, device: torch.device
     return CausalLMObjective([batch], data.sequences * (data.sequence_length - 1), device)
 
 
-def _operator(
-    config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, watch: _MicroBatches
-) -> LinearOperator:
+def _product(
+    config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, watch: _MicroBatches,
+    base: Vector | None,
+) -> LinearOperator:  # fmt: skip
     section = config.operator
     if section.method == "exact":
         exact = _exact(config, gradient, objective, plain, config.model.compute_dtype)
         exact.follow(watch)
         return exact
-    base = gradient.model.space.zeros() if section.scheme == "forward" else None
     differences = _Differences(gradient, section.scheme, 1e-3, (1.0, base))
     gradient.follow(watch)
     return differences
@@ -255,7 +259,7 @@ def _operator(
 def _exact(
     config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, compute_dtype: str
 ) -> StreamedOperator:
-    return STREAMED[config.operator.kind](
+    return exact_product(spec_of(config))(
         gradient.model, objective, plain=plain, compute_dtype=dtype_of(compute_dtype),
         settings=streaming_settings(config), choose=lambda *_: Choice(),
     )  # fmt: skip

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from hpc_hess.console.words import count, number, residual_text
 from hpc_hess.linalg.quadrature import Ritz, ritz
+from hpc_hess.registry.operators import OPERATORS
 
 Float = NDArray[np.float64]
 _COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
-_POSITIVE_KINDS = ("gauss_newton", "fisher")
 
 
 def quadratures(result: Mapping[str, Any]) -> list[Ritz]:
@@ -145,9 +145,10 @@ def _bulk_clause(result: Mapping[str, Any], scale: float) -> str:
 def warnings(result: Mapping[str, Any]) -> list[str]:
     """Return what a reader should know before quoting the numbers: unconverged ends, product error, asymmetry."""
     found = []
-    kind = str((result.get("operator") or {}).get("name") or "")
+    spec = OPERATORS.get(str((result.get("operator") or {}).get("name")))
+    positive = spec is not None and spec.positive
     for name, value, residual in zip(("λ min", "λ max"), extremes(result), extreme_residuals(result), strict=True):
-        semidefinite = name == "λ min" and kind in _POSITIVE_KINDS  # its end is 0, which no residual is a share of
+        semidefinite = name == "λ min" and positive  # its end is 0, which no residual is a share of
         if value and residual is not None and residual > 0.01 * abs(value) and not semidefinite:
             share = 100 * residual / abs(value)
             found.append(
@@ -166,7 +167,7 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     found += _choices(result)
     if (text := _asymmetry(result, max(abs(low or 0.0), abs(high or 0.0)))) is not None:
         found.append(text)
-    if kind in _POSITIVE_KINDS and low is not None and high is not None and low < -1e-4 * abs(high):
+    if positive and low is not None and high is not None and low < -1e-4 * abs(high):
         found.append(f"λ min = {number(low)} is negative, which a positive semi-definite matrix rules out.")
     return found
 

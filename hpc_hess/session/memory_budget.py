@@ -20,7 +20,7 @@ from hpc_hess.parallel.memory import device_bytes_free, host_bytes_free, release
 from hpc_hess.parallel.memory import gigabytes as _gb
 from hpc_hess.parallel.vector import VectorSpace
 from hpc_hess.parallel.world import World
-from hpc_hess.session.operators import wants_reference
+from hpc_hess.session.operators import needs_gradient, spec_of, wants_reference
 from hpc_hess.storage.store import Store
 
 _MOST_IN_LOCK_STEP = 4  # where lanczos.lock_step = "auto": each probe holds a basis and the tangents of its product
@@ -195,14 +195,15 @@ def _remedy(lanczos: LanczosSection, width: int, rows: int, row_bytes: int, free
 
 
 def exact_product_bytes(config: Config, model: ShardedModel) -> int:
-    """Bytes a rank needs on its device for exact products and comparisons with them, activations aside.
+    """Bytes a rank needs on its device for exact products, comparisons with them, and what the operator holds.
 
-    The skeleton they stream through has no memory of its own. 0 where the run takes no exact product and no sketch.
+    Activations aside. The skeleton that exact products stream through has no memory of its own.
     """
     item = torch.empty(0, dtype=model.space.dtype).element_size()
-    # the product's own vectors are as long as the parameters where the basis' are not
-    beside = _WORK_VECTORS * model.space.size_local * item if config.operator.sketched else 0
     checked = wants_reference(config)
+    # the product's own vectors are as long as the parameters where the basis' are not
+    vectors = _WORK_VECTORS * config.operator.sketched + spec_of(config).vectors * (1 + checked) + needs_gradient(config)
+    beside = vectors * model.space.size_local * item
     if not checked and config.operator.method != "exact":
         return beside
     numel = {id(p): p.numel() for p in model.module.parameters()}

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hpc_hess.errors import HpcHessError, StoreError
 from hpc_hess.intake.own_code import code_files
+from hpc_hess.model.data.tokenizer import open_tokenizer
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.model.sources.source import Source
 from hpc_hess.parallel.layout import Int64, Layout
@@ -234,13 +235,8 @@ def _write_config(folder: Path, model: ShardedModel, source: Source) -> None:
     if not source.own_code and hasattr(hf_config, "auto_map"):
         del hf_config.auto_map  # transformers' own class was taken: the weights are written by its names
     hf_config.save_pretrained(folder)
-    if source.kind == "gguf":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(source.path.parent), gguf_file=source.path.name, local_files_only=True
-        )
-        tokenizer.save_pretrained(folder)
+    if source.tokenizer_path is not None and source.tokenizer_path.is_file():  # there are no files to copy
+        open_tokenizer(source.tokenizer_path).save_pretrained(folder)
         return
     origin = source.path if source.path.is_dir() else source.path.parent
     for name in _TOKENIZER_FILES:

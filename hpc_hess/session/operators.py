@@ -9,18 +9,17 @@ import torch
 
 from hpc_hess.config import Config
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
-from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
-from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.curvature.exact.whole_model import ExactOperator, exact_or_whole
-from hpc_hess.curvature.perplexity import PerplexityHessian
+from hpc_hess.curvature.operators import Point, built, exact_product
 from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.linalg.lanczos import basis_rows
-from hpc_hess.linalg.operator import products
+from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.sharded.precision import survives
 from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.registry.operators import OPERATORS, OperatorSpec
 from hpc_hess.session.problem import Problem, dtype_of
-from hpc_hess.sketch.sketch import Sketch, SketchedOperator
+from hpc_hess.sketch.sketch import SketchedOperator
 
 
 class CurvatureOperator(Protocol):
@@ -95,60 +94,46 @@ class _Exact:
         pass
 
 
-class _Sketched:
-    """Another product seen through a sketch: Phi A Phi^T."""
+class _Around:
+    """An operator made of another, whose notes, records and state it keeps."""
 
-    def __init__(self, inner: CurvatureOperator, sketch: Sketch) -> None:
-        self._operator, self.notes = SketchedOperator(inner, sketch), inner.notes
-        self.space = self._operator.space
+    def __init__(self, inner: CurvatureOperator, operator: LinearOperator) -> None:
+        self._operator, self.space, self.notes = operator, operator.space, inner.notes
         self.last_record, self.to_state, self.from_state = inner.last_record, inner.to_state, inner.from_state
 
     def matvec(self, v: Vector) -> Vector:
         return self._operator.matvec(v)
 
     def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
-        return self._operator.matmat(vectors)
+        return products(self._operator, vectors)
 
 
-def _seen(operator: CurvatureOperator, problem: Problem) -> CurvatureOperator:
-    return operator if problem.sketch is None else _Sketched(operator, problem.sketch)
+def spec_of(config: Config) -> OperatorSpec:
+    """Return what is registered of operator.kind."""
+    return OPERATORS[config.operator.kind]
 
 
-class _Perplexity:
-    """The Hessian of exp(loss) around another product."""
-
-    def __init__(self, inner: CurvatureOperator, loss: float, gradient: Vector) -> None:
-        self._inner, self.space, self.notes = inner, inner.space, inner.notes
-        self._operator = PerplexityHessian(inner, loss, gradient)
-        self.last_record, self.to_state, self.from_state = inner.last_record, inner.to_state, inner.from_state
-
-    def matvec(self, v: Vector) -> Vector:
-        return self._operator.matvec(v)
-
-    def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
-        return self._operator.matmat(vectors)
+def _made(
+    config: Config, problem: Problem, product: CurvatureOperator, loss: float, gradient: Vector | None
+) -> CurvatureOperator:
+    """Return the operator of [operator], of its product at theta_0. Collective: yes."""
+    operator = built(spec_of(config), product, Point(loss, gradient, problem.model))
+    made: CurvatureOperator = product if operator is product else _Around(product, operator)
+    return made if problem.sketch is None else _Around(made, SketchedOperator(made, problem.sketch))
 
 
-STREAMED: dict[str, type[StreamedOperator]] = {
-    "hessian": ExactHessian, "perplexity": ExactHessian, "gauss_newton": GaussNewton, "residual": Residual,
-    "fisher": EmpiricalFisher,
-}  # fmt: skip
+def exact_operator(config: Config, problem: Problem, compute_dtype: str | None = None) -> ExactOperator:
+    """Return the exact product that the operator is made of, computed as configured or in ``compute_dtype``.
 
-
-def exact_operator(
-    config: Config, problem: Problem, kind: str = "hessian", compute_dtype: str | None = None
-) -> ExactOperator:  # fmt: skip
-    """Return the exact operator of ``kind``, computed as configured or in ``compute_dtype``. Collective: yes.
-
-    Streamed block by block, or of the whole model where its blocks cannot be told apart. Raises ModelError, on every
-    rank, where neither is possible.
+    Streamed block by block, or of the whole model where its blocks cannot be told apart. Collective: yes. Raises
+    ModelError, on every rank, where neither is possible.
     """
     space, lanczos = problem.space, config.lanczos
     row_bytes = space.size_local * torch.empty(0, dtype=space.dtype).element_size()
     # the host's memory for the basis counts as free until it is written to
     basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
     return exact_or_whole(
-        STREAMED[kind], problem.model, problem.objective, plain=problem.plain,
+        exact_product(spec_of(config)), problem.model, problem.objective, plain=problem.plain,
         compute_dtype=dtype_of(compute_dtype or config.model.compute_dtype),
         settings=streaming_settings(config),
         reserved=basis_bytes if space.device.type == "cpu" else 0,
@@ -169,20 +154,10 @@ def wants_reference(config: Config) -> bool:
 def reference_operator(config: Config, problem: Problem, loss: float, gradient: Vector | None) -> CurvatureOperator:
     """Return the same matrix by the exact product in the masters' precision. Collective: yes. Raises ModelError.
 
-    ``gradient`` at theta_0 is needed for kind "perplexity" only.
+    ``gradient`` at theta_0 may be None unless the operator itself needs it.
     """
-    kind = config.operator.kind
-    inner: CurvatureOperator = _Exact(exact_operator(config, problem, kind, config.model.master_dtype))
-    if kind == "perplexity":
-        assert gradient is not None
-        inner = _Perplexity(inner, loss, gradient)
-    return _seen(inner, problem)
-
-
-_MATRICES = {
-    "hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix", "residual": "Hessian residual",
-    "fisher": "empirical Fisher matrix", "perplexity": "perplexity Hessian",
-}  # fmt: skip
+    product = _Exact(exact_operator(config, problem, config.model.master_dtype))
+    return _made(config, problem, product, loss, gradient)
 
 
 def what_is_computed(config: Config, problem: Problem) -> str:
@@ -191,7 +166,7 @@ def what_is_computed(config: Config, problem: Problem) -> str:
     In bfloat16 that depends on the weights: those that bfloat16 holds exactly, as in released checkpoints, lose
     nothing in the cast, and only the arithmetic is rounded; others are first moved to another point.
     """
-    matrix, model = _MATRICES[config.operator.kind], config.model
+    matrix, model = spec_of(config).matrix, config.model
     if problem.sketch is not None:
         matrix = f"{matrix} ({config.sketch.kind.upper()} to {config.sketch.dimension:,} dimensions)"
     if model.compute_dtype != "bfloat16":
@@ -209,19 +184,16 @@ def build_operator(
     "exact", None with finite differences.
     """
     section = config.operator
-    inner: CurvatureOperator
+    product: CurvatureOperator
     if exact is not None:
-        inner = _Exact(exact)
+        product = _Exact(exact)
     else:
         differences = FiniteDifferenceHessian(problem.gradient, section.scheme, section.step, (loss, gradient))
-        inner = _Differences(differences)
-    if section.kind == "perplexity":
-        assert gradient is not None
-        inner = _Perplexity(inner, loss, gradient)
-    return _seen(inner, problem)
+        product = _Differences(differences)
+    return _made(config, problem, product, loss, gradient)
 
 
 def needs_gradient(config: Config) -> bool:
     """Whether products need the gradient at theta_0."""
     section = config.operator
-    return section.kind == "perplexity" or (section.method == "finite_difference" and section.scheme == "forward")
+    return spec_of(config).needs_gradient or (section.method == "finite_difference" and section.scheme == "forward")

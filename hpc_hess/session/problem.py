@@ -17,6 +17,7 @@ from hpc_hess.errors import NumericsError
 from hpc_hess.intake.configuration import running
 from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
+from hpc_hess.model.data.documents import spec_of
 from hpc_hess.model.data.tokenizer import LazyTokenizer
 from hpc_hess.model.data.trial import spanned_finding, try_forward
 from hpc_hess.model.sharded.gradient import Gradient
@@ -79,7 +80,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
         with own_code_in_turn(config.model, world):
             source = resolve_source(config.model)
             skeleton = build_skeleton(source, config.model)
-            if config.model.trust_remote_code and not config.data.source.startswith("tokens:"):
+            if config.model.trust_remote_code and spec_of(config.data.source)[0].is_text:
                 LazyTokenizer(config.model, source).text(())  # its code; errors come with the first text
         return Inputs(source, skeleton, load_samples(config.data, config.model, source))
 

@@ -18,6 +18,7 @@ from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.session.problem import Problem
 from hpc_hess.session.session import Session
 
+FOLDER, FOUND, PIECES = "studies", "found.json", "pieces"  # RUN/studies/NAME: what was found; until then its pieces
 FIRST_PROBE = 1 << 16  # of studies: the quadrature's own probes come before
 
 

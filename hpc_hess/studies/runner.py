@@ -19,6 +19,8 @@ from hpc_hess.config import Config
 from hpc_hess.errors import StoreError
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.registry.studies import STUDIES
+from hpc_hess.registry.table import load
 from hpc_hess.session.memory_budget import exact_product_bytes, room_for_rows
 from hpc_hess.session.problem import Problem
 from hpc_hess.session.session import Session
@@ -30,7 +32,7 @@ from hpc_hess.storage.journal import Member
 from hpc_hess.storage.run_files import write_aside
 from hpc_hess.storage.schema import FILE, read_header
 from hpc_hess.storage.store import Store, store_exists
-from hpc_hess.studies.base import Bench, Inputs, Recipe
+from hpc_hess.studies.base import FOLDER, FOUND, PIECES, Bench, Inputs, Recipe
 from hpc_hess.studies.eigenpairs.compute import (
     EigenLoop,
     check_search,
@@ -42,7 +44,6 @@ from hpc_hess.studies.eigenpairs.compute import (
 )
 from hpc_hess.studies.pieces import EXTRA_BYTES, Kept
 from hpc_hess.studies.quadrature.loop import Loop
-from hpc_hess.studies.registry import FOLDER, FOUND, PIECES, STUDIES, asked_for
 
 _SEARCH = "eigenpairs"
 
@@ -85,7 +86,7 @@ def run_studies(loop: Loop, attributes: dict[str, Any]) -> tuple[str, str, dict[
     _free_basis(loop)
     eigenvalues: list[float] = []
     result: dict[str, Any] = {}
-    for name in asked_for(loop.config):
+    for name in loop.config.asked_for:
         loop.bases.free()
         if name == _SEARCH:
             reason, found = _search(loop, attributes)
@@ -138,11 +139,11 @@ def _search(loop: Loop, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]
 
 
 def _pieced(config: Config) -> list[str]:
-    return [name for name in asked_for(config) if name != _SEARCH]
+    return [name for name in config.asked_for if name != _SEARCH]
 
 
 def _recipe(name: str) -> Recipe:
-    found: Recipe = STUDIES[name].compute()
+    found: Recipe = load(STUDIES[name].recipe)
     return found
 
 
@@ -225,7 +226,7 @@ def _open(name: str, loop: Loop, bound_to: dict[str, Any], recipe: Recipe, space
 
 
 def _compare(name: str, folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
-    keys = {former: f"studies.{name}.{key}" for key, former in STUDIES[name].settings().former.items()}
+    keys = {former: f"studies.{name}.{key}" for key, former in load(STUDIES[name].settings).former.items()}
     old, wanted = ({keys.get(key, key): value for key, value in some.items()} for some in (old, wanted))
     must_match(old, wanted, f"{folder} holds this study", "remove that directory to begin anew, or choose another run.out")
 

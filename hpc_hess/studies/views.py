@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
-from hpc_hess.studies.registry import STUDIES
+from hpc_hess.registry.studies import STUDIES
+from hpc_hess.registry.table import load
 
 Found = Mapping[str, Any]
 
@@ -50,8 +51,8 @@ class Part(NamedTuple):
 def parts(result: Mapping[str, Any]) -> Iterator[Part]:
     """Yield the studies that a result has, in reading order; a view's own ``parts`` may show one as several."""
     found = {"eigenpairs": result.get("eigenpairs"), **(result.get("studies") or {})}
-    for name, study in STUDIES.items():
+    for name, spec in STUDIES.items():
         if some := found.get(name):
-            view = study.view()
+            view = load(spec.view)
             split = getattr(view, "parts", None)
             yield from (Part(*part) for part in split(some)) if split else [Part(name, view, some)]

@@ -104,7 +104,7 @@ def test_every_kind_is_the_streamed_one(name: str, kind: type[StreamedOperator])
     (v,) = vectors(model, 1)
     with widened():
         expected = kind(model, loss).matvec(v)
-        found = WholeModel(model, loss, kind.kind)
+        found = WholeModel(model, loss, kind.start)
         assert error(found.matvec(v), expected.data) < 1e-12
         found._way = "reverse"
         assert error(found.matvec(v), expected.data) < 1e-12

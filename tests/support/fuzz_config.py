@@ -16,7 +16,8 @@ from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, load_config, sections
 from hpc_hess.errors import HpcHessError
 from hpc_hess.parallel.world import World
-from hpc_hess.studies import registry
+from hpc_hess.registry.studies import STUDIES
+from hpc_hess.registry.table import load
 from tests.support.trying import Ended, try_apart
 
 _NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e308, 2**31, 2**32, 2**63 - 1, float("inf"),
@@ -41,7 +42,7 @@ class Case(NamedTuple):
 _DEFAULTS: dict[str, dict[str, Any]] = {name: table().model_dump() for name, table in sections().items()}
 _DEFAULTS["analysis"] = {  # what the studies' keys were called
     former: settings.model_fields[key].default
-    for settings in registry.settings().values() for key, former in settings.former.items()
+    for settings in (load(spec.settings) for spec in STUDIES.values()) for key, former in settings.former.items()
 }  # fmt: skip
 _KEYS = [(section, key) for section, values in _DEFAULTS.items() for key in values]
 

@@ -19,9 +19,9 @@ from hpc_hess.config import Config, StudySettings, make_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg import probes
 from hpc_hess.parallel.world import World
+from hpc_hess.registry.studies import STUDIES, StudySpec
 from hpc_hess.storage.reader import read_store
 from hpc_hess.studies.base import Bench, Recipe
-from hpc_hess.studies.registry import STUDIES, Study
 
 
 class Settings(StudySettings):
@@ -63,9 +63,8 @@ VIEW = SimpleNamespace(
 @pytest.fixture
 def registered() -> Iterator[None]:
     recipe = Recipe(rayleigh, rows=lambda config: 0, memory="vectors")
-    STUDIES["rayleigh"] = Study("rayleigh", lambda: Settings, lambda: recipe, lambda: VIEW)
-    yield
-    del STUDIES["rayleigh"]
+    with STUDIES.registered(StudySpec("rayleigh", Settings, recipe, VIEW)):
+        yield
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:

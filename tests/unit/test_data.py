@@ -206,7 +206,7 @@ def test_fingerprint_follows_rows(tmp_path: Path, toy: Source) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("parquet:x", "should be text:PATH, jsonl:PATH, tokens:PATH or datasets:DIR"),
+        ("parquet:x", "should be text:FILE, jsonl:FILE, tokens:FILE.npy or datasets:DIRECTORY"),
         ("launch/data/gpl-3.txt", "did you mean 'text:launch/data/gpl-3.txt'"),
         ("text:no/such.txt", "no such data: no/such.txt"),
         ("text:", "no such data"),

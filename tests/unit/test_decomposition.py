@@ -142,7 +142,7 @@ def language_model(world: World, toy: Path) -> dict[str, list[float]]:
     rows = Basis(space, groups.count)
     means = class_means(pull, groups, pairs, rows)
     cross = cross_class(pull, groups, means, rows, Basis(space, 6))
-    g = exact_operator(config, problem, "gauss_newton")
+    g = exact_operator(config, problem)
     within = Difference(Difference(g, means.both), cross)
     v = pull(groups.pair(0, 1))
     v.scale_(1 / v.norm())

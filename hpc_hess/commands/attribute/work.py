@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hpc_hess.commands.arguments import Query
+from hpc_hess.commands.arguments import OF_SKETCHES, Query
 from hpc_hess.config import Config
 from hpc_hess.console.progress import Progress, make_progress
 from hpc_hess.errors import NumericsError, StoreError
@@ -25,6 +25,7 @@ from hpc_hess.model.blocks.per_example import ExampleGradients
 from hpc_hess.model.data.data import Samples, load_samples, one_example, text_samples
 from hpc_hess.model.data.tokenizer import LazyTokenizer
 from hpc_hess.parallel.world import World
+from hpc_hess.registry.operators import OPERATORS
 from hpc_hess.session.operators import build_operator, exact_operator, needs_gradient
 from hpc_hess.session.problem import Problem, load_problem, own_code_in_turn
 from hpc_hess.session.session import opened
@@ -192,7 +193,7 @@ def query(config: Config, world: World, asked: Query) -> int:
         target = tokens @ rows / tokens.sum()
         plain = target
         damping = asked.damping or world.broadcast(influence.default_damping(kept.sketches) if kept else 0.0, "damping")
-        if asked.precondition == "fisher":
+        if asked.precondition == OF_SKETCHES:
             if kept is not None:
                 target = influence.fisher_preconditioned(target[None], kept.sketches, damping)[0]
         elif asked.precondition != "none":
@@ -252,19 +253,19 @@ def _read(out: Path) -> _Kept:
 def _solved(
     config: Config, problem: Problem, sketch: Sketch, target: np.ndarray, damping: float, asked: Query, progress: Progress
 ) -> np.ndarray:  # fmt: skip
-    """Solve (Phi A Phi^T + damping I) x = target, A the Hessian or Gauss-Newton matrix of the examples. Collective: yes."""
-    kind = asked.precondition
-    exact = kind == "gauss_newton" or config.operator.method == "exact"
-    section = config.operator.model_copy(update={"kind": kind, "method": "exact" if exact else "finite_difference"})
+    """Solve (Phi A Phi^T + damping I) x = target, A the matrix of the examples that was asked for. Collective: yes."""
+    spec = OPERATORS[asked.precondition]
+    exact = config.operator.method == "exact" or "finite_difference" not in spec.methods
+    section = config.operator.model_copy(update={"kind": spec.name, "method": "exact" if exact else "finite_difference"})
     config, problem = config.model_copy(update={"operator": section}), replace(problem, sketch=None)
-    progress.phase(f"{asked.products} products at most with the {kind.replace('_', '-')} matrix in sketch space")
+    progress.phase(f"{asked.products} products at most with the {spec.matrix} in sketch space")
     loss, gradient = problem.gradient.at_theta0()
     operator = build_operator(
         config, problem, loss, gradient if needs_gradient(config) else None,
-        exact_operator(config, problem, kind) if exact else None,
+        exact_operator(config, problem) if exact else None,
     )  # fmt: skip
     sketched = SketchedOperator(operator, sketch)
-    solver = minres if kind == "hessian" else conjugate_gradients
+    solver = conjugate_gradients if spec.positive else minres
     right = part_of(torch.from_numpy(target), sketched.space)
 
     def say(residual: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from hpc_hess.config import Config
 from hpc_hess.console.progress import Progress, make_progress
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.operators import Point, built
 from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import LinearOperator
@@ -19,13 +20,13 @@ from hpc_hess.model.data.trial import reached_finding
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
-from hpc_hess.session.operators import exact_operator, what_is_computed
+from hpc_hess.registry.operators import OperatorSpec
+from hpc_hess.session.operators import exact_operator, spec_of, what_is_computed
 from hpc_hess.session.problem import Problem, check_repeatable, load_problem
 from hpc_hess.session.reference import check_ritz, extreme_ritz_vector, relative_difference, share, start_vector
 from hpc_hess.storage.run_files import write_aside
 
 _SWEEP = [10.0**k for k in np.arange(-5, 0.75, 0.5)]
-
 
 
 def check(config: Config, world: World) -> int:
@@ -65,14 +66,15 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
                              "repeat": check_repeatable(problem.gradient),
                              "computes": what_is_computed(config, problem)}  # fmt: skip
     progress.phase("exact product")
-    kind = config.operator.kind if config.operator.kind != "perplexity" else "hessian"
+    spec, point = spec_of(config), Point(*base, problem.model)
     rounded = config.model.compute_dtype == "bfloat16"
     exact: LinearOperator | None = None
     try:
-        reference = exact_operator(config, problem, kind, config.model.master_dtype)
-        exact = exact_operator(config, problem, kind) if rounded else reference
-        for note in reference.notes:
+        product = exact_operator(config, problem, config.model.master_dtype)
+        for note in product.notes:
             progress.note(note)
+        reference = built(spec, product, point)
+        exact = built(spec, exact_operator(config, problem), point) if rounded else reference
     except ModelError as error:
         if config.operator.method == "exact":
             raise
@@ -80,7 +82,8 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     u, v = (start_vector(space, lanczos.seed, k, lanczos.distribution) for k in (0, 1))
     operator = exact if config.operator.method == "exact" else None
     if operator is None:
-        operator = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
+        differences = FiniteDifferenceHessian(problem.gradient, config.operator.scheme, config.operator.step, base)
+        operator = built(spec, differences, point)
     progress.phase("symmetry and linearity")
     hu, hv = operator.matvec(u), operator.matvec(v)
     scale = max(hu.norm(), hv.norm())
@@ -106,27 +109,27 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
             {"name": name, "rounding": relative_difference(exact.matvec(vector), reference.matvec(vector))}
             for name, vector in vectors
         ]
-    elif kind == "hessian":
-        found["vectors"] = [_compare(problem, base, exact, name, vector, progress) for name, vector in vectors]
+    elif "finite_difference" in spec.methods:
+        found["vectors"] = [_compare(problem, spec, point, exact, name, vector, progress) for name, vector in vectors]
     return found
 
 
 def _compare(
-    problem: Problem, base: tuple[float, Vector], exact: LinearOperator, name: str, v: Vector, progress: Progress
+    problem: Problem, spec: OperatorSpec, point: Point, exact: LinearOperator, name: str, v: Vector, progress: Progress
 ) -> dict[str, Any]:
     """Every scheme with its own step, and central differences over a sweep of steps, against the exact product."""
-    reference = exact.matvec(v)
+    reference, base = exact.matvec(v), (point.loss, point.gradient)
     schemes, sweep = [], []
     for scheme in ("forward", "central", "fourth"):
         progress.phase(f"{name}: {scheme}")
-        operator = FiniteDifferenceHessian(problem.gradient, scheme, "auto", base)  # type: ignore[arg-type]
-        error = relative_difference(operator.matvec(v), reference)
-        record = operator.records[-1]
+        differences = FiniteDifferenceHessian(problem.gradient, scheme, "auto", base)  # type: ignore[arg-type]
+        error = relative_difference(built(spec, differences, point).matvec(v), reference)
+        record = differences.records[-1]
         schemes.append({"scheme": scheme, "step": record.step, "error": error, "predicted": record.predicted_error,
                         "gradients": record.gradients, "calibration": record.calibration})  # fmt: skip
     progress.phase(f"{name}: central, {len(_SWEEP)} steps from {_SWEEP[0]:.0e} to {_SWEEP[-1]:.0e}")
     for eps in _SWEEP:
-        operator = FiniteDifferenceHessian(problem.gradient, "central", eps, base)
+        operator = built(spec, FiniteDifferenceHessian(problem.gradient, "central", eps, base), point)
         try:
             sweep.append({"step": eps, "error": relative_difference(operator.matvec(v), reference)})
         except NumericsError:  # the step underflows, or the loss overflows: nothing to plot there

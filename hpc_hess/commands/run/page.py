@@ -26,6 +26,7 @@ from hpc_hess.console.words import (
 )
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.measure import Interval
+from hpc_hess.registry.operators import OPERATORS
 from hpc_hess.report.spectrum import (
     extreme_residuals,
     extremes,
@@ -113,9 +114,8 @@ def _run_name(run: RunFiles) -> str:
 
 
 def _kind(result: Mapping[str, Any]) -> str:
-    kinds = {"gauss_newton": "Gauss-Newton", "fisher": "Empirical Fisher", "residual": "Hessian residual"}
     name = str(_table(result.get("operator")).get("name") or "hessian")
-    return kinds.get(name, name.replace("_", " ").capitalize())
+    return OPERATORS[name].title if name in OPERATORS else name.replace("_", " ").capitalize()
 
 
 def _table(value: Any) -> Mapping[str, Any]:

@@ -37,7 +37,6 @@ from hpc_hess.storage.schema import FILE, Schema, read_header
 from hpc_hess.storage.store import Store
 from hpc_hess.studies.quadrature.loop import Loop
 from hpc_hess.studies.quadrature.result import RESULT_NAME, make_result, refuse_meaningless, to_json
-from hpc_hess.studies.registry import asked_for
 from hpc_hess.studies.runner import check_kept, check_studies, run_studies
 
 
@@ -81,9 +80,9 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             check_kept(session, attributes)
         exact: ExactOperator | None = None
         complete = found is not None and found.state.complete(config.lanczos.probes)
-        if config.operator.method == "exact" and (asked_for(config) or not complete):
+        if config.operator.method == "exact" and (config.asked_for or not complete):
             progress.phase("exact product")
-            exact = exact_operator(config, problem, config.operator.kind)
+            exact = exact_operator(config, problem)
         wanted = _lock_step(config, found, exact is not None and exact.lock_step)
         going_on = found.state.width if found and not found.state.finished else 1
         place = place_basis(

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-Kind = Literal["hessian", "gauss_newton", "residual", "fisher"]
+
+class Start(NamedTuple):
+    """What the way back of a matrix starts with at the logits.
+
+    ``tangent(g, g_dot, logits_dot, scale)`` : the tangent of the cotangent; the first two as of :func:`loss_cotangents`.
+    ``second`` : whether g goes back too, so that the second derivative of the logits counts.
+    """
+
+    tangent: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    second: bool = True
+
+
+def of_the_loss(g: torch.Tensor, g_dot: torch.Tensor, logits_dot: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the Hessian of the loss at the logits times their tangent."""
+    del g, logits_dot, scale
+    return g_dot
+
+
+HESSIAN = Start(of_the_loss)
 
 
 def loss_cotangents(
@@ -37,16 +56,11 @@ def loss_cotangents(
 
 
 def starting_cotangents(
-    kind: Kind, logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: float
+    start: Start, logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what the way back starts with at the logits: the tangent of the cotangent, and the cotangent.
 
-    The latter is None for the kinds that need no second derivative of the logits. Arguments as
-    :func:`loss_cotangents`.
+    The latter is None for matrices that need no second derivative of the logits. Arguments as :func:`loss_cotangents`.
     """
     g, g_dot = loss_cotangents(logits, logits_dot, targets, scale)
-    if kind == "residual":
-        g_dot = torch.zeros_like(g_dot)
-    elif kind == "fisher":  # g is scale times a token's own gradient
-        g_dot = g * ((g * logits_dot).sum(-1, keepdim=True) / scale)
-    return g_dot, g if kind in ("hessian", "residual") else None
+    return start.tangent(g, g_dot, logits_dot, scale), g if start.second else None

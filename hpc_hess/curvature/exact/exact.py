@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hpc_hess.curvature.exact.cross_entropy import Kind
+from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start
 from hpc_hess.curvature.exact.self_check import Choice, choose_way
 from hpc_hess.curvature.exact.streaming import Settings, Sweeps
 from hpc_hess.curvature.exact.tangents import Way
@@ -34,6 +34,7 @@ class StreamedOperator:
     space : the vectors it acts on.
     num_products : directions multiplied so far.
     watch : sees the sums over micro-batches grow.
+    start : what the way back starts with at the logits: it makes the matrix. Of the class.
     notes : sentences for the log and the report: kernels that were switched, a slower way that was needed.
 
     Parameters
@@ -56,7 +57,7 @@ class StreamedOperator:
 
     """
 
-    kind: Kind = "hessian"
+    start: Start = HESSIAN
 
     def __init__(
         self, model: ShardedModel, objective: CausalLMObjective, *, plain: nn.Module | None = None,
@@ -78,7 +79,7 @@ class StreamedOperator:
         if plain is not None:
             move_buffers(plain, model.space.device)
         module = plain if plain is not None else model.module
-        self._settings = replace(settings or Settings(), kind=self.kind)
+        self._settings = replace(settings or Settings(), start=self.start)
         parted = SplitError(f"cannot split {type(module).__name__}: the ranks' data take different ways through its blocks")
         with (
             in_step(model.world, "preparing the exact product", parted) as agree_on,
@@ -155,8 +156,6 @@ class StreamedOperator:
 
 class ExactHessian(StreamedOperator):
     """Hessian of the mean loss."""
-
-    kind = "hessian"
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

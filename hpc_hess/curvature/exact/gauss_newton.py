@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from hpc_hess.curvature.exact.cross_entropy import Start, of_the_loss
 from hpc_hess.curvature.exact.exact import StreamedOperator
 
 
@@ -11,16 +14,17 @@ class GaussNewton(StreamedOperator):
     For the cross-entropy of a softmax it equals the Fisher information over the model's own predictions.
     """
 
-    kind = "gauss_newton"
+    start = Start(of_the_loss, second=False)
 
 
 class Residual(StreamedOperator):
     """Hessian minus Gauss-Newton: the loss's gradient at the logits times the logits' second derivative."""
 
-    kind = "residual"
+    start = Start(lambda g, g_dot, logits_dot, scale: torch.zeros_like(g_dot))
 
 
 class EmpiricalFisher(StreamedOperator):
     """Mean over predicted tokens of the outer product of their loss gradients: positive semi-definite."""
 
-    kind = "fisher"
+    # g is scale times a token's own gradient
+    start = Start(lambda g, g_dot, logits_dot, scale: g * ((g * logits_dot).sum(-1, keepdim=True) / scale), second=False)

@@ -6,10 +6,10 @@ output and that cotangent's tangent into those at its input; the tangents of its
 
 With L the loss, z the logits, J = dz/dtheta, g = dL/dz and H_L = d2L/dz2, the cotangent's tangent starts as H_L z_dot:
 
-    hessian       (g, H_L z_dot)   all of d2L/dtheta2 v
-    gauss_newton  (-, H_L z_dot)   J^T H_L J v
-    residual      (g, 0)           hessian - gauss_newton
-    fisher        (-, F z_dot)     mean over tokens of the outer product of their loss gradients
+    Hessian       (g, H_L z_dot)   all of d2L/dtheta2 v
+    Gauss-Newton  (-, H_L z_dot)   J^T H_L J v
+    residual      (g, 0)           Hessian - Gauss-Newton
+    Fisher        (-, F z_dot)     mean over tokens of the outer product of their loss gradients
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from hpc_hess.curvature.exact.cross_entropy import Kind, starting_cotangents
+from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start, starting_cotangents
 from hpc_hess.curvature.exact.ports import Mapped, One
 from hpc_hess.curvature.exact.projections import Projections
 from hpc_hess.curvature.exact.tangents import Pull, Several, Stage, Tensors, Way, pull_again, push, push_keeping
@@ -35,14 +35,15 @@ from hpc_hess.model.sharded.loss import MicroBatch, shifted_targets
 class Settings:
     """How sweeps run.
 
-    ``way``: see tangents. ``lock_step``: several directions in one pass under vmap, else one after the other.
+    ``start``: see cross_entropy. ``way``: see tangents. ``lock_step``: several directions in one pass under vmap, else one
+    after the other.
     ``keep_state``: keep every block's state between the sweeps, its gathered parameters too, instead of computing it
     again (the last block's is always kept). ``projections``: without it, results of linear layers that are kept: all,
     those narrower than their inputs, or none. ``boundaries_on_host``: what is kept waits in host memory.
     ``logit_budget``: entries of one chunk's logits with all their tangents.
     """
 
-    kind: Kind = "hessian"
+    start: Start = HESSIAN
     way: Way = "dual"
     lock_step: bool = True
     keep_state: bool = False
@@ -104,7 +105,7 @@ class _Sweep:
     def __init__(self, sweeps: Sweeps, batch: MicroBatch, scale: float, port: One | Mapped) -> None:
         self.split, self.exchange, self.settings = sweeps.split, sweeps.exchange, sweeps.settings
         self.health, self.batch, self.scale, self.port = sweeps.health, batch, scale, port
-        self.gauss_newton = self.settings.kind in ("gauss_newton", "fisher")
+        self.gauss_newton = not self.settings.start.second
         self.kept: dict[int, tuple[Several, Several, Projections]] = {}
         self.pulls: dict[int, Pull] = {}
 
@@ -206,7 +207,7 @@ class _Sweep:
         parts: list[tuple[Several, Several | None]] = []
         for chunk in predicted.new_tensor(range(len(predicted))).split(self._chunk()):
             (z,), (z_dot,), back = self._keeping(logits, W2, V2, (rows[chunk],), (rows_dot[chunk],))
-            g_dot, g = starting_cotangents(self.settings.kind, z, z_dot, targets[predicted[chunk]], self.scale)
+            g_dot, g = starting_cotangents(self.settings.start, z, z_dot, targets[predicted[chunk]], self.scale)
             tangents, h_bar_dot, h_bar = back((g_dot,), None if g is None else (g,))
             total = {n: total[n].add_(t) if n in total else t for n, t in tangents.items()}
             parts.append((h_bar_dot, h_bar))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_hess.curvature.exact.cross_entropy import Kind, starting_cotangents
+from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start, starting_cotangents
 from hpc_hess.curvature.exact.exact import StreamedOperator, move_buffers
 from hpc_hess.curvature.exact.self_check import disagreement, first_line, widened
 from hpc_hess.curvature.exact.streaming import Settings
@@ -50,8 +50,8 @@ class WholeModel:
     Parameters
     ----------
     model, plain, compute_dtype : as for StreamedOperator.
-    objective : the causal LM's, or a loss of one's own (one process, kind "hessian").
-    kind : which matrix.
+    objective : the causal LM's, or a loss of one's own (one process, the Hessian).
+    start : what the way back starts with at the logits: it makes the matrix.
     reason : why the model is not split into blocks, for the notes.
     reserved : bytes of this rank's memory that are spoken for, though still free.
 
@@ -67,15 +67,15 @@ class WholeModel:
     lock_step = False
 
     def __init__(
-        self, model: ShardedModel, objective: CausalLMObjective | CallableObjective, kind: Kind = "hessian", *,
+        self, model: ShardedModel, objective: CausalLMObjective | CallableObjective, start: Start = HESSIAN, *,
         plain: nn.Module | None = None, compute_dtype: torch.dtype | None = None, reason: str = "", reserved: int = 0,
     ) -> None:  # fmt: skip
         own_loss = isinstance(objective, CallableObjective)
-        if own_loss and (kind != "hessian" or model.sharded):
-            raise ModelError(f'"{kind}" of a loss of one\'s own is not known: only the Hessian is, on one process')
+        if own_loss and (start is not HESSIAN or model.sharded):
+            raise ModelError("of a loss of one's own only the Hessian is known, on one process")
         if model.sharded and plain is None:
             raise ModelError("a sharded model needs its skeleton without hooks for exact products: pass plain")
-        self.space, self.num_products, self.kind = model.space, 0, kind
+        self.space, self.num_products, self._start = model.space, 0, start
         self._model, self._objective, self._own_loss = model, objective, own_loss
         self._module = plain if plain is not None else model.module
         move_buffers(self._module, model.space.device)
@@ -126,7 +126,7 @@ class WholeModel:
 
     def _tangents(self, index: int, W: Tensors, V: Tensors, way: Way) -> Tensors:
         """Return one micro-batch's share of the product."""
-        if self.kind == "hessian":
+        if self._start is HESSIAN:
             pull = pull_again(lambda W, _: self._loss(index, W), W, V, (), (), way, gauss_newton=False)
             return pull((torch.zeros_like(self._unit),), (self._unit,))[0]
         assert isinstance(self._objective, CausalLMObjective)
@@ -136,10 +136,9 @@ class WholeModel:
         def f(W: Tensors, _: Several) -> Several:
             return (self._logits(index, W)[predicted],)
 
-        gauss_newton = self.kind in ("gauss_newton", "fisher")
-        (z,), (z_dot,), pull = push_keeping(f, W, V, (), (), way, gauss_newton=gauss_newton)
+        (z,), (z_dot,), pull = push_keeping(f, W, V, (), (), way, gauss_newton=not self._start.second)
         scale = 1.0 / self._objective.num_tokens
-        g_dot, g = starting_cotangents(self.kind, z, z_dot, targets[predicted], scale)
+        g_dot, g = starting_cotangents(self._start, z, z_dot, targets[predicted], scale)
         return pull((g_dot,), None if g is None else (g,))[0]
 
     def _loss(self, index: int, W: Tensors) -> Several:
@@ -313,4 +312,4 @@ def exact_or_whole(
         return kind(model, objective, settings=settings, **options)
     except SplitError as error:
         reason = str(error)
-    return WholeModel(model, objective, kind.kind, reason=reason, reserved=reserved, **options)
+    return WholeModel(model, objective, kind.start, reason=reason, reserved=reserved, **options)

@@ -14,7 +14,7 @@ from hpc_hess.config import DataSection, ModelSection
 from hpc_hess.errors import DataError
 from hpc_hess.intake.findings import Finding, noted, passed
 from hpc_hess.intake.masks import IGNORED
-from hpc_hess.model.data.documents import Document, documents
+from hpc_hess.model.data.documents import Document, Reading, documents, spec_of
 from hpc_hess.model.data.tokenizer import LazyTokenizer
 from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, shifted_targets
 from hpc_hess.model.sharded.skeleton import max_positions, vocabulary_size
@@ -68,8 +68,9 @@ def load_samples(section: DataSection, model: ModelSection, source: Source) -> S
         )
     tokenizer, findings = LazyTokenizer(model, source), list[Finding]()
     by_line = section.rows == "pad"
-    stream = documents(section.source, section.text_field, tokenizer, by_line, findings.append)
-    if section.rows == "pack" and section.source.startswith(("datasets:", "tokens:")):
+    stream = documents(section.source, Reading(section.text_field, tokenizer, by_line, findings.append))
+    spec, _ = spec_of(section.source)
+    if section.rows == "pack" and spec.has_masks:
         first = list(itertools.islice(stream, section.sequences))
         by_line = any(document.predicted is not None for document in first)
         stream = itertools.chain(first, stream)
@@ -78,8 +79,7 @@ def load_samples(section: DataSection, model: ModelSection, source: Source) -> S
     if by_line:
         rows = list(_pad(stream, section.sequence_length, section.sequences))
     else:
-        separate = section.source.startswith(("jsonl:", "datasets:"))
-        packed = _pack(_joined(stream, tokenizer, separate), section.sequence_length, section.sequences)
+        packed = _pack(_joined(stream, tokenizer, spec.separate), section.sequence_length, section.sequences)
         rows = [Document(row) for row in packed]
     samples = make_samples(rows, section, vocabulary_size(source.hf_config), tokenizer.padding)
     found = passed("data.source", f"{len(samples)} rows, {samples.num_tokens} predicted tokens")

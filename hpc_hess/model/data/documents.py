@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,10 @@ from hpc_hess.errors import DataError
 from hpc_hess.intake import masks
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.model.sources.paths import find_path
+from hpc_hess.registry.sources import DATA, DataSpec
+from hpc_hess.registry.table import load
 
 Tokenise = Callable[[str], list[int]]
-_KINDS = ("text", "jsonl", "tokens", "datasets")
 _FIRST_CHARACTERS = 1 << 16
 _CHAT = ("messages", "conversations", "conversation", "dialog", "prompt", "completion", "chosen")
 
@@ -33,45 +34,60 @@ class Document:
 Say = Callable[[Finding], object]
 
 
+class Reading(NamedTuple):
+    """How documents are read.
+
+    ``text_field`` : what holds the text of a record. ``tokenise`` : is called only if there is text. ``by_line`` : each
+    non-blank line of a text file is a document of its own. ``say`` : is told what was found beside the tokens.
+    """
+
+    text_field: str
+    tokenise: Tokenise
+    by_line: bool
+    say: Say
+
+
 def _document(ids: Any, place: str = "") -> Document:
     return Document(np.asarray(ids, dtype=np.int64), place=place)
 
 
-def documents(source: str, text_field: str, tokenise: Tokenise, by_line: bool, say: Say) -> Iterator[Document]:
-    """Yield each document of ``data.source`` in order; lazily, so that big files are cheap.
-
-    ``by_line`` makes each non-blank line of a text file a document of its own. ``tokenise`` is called only if the
-    source is text. ``say`` is told what was found beside the tokens. Collective: no.
+def documents(source: str, reading: Reading) -> Iterator[Document]:
+    """Yield each document of ``data.source`` in order; lazily, so that big files are cheap. Collective: no.
 
     Raises
     ------
     DataError : unknown kind, no such file, unreadable or wrongly typed content, no such field, an unknown mask.
 
     """
-    kind, path = _locate(source)
-    if kind == "text":
-        return _text_lines(path, tokenise) if by_line else _text_stream(path, tokenise, say)
-    if kind == "jsonl":
-        return _jsonl(path, text_field, tokenise, say)
-    if kind == "tokens":
-        return _tokens(path, by_line)
-    return _datasets(path, text_field, tokenise, say)
+    spec, text = spec_of(source)
+    place = _existing(source, text, spec) if spec.path else text
+    found: Iterator[Document] = load(spec.documents)(place, reading)
+    return found
 
 
-def _locate(source: str) -> tuple[str, Path]:
-    kind, colon, text = source.partition(":")
-    if not colon or kind not in _KINDS:
+def spec_of(source: str) -> tuple[DataSpec, str]:
+    """Return what is registered of a data source, and what comes after its name. Raises DataError."""
+    name, colon, text = source.partition(":")
+    if not colon or name not in DATA:
         raise DataError(
-            f"data.source = '{source}' should be text:PATH, jsonl:PATH, tokens:PATH or datasets:DIR"
+            f"data.source = '{source}' should be {DATA.listed(lambda spec: spec.form)}"
             + (f"; did you mean 'text:{source}'?" if find_path(source) else "")
         )
+    return DATA[name], text
+
+
+def _existing(source: str, text: str, spec: DataSpec) -> Path:
     path = find_path(text) if text else None
     if path is None:
         raise DataError(f"no such data: {text or source}; data.source = '{source}'")
-    if path.is_dir() != (kind == "datasets"):
-        expected = "a directory written by datasets.save_to_disk" if kind == "datasets" else "a file"
-        raise DataError(f"data.source = '{source}' should name {expected}")
-    return kind, path
+    if path.is_dir() != (spec.path == "a directory"):
+        raise DataError(f"data.source = '{source}' should name {spec.path}, as in {spec.said}")
+    return path
+
+
+def plain_text(path: Path, reading: Reading) -> Iterator[Document]:
+    """Yield the lines of a text file, or the whole in parts."""
+    return _text_lines(path, reading.tokenise) if reading.by_line else _text_stream(path, reading.tokenise, reading.say)
 
 
 def _text_stream(path: Path, tokenise: Tokenise, say: Say) -> Iterator[Document]:
@@ -130,8 +146,9 @@ def _text_lines(path: Path, tokenise: Tokenise) -> Iterator[Document]:
         yield _document(tokenise(line.rstrip("\n")), f"{path.name}, line {number}")
 
 
-def _jsonl(path: Path, field: str, tokenise: Tokenise, say: Say) -> Iterator[Document]:
-    said = False
+def json_lines(path: Path, reading: Reading) -> Iterator[Document]:
+    """Yield the text of each record of a file of JSON lines."""
+    field, said = reading.text_field, False
     for number, line in _lines(path):
         place = f"{path}, line {number}"
         try:
@@ -151,8 +168,8 @@ def _jsonl(path: Path, field: str, tokenise: Tokenise, say: Say) -> Iterator[Doc
                 )
         if (others := record.keys() - {field}) and not said:
             said = True
-            say(noted("data.columns", f"{path.name}: only '{field}' is read; left out: {', '.join(sorted(others))}"))
-        yield _document(tokenise(text), f"{path.name}, line {number}")
+            reading.say(noted("data.columns", f"{path.name}: only '{field}' is read; left out: {', '.join(sorted(others))}"))
+        yield _document(reading.tokenise(text), f"{path.name}, line {number}")
 
 
 def _text_of(record: dict[str, Any], field: str, place: str) -> str:
@@ -178,7 +195,8 @@ def _text_of(record: dict[str, Any], field: str, place: str) -> str:
     raise DataError(f"{place} has no field '{field}' (it has {', '.join(record) or 'nothing'}): {remedy}")
 
 
-def _tokens(path: Path, by_line: bool) -> Iterator[Document]:
+def token_ids(path: Path, reading: Reading) -> Iterator[Document]:
+    """Yield the rows of token ids of a .npy or .npz file, or one stream of them in parts."""
     if path.suffix not in (".npy", ".npz"):
         raise DataError(f"{path} should be a .npy or .npz file of integer token ids")
     beside: dict[str, np.ndarray] = {}
@@ -201,7 +219,7 @@ def _tokens(path: Path, by_line: bool) -> Iterator[Document]:
             yield Document(ids, predicted, place)
     elif beside:
         raise DataError(f"{path} holds {', '.join(beside)} beside one stream of ids: store rows, 2-D arrays")
-    elif by_line:
+    elif reading.by_line:
         raise DataError(f"{path} is one stream of ids, not rows: set data.rows = 'pack', or store a 2-D array")
     else:  # a stream: in parts, so that a mapped file is read only as far as needed
         for start in range(0, max(len(array), 1), _FIRST_CHARACTERS):
@@ -220,7 +238,9 @@ def _only_array(path: Path, loaded: Any) -> tuple[np.ndarray, dict[str, np.ndarr
     return loaded[chosen[0]], {name: loaded[name] for name in masks.suspicious(rest)}
 
 
-def _datasets(path: Path, field: str, tokenise: Tokenise, say: Say) -> Iterator[Document]:
+def saved_rows(path: Path, reading: Reading) -> Iterator[Document]:
+    """Yield the rows of a directory that Hugging Face datasets saved."""
+    field, say = reading.text_field, reading.say
     try:
         import datasets
     except ImportError:
@@ -245,7 +265,7 @@ def _datasets(path: Path, field: str, tokenise: Tokenise, say: Say) -> Iterator[
         place = f"{path.name}, row {number}"
         value = row[column]
         if column == field and column != "input_ids":
-            yield _document(tokenise(_text_of(row, field, place)), place)
+            yield _document(reading.tokenise(_text_of(row, field, place)), place)
         elif isinstance(value, list) and all(isinstance(i, int) for i in value):
             ids, predicted = masks.applied(np.asarray(value, np.int64), {n: row[n] for n in beside}, place)
             yield Document(ids, predicted, place)

@@ -85,17 +85,9 @@ class LazyTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         path = self._path()
-        options: dict[str, Any] = {"trust_remote_code": self._section.trust_remote_code, "local_files_only": True}
-        directory = path
-        if path.suffix == ".gguf":
-            options["gguf_file"], directory = path.name, path.parent
-        elif path.is_file():
-            directory = path.parent
         try:
-            return AutoTokenizer.from_pretrained(str(directory), **options)
+            return open_tokenizer(path, self._section.trust_remote_code)
         except ImportError as error:
             raise DataError(f"the tokenizer of {path} needs a package that is not installed: {error}") from None
         except Exception as error:
@@ -114,3 +106,13 @@ class LazyTokenizer:
                 "give ids with data.source = 'tokens:PATH.npy'"
             )
         return self._source.tokenizer_path
+
+
+def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a directory, or of one file. Raises what transformers raises."""
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+    return AutoTokenizer.from_pretrained(str(path.parent if path.is_file() else path), **options)

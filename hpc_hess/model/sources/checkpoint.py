@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.directory import WeightFiles
 from hpc_hess.intake.findings import Finding, noted, passed
 from hpc_hess.intake.tensors import ROTARY, Architecture, companion, names, sort_unused, wrong_type
 from hpc_hess.model.sources.conversion import Mapped, model_tensors
 from hpc_hess.model.sources.lazy import Computed, Lazy
+from hpc_hess.model.sources.source import Source
 from hpc_hess.model.sources.stored import SafetensorsFiles, Stored
 
 _COMPARED_ROWS = 16
@@ -208,3 +210,9 @@ def _same(a: Lazy, b: Lazy) -> bool:
     rows = sorted({i * (a.shape[0] - 1) // _COMPARED_ROWS for i in range(_COMPARED_ROWS + 1)})
     rest = tuple((0, n) for n in a.shape[1:])
     return all(torch.equal(a.read(((i, i + 1), *rest)), b.read(((i, i + 1), *rest))) for i in rows)
+
+
+def reader(source: Source, section: ModelSection, skeleton: nn.Module) -> SafetensorsReader:
+    """Return the reader of a directory, as a ModelSpec names it."""
+    assert source.files is not None
+    return SafetensorsReader(source.files, skeleton, section.unused == "ignore")

@@ -45,16 +45,24 @@ class Fingerprint(str):
         return str, (str(self),)
 
 
+def told(hf_config: Any) -> bytes:
+    """Return what a Hugging Face configuration says, without what is not the model's."""
+    kept = {k: v for k, v in hf_config.to_dict().items() if k not in _VOLATILE}
+    return json.dumps(kept, sort_keys=True, default=str).encode()
+
+
 def fingerprint(
-    kind: str, path: Path, config: dict[str, Any], seed: int, weights: Sequence[Path], code: Iterable[Path] = ()
+    kind: str, said: Sequence[bytes], stored: Sequence[Stored], code: Iterable[Path] = (),
+    files: Sequence[tuple[str, Path]] = (),
 ) -> Fingerprint:  # fmt: skip
     """Return what tells a model source from others. Collective: no; reads at most about 64 MiB of weights.
 
     Parameters
     ----------
-    kind, path, seed : of the source.
-    config : the configuration as a dictionary.
-    weights : the files that are read, in their order. ``code``: the model's own, read whole.
+    kind : of the source.
+    said : what else defines the model: its configuration, by :func:`told`, the seed of random weights.
+    stored : the tensors of its weight files. ``code``: the model's own, read whole.
+    files : the weight files, with the names that fingerprints of the earlier kind know them by.
 
     Raises
     ------
@@ -62,12 +70,8 @@ def fingerprint(
 
     """
     digest = hashlib.sha256(kind.encode())
-    kept = {k: v for k, v in config.items() if k not in _VOLATILE}
-    if kind != "gguf":
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    if kind == "random":
-        digest.update(str(seed).encode())
-    stored = [entry for file in weights for entry in (gguf_table if kind == "gguf" else safetensors_table)(file)]
+    for part in said:
+        digest.update(part)
     everything = sum(size for *_, size in stored) <= _READ
     most = max(1, _READ // _BLOCK // max(len(stored), 1))
     seen: dict[str, bytes] = {}  # by name: the same tensors in other files are the same model
@@ -83,7 +87,8 @@ def fingerprint(
         digest.update(what.encode() + b"\0" + seen[what])
     for file in code:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return Fingerprint.of(digest.hexdigest(), lambda: _earlier(kind, path, kept, seed))
+    return Fingerprint.of(digest.hexdigest(), lambda: _earlier(kind, said, files))
+
 
 
 def _blocks(size: int, most: int | None) -> Iterator[tuple[int, int]]:
@@ -187,17 +192,12 @@ def _gguf_skip(data: mmap.mmap, kind: int, at: int) -> int:
     return at
 
 
-def _earlier(kind: str, path: Path, kept: dict[str, Any], seed: int) -> str:
+def _earlier(kind: str, said: Sequence[bytes], files: Sequence[tuple[str, Path]]) -> str:
     """Return the fingerprint of the earlier kind: the ends of each weight file in place of its tensors."""
     digest = hashlib.sha256(kind.encode())
-    if kind == "gguf":
-        hash_file(path, digest, _ENDS)
-        return digest.hexdigest()
-    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    if kind == "random":
-        digest.update(str(seed).encode())
-    else:
-        for file in sorted(path.glob("*.safetensors")):
-            digest.update(file.name.encode())
-            hash_file(file, digest, _ENDS)
+    for part in said:
+        digest.update(part)
+    for name, file in files:
+        digest.update(name.encode())
+        hash_file(file, digest, _ENDS)
     return digest.hexdigest()

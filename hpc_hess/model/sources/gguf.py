@@ -11,11 +11,13 @@ from unittest import mock
 import torch
 from torch import nn
 
+from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import passed
 from hpc_hess.model.sources.checkpoint import unused_findings
 from hpc_hess.model.sources.conversion import model_tensors
 from hpc_hess.model.sources.lazy import Lazy, Resident
+from hpc_hess.model.sources.source import Source
 
 
 class _Places(dict[str, str]):
@@ -94,3 +96,8 @@ class GgufReader:
     def close(self) -> None:
         """Free the dequantised tensors."""
         self._tensors.clear()
+
+
+def reader(source: Source, section: ModelSection, skeleton: nn.Module) -> GgufReader:
+    """Return the reader of a GGUF file, as a ModelSpec names it."""
+    return GgufReader(source.path, skeleton, section.unused == "ignore")

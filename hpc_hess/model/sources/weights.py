@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor, Shard
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding
-from hpc_hess.model.sources.checkpoint import SafetensorsReader
-from hpc_hess.model.sources.gguf import GgufReader
-from hpc_hess.model.sources.random_weights import RandomWeights
 from hpc_hess.model.sources.source import Source
+from hpc_hess.registry.sources import MODELS
+from hpc_hess.registry.table import load
 
 _BLOCK = 1 << 24  # entries copied at a time
 
@@ -46,12 +45,10 @@ def open_reader(source: Source, section: ModelSection, skeleton: nn.Module) -> W
     ModelError : the weights are incomplete, damaged or belong to another configuration.
 
     """
-    if source.kind == "safetensors":
-        assert source.files is not None
-        return SafetensorsReader(source.files, skeleton, section.unused == "ignore")
-    if source.kind == "gguf":
-        return GgufReader(source.path, skeleton, section.unused == "ignore")
-    return RandomWeights(section.seed, skeleton)
+    reader = MODELS[source.kind].reader
+    assert reader is not None, f"sources of kind {source.kind} have no reader"
+    opened: WeightReader = load(reader)(source, section, skeleton)
+    return opened
 
 
 def fill(module: nn.Module, reader: WeightReader, shard_index: int = 0, num_shards: int = 1) -> None:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from hpc_hess.config import Config, StudySettings
 from hpc_hess.errors import ConfigError
+from hpc_hess.registry.operators import OPERATORS
 
 
 class Settings(StudySettings):
@@ -23,8 +24,9 @@ class Settings(StudySettings):
 
     def check(self, config: Config) -> None:
         """Refuse another matrix than Gauss-Newton's. Raises ConfigError."""
-        if config.operator.kind != "gauss_newton":
+        if not OPERATORS[config.operator.kind].has_class_means:
+            kinds = " or ".join(f'"{spec.name}"' for spec in OPERATORS.values() if spec.has_class_means)
             raise ConfigError(
                 f"studies.class_structure.groups = {self.groups} takes the Gauss-Newton matrix apart: set "
-                'operator.kind = "gauss_newton" and operator.method = "exact"'
+                f'operator.kind = {kinds} and operator.method = "exact"'
             )

@@ -28,6 +28,7 @@ from hpc_hess.session.operators import (
     build_operator,
     needs_gradient,
     reference_operator,
+    spec_of,
     wants_reference,
     what_is_computed,
 )
@@ -112,7 +113,7 @@ class Loop:
         self.progress.phase("preparing the product")
         operator = build_operator(self.config, self.problem, tally.loss, gradient, self._exact)
         tally.computes = what_is_computed(self.config, self.problem)
-        if self.config.operator.kind == "perplexity":
+        if spec_of(self.config).needs_gradient:
             self._gradient = gradient
         if tally.operator_state:
             operator.from_state(tally.operator_state)

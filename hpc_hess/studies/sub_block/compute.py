@@ -30,8 +30,7 @@ from hpc_hess.session.problem import Problem
 from hpc_hess.session.session import Session
 from hpc_hess.storage.disk import free_bytes
 from hpc_hess.storage.schema import FILE
-from hpc_hess.studies.base import Bench, Recipe
-from hpc_hess.studies.registry import FOUND, PIECES
+from hpc_hess.studies.base import FOUND, PIECES, Bench, Recipe
 from hpc_hess.studies.sub_block.settings import Settings
 
 Float = NDArray[np.float64]
