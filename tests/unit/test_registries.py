@@ -43,8 +43,8 @@ from hpc_hess.registry.sources import DATA, MODELS, DataSpec, ModelSpec
 from hpc_hess.registry.table import Registry, load
 from hpc_hess.session.memory_budget import exact_product_bytes
 from hpc_hess.session.problem import load_problem
-from tests.numerics.exact_case import widened
-from tests.toys import toy_directory, toy_model
+from tests.support.exact_case import widened
+from tests.support.toys import toy_directory, toy_model
 
 ROOT = Path(__file__).parents[2]
 ONLY = ["*norm.weight"]
