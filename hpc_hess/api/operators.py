@@ -125,7 +125,7 @@ def hessian(
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
         The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``, or on the ids
         alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
-    method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its own loss block by
+    method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its default loss block by
         block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
     kind : the matrix, as in the configuration's operator.kind. Those that need exact products need the loss of a causal LM.
     include, exclude : globs over parameter names; the Hessian of the selected parameters.
@@ -142,7 +142,7 @@ def hessian(
     if step != "auto" and given.real("step", step) <= 0:
         raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
     if method not in spec.methods or not (any_loss or loss is None):
-        own = "" if any_loss else " and the causal LM's own loss: leave loss out"
+        own = "" if any_loss else " and the causal LM's default loss: leave loss out"
         raise ConfigError(f'kind = "{kind}" needs method = {spec.by}{own}')
     given.model(model)
     sharded, intake = of_user(model, include, exclude)

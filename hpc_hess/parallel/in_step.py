@@ -12,12 +12,12 @@ Agree = Callable[[object], None]
 
 
 @contextlib.contextmanager
-def in_step(world: World, name: str, parted: HpcHessError) -> Iterator[Agree]:
+def in_step(world: World, name: str, on_divergence: HpcHessError) -> Iterator[Agree]:
     """Run a block that holds collectives; yields agree(what), to be called before each of them. Collective: yes.
 
     Where a rank raises an HpcHessError, the others meet it at their next agree(), or at the block's end, instead of
     waiting in a collective for a rank that will not come: the block raises that error on every rank. Ranks that are
-    about to do different things (``what``, picklable, differs) all raise ``parted``.
+    about to do different things (``what``, picklable, differs) all raise ``on_divergence``.
     """
     over = False
 
@@ -30,7 +30,7 @@ def in_step(world: World, name: str, parted: HpcHessError) -> Iterator[Agree]:
             rank, (kind, text) = min(failed.items())
             raise error if error is not None and rank == world.rank else kind(text)
         if over:
-            raise parted
+            raise on_divergence
 
     try:
         yield agree

@@ -44,19 +44,19 @@ class Watchdog:
         self._thread.start()
 
     @contextlib.contextmanager
-    def doing(self, what: str, *, deaf: bool = False) -> Iterator[None]:
+    def doing(self, what: str, *, gil_held: bool = False) -> Iterator[None]:
         """Say that this rank is in ``what``, for no longer than the timeout.
 
-        ``deaf``: no thread of Python runs meanwhile (h5py in a collective of MPI), so a timer without Python ends the
+        ``gil_held``: no thread of Python runs meanwhile (h5py in a collective of MPI), so a timer without Python ends the
         process, with a traceback for a message.
         """
         self._doing.append((what, time.monotonic()))
-        if deaf:
+        if gil_held:
             faulthandler.dump_traceback_later(self._timeout_s + 2 * _SLACK_S, exit=True)
         try:
             yield
         finally:
-            if deaf:
+            if gil_held:
                 faulthandler.cancel_dump_traceback_later()
             self._doing.pop()
 

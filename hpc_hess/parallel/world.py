@@ -157,12 +157,12 @@ class World:
     # -- collectives ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def doing(self, what: str, *, deaf: bool = False) -> Iterator[None]:
+    def doing(self, what: str, *, gil_held: bool = False) -> Iterator[None]:
         """Tell the other ranks what this one is doing, in case it hangs; end it where that takes longer than the timeout.
 
-        ``deaf``: see Watchdog.doing.
+        ``gil_held``: see Watchdog.doing.
         """
-        with self._watchdog.doing(what, deaf=deaf) if self._watchdog else contextlib.nullcontext():
+        with self._watchdog.doing(what, gil_held=gil_held) if self._watchdog else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager

@@ -86,7 +86,7 @@ def memories(runs: Sequence[Measured]) -> Observed:
     )  # fmt: skip
 
 
-def parted(runs: Sequence[Measured]) -> tuple[list[Measured], list[Measured]]:
+def fitted_and_predicted(runs: Sequence[Measured]) -> tuple[list[Measured], list[Measured]]:
     """Return the runs to fit, and those of the largest model (of one model: of the most ranks), to be predicted.
 
     Raises ConfigError where all are alike.

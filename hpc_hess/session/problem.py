@@ -54,7 +54,7 @@ class Problem:
         """The space of the Krylov vectors: the parameters', or that of the sketch."""
         return self.model.space if self.sketch is None else sketch_space(self.sketch, self.model.space)
 
-    def seen(self, vector: Vector) -> Vector:
+    def to_krylov_space(self, vector: Vector) -> Vector:
         """Return a vector of the parameters as one of :attr:`space`. Collective: yes."""
         if self.sketch is None:
             return vector

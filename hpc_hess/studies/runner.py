@@ -72,7 +72,7 @@ def check_kept(session: Session, attributes: dict[str, Any]) -> None:
                 _compare(name, folder, kept["asked"], config.studies[name].defining(config))
             elif (folder / PIECES / FILE).exists():
                 found, bound_to = read_header(folder / PIECES / FILE).attributes, _bound_to(name, config, attributes)
-                # pieces are batches of columns; stores of before do not say of how many
+                # pieces are batches of columns; stores of earlier versions do not say of how many
                 _compare(name, folder, {"columns": bound_to.get("columns")} | found, bound_to)
 
 
@@ -130,7 +130,7 @@ def _search(loop: Loop, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]
                 return str(interrupted), {}
             found = EigenLoop(
                 session, operator, store, device, loop.watch,
-                gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]),
+                gradient=lambda: loop.problem.to_krylov_space(loop.problem.gradient.at_theta0()[1]),
             )  # fmt: skip
             if reason := found.run():
                 return reason, {}
@@ -257,6 +257,6 @@ def _bench(name: str, loop: Loop, recipe: Recipe, keep: Kept, attributes: dict[s
 
     return Bench(
         config=config, problem=loop.problem, operator=keep.operator, keep=keep, basis=basis,
-        gradient=lambda: loop.problem.seen(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
+        gradient=lambda: loop.problem.to_krylov_space(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
         eigenvectors=partial(read_eigenvectors, loop.session, space, attributes), save=save, save_vectors=save_vectors,
     )  # fmt: skip

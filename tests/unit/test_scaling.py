@@ -11,7 +11,7 @@ import torch
 
 from hpc_hess.errors import ConfigError
 from hpc_hess.parallel.timers import Timers
-from hpc_hess.planning.laws import MEMORY_TERMS, TIME_TERMS, fit, memories, parted, times
+from hpc_hess.planning.laws import MEMORY_TERMS, TIME_TERMS, fit, fitted_and_predicted, memories, times
 from hpc_hess.planning.sweep import Measured, points, read_study
 
 STUDY = """
@@ -81,7 +81,7 @@ def test_laws_are_found_again_and_predict_the_largest() -> None:
     assert law.coefficients == pytest.approx(_TIME, rel=1e-6)
     assert np.all((law.low <= _TIME * 1.0001) & (law.high >= _TIME * 0.9999))
     assert fit(MEMORY_TERMS, memories(runs)).coefficients == pytest.approx(_MEMORY, rel=1e-4)
-    small, large = parted(runs)
+    small, large = fitted_and_predicted(runs)
     assert {r.num_params for r in large} == {10**9}
     truth = times(large)
     assert truth.design @ fit(TIME_TERMS, times(small)).coefficients == pytest.approx(truth.values, rel=1e-6)
@@ -94,7 +94,7 @@ def test_noise_widens_the_intervals_and_nothing_is_negative() -> None:
     assert law.high[0] > law.coefficients[0] > law.low[0] > 0
     assert np.median(np.abs(law.predicted / law.measured - 1)) < 0.15
     with pytest.raises(ConfigError, match="nothing smaller to fit"):
-        parted([run(10**7, 2, 256)])
+        fitted_and_predicted([run(10**7, 2, 256)])
 
 
 def test_phases_do_not_count_what_is_inside_them() -> None:

@@ -162,7 +162,7 @@ def ratios(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _share(pairs: list[dict[str, Any]]) -> float | None:
-    """Return |P g|^2 / |g|^2; None where it was not measured (runs of before, a gradient of zero)."""
+    """Return |P g|^2 / |g|^2; None where it was not measured (runs of earlier versions, a gradient of zero)."""
     shares = [pair.get("gradient_share") for pair in pairs]
     return None if None in shares else math.fsum(shares)  # type: ignore[arg-type]
 
@@ -196,5 +196,5 @@ def _notes(config: Config, points: Sequence[Point], results: Sequence[Mapping[st
             f"In {late} of {len(results)} runs not every eigenpair converged; more studies.eigenpairs.most_products help."
         )
     if any(p.get("gradient_share") is None for result in results for p in result["eigenpairs"]["pairs"]):
-        notes.append("Some runs have no gradient shares: they come from before those were measured, or a gradient is zero.")
+        notes.append("Some runs have no gradient shares: an earlier version made them, or a gradient is zero.")
     return notes

@@ -24,7 +24,7 @@ from hpc_hess.parallel import devices
 from hpc_hess.parallel.memory import host_bytes_free
 from hpc_hess.parallel.world import World
 from hpc_hess.planning import laws
-from hpc_hess.planning.laws import Law, Observed, fit, parted
+from hpc_hess.planning.laws import Law, Observed, fit, fitted_and_predicted
 from hpc_hess.planning.machine import Machine, measure, seconds
 from hpc_hess.planning.planner import trace
 from hpc_hess.planning.sweep import Measured, Point, measured, points, read_study
@@ -94,7 +94,7 @@ def _fitted(
     """Fit a law to all runs, and once more without the largest, which that one predicts."""
     found = _law(fit(terms, observe(runs)))
     try:
-        small, large = parted(runs)
+        small, large = fitted_and_predicted(runs)
     except ConfigError as error:
         return {**found, "hold_out": {"note": str(error)}}
     law, truth = fit(terms, observe(small)), observe(large)

@@ -66,7 +66,7 @@ class StreamedOperator:
     ) -> None:  # fmt: skip
         if not isinstance(objective, CausalLMObjective):
             raise ModelError(
-                "exact products need the causal LM's own loss (they take its derivatives in closed form): use "
+                "exact products need the causal LM's default loss (they take its derivatives in closed form): use "
                 'operator.method = "finite_difference" with a loss of your own'
             )
         if model.sharded and plain is None:
@@ -80,9 +80,9 @@ class StreamedOperator:
             move_buffers(plain, model.space.device)
         module = plain if plain is not None else model.module
         self._settings = replace(settings or Settings(), start=self.start)
-        parted = SplitError(f"cannot split {type(module).__name__}: the ranks' data take different ways through its blocks")
+        apart = SplitError(f"cannot split {type(module).__name__}: the ranks' data take different ways through its blocks")
         with (
-            in_step(model.world, "preparing the exact product", parted) as agree_on,
+            in_step(model.world, "preparing the exact product", apart) as agree_on,
             differentiable_kernels(module) as notes,
             honest_casts(self._exchange.dtype),
         ):

@@ -1,7 +1,7 @@
 """What a sweep written for one direction sees of K: rows of stacked tensors in, rows of stacked tensors out.
 
 A sweep runs once under ``torch.vmap`` for all K directions, so that whatever does not depend on the direction is
-computed once. :class:`One` is the same for a single direction without vmap.
+computed once. :class:`Single` is the same for a single direction without vmap.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 Collect = Callable[[list[torch.Tensor]], None]
 
 
-class One:
+class Single:
     """A single direction: drop the leading dimension, put it back."""
 
     def rows(self, stacked: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start, starting_cotangents
-from hpc_hess.curvature.exact.ports import Mapped, One
+from hpc_hess.curvature.exact.ports import Mapped, Single
 from hpc_hess.curvature.exact.projections import Projections
 from hpc_hess.curvature.exact.tangents import Pull, Several, Stage, Tensors, Way, pull_again, push, push_keeping
 from hpc_hess.model.blocks.blocks import SplitModel
@@ -87,7 +87,7 @@ class Sweeps:
             name = f"exact product, micro-batch {index + 1} of {len(micro_batches)}"
             with self.exchange.world.guard(name), torch.no_grad():
                 if count == 1:
-                    _Sweep(self, batch, scale, One()).run()
+                    _Sweep(self, batch, scale, Single()).run()
                 else:
                     directions = torch.arange(count, device=batch.input_ids.device)
                     torch.vmap(partial(self._mapped, batch, scale))(directions)
@@ -102,7 +102,7 @@ class Sweeps:
 class _Sweep:
     """One micro-batch, written for one direction."""
 
-    def __init__(self, sweeps: Sweeps, batch: MicroBatch, scale: float, port: One | Mapped) -> None:
+    def __init__(self, sweeps: Sweeps, batch: MicroBatch, scale: float, port: Single | Mapped) -> None:
         self.split, self.exchange, self.settings = sweeps.split, sweeps.exchange, sweeps.settings
         self.health, self.batch, self.scale, self.port = sweeps.health, batch, scale, port
         self.gauss_newton = not self.settings.start.second

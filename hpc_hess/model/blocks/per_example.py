@@ -98,8 +98,8 @@ class _Streamed:
         self._exchange = Exchange(model)
         self._selected = {p.name for p in model.layout.parameters}
         self._split = SplitModel(plain)
-        parted = SplitError(f"cannot split {type(plain).__name__}: the ranks' data take different ways through its blocks")
-        with in_step(model.world, "preparing gradients of examples", parted) as agree_on, honest_casts(model.space.dtype):
+        apart = SplitError(f"cannot split {type(plain).__name__}: the ranks' data take different ways through its blocks")
+        with in_step(model.world, "preparing gradients of examples", apart) as agree_on, honest_casts(model.space.dtype):
 
             def fetch(names: list[str]) -> Tensors:
                 agree_on(names)
