@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -69,10 +70,11 @@ def imports(text: str, file: str, module: str, *, is_package: bool = False) -> I
     tree = ast.parse(text)
     yield from ((file, line, target) for line, target in imported(tree, module, is_package=is_package))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+        if isinstance(node, ast.Attribute) and node.attr == "distributed" and ast.unparse(node) == "torch.distributed":
             yield file, node.lineno, "torch.distributed"
 
 
+@functools.cache
 def package() -> dict[str, list[Import]]:
     """Return the imports of each module of the package."""
     return {
