@@ -120,7 +120,7 @@ LINUX = re.compile(
 )  # fmt: skip
 # module -> words that it may hold beside the one where they belong
 MAKERS_TOO = {
-    "config.py": {"cuda", "xpu", "nvidia"},  # values that people write, and what they mean
+    "config/sections.py": {"cuda", "xpu", "nvidia"},  # values that people write, and what they mean
     "profiling/flops.py": {"torch.accelerator"},  # waits for whatever it times; stands below devices.py
 }
 
