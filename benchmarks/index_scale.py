@@ -23,12 +23,16 @@ def shapes_120b() -> dict[str, tuple[int, ...]]:
     for i in range(36):
         layer = f"model.layers.{i}."
         table |= {
-            layer + "self_attn.q_proj.weight": (4096, 2880), layer + "self_attn.k_proj.weight": (512, 2880),
-            layer + "self_attn.v_proj.weight": (512, 2880), layer + "self_attn.o_proj.weight": (2880, 4096),
-            layer + "mlp.router.weight": (128, 2880), layer + "mlp.experts.gate_up_proj": (128, 2880, 5760),
-            layer + "mlp.experts.down_proj": (128, 2880, 2880), layer + "input_layernorm.weight": (2880,),
+            layer + "self_attn.q_proj.weight": (4096, 2880),
+            layer + "self_attn.k_proj.weight": (512, 2880),
+            layer + "self_attn.v_proj.weight": (512, 2880),
+            layer + "self_attn.o_proj.weight": (2880, 4096),
+            layer + "mlp.router.weight": (128, 2880),
+            layer + "mlp.experts.gate_up_proj": (128, 2880, 5760),
+            layer + "mlp.experts.down_proj": (128, 2880, 2880),
+            layer + "input_layernorm.weight": (2880,),
             layer + "post_attention_layernorm.weight": (2880,),
-        }  # fmt: skip
+        }
     return table
 
 
@@ -76,8 +80,9 @@ def main(table: Table) -> None:
     timed("200 probe slices anywhere below 1.2e11", probe_slices)
     n = 50_000_000
     timed("50 M signs beyond 1e11", lambda: (x := probes.signs(0, 0, 100_000_000_001, n), abs(float(x.mean())) < 1e-3))
-    timed("50 M normals beyond 1e11",
-          lambda: (x := probes.normals(0, 0, 100_000_000_001, n), abs(float(x.std()) - 1) < 1e-3))  # fmt: skip
+    timed(
+        "50 M normals beyond 1e11", lambda: (x := probes.normals(0, 0, 100_000_000_001, n), abs(float(x.std()) - 1) < 1e-3)
+    )
     timed("sparse store of 2 rows x 1.2e11: create, write one rank's edge rows, commit, reopen", _store)
     table.settings["num_params"] = layout.num_params
 
@@ -106,8 +111,16 @@ def _store() -> Any:
         shard: Any = Edge()
         world = World.alone()
         options: dict[str, Any] = {"layout": layout, "shard": shard, "world": world, "driver": "files"}
-        store = Store.create(Path(folder), **options, probes=1, steps=2, rows=2, keep_basis=False,
-                             dtype=np.float32, attributes={"config": "{}"})  # fmt: skip
+        store = Store.create(
+            Path(folder),
+            **options,
+            probes=1,
+            steps=2,
+            rows=2,
+            keep_basis=False,
+            dtype=np.float32,
+            attributes={"config": "{}"},
+        )
         values = np.arange(1, 6, dtype=np.float32)
         store.write_row(0, 0, values)
         store.commit(0, [Member(np.zeros(0), np.zeros(0))])

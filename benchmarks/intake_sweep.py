@@ -57,10 +57,12 @@ def measured(kind: str, world: World) -> dict[str, str]:
         except Exception as error:
             return {"runs in transformers": "not when saved", "verdict": "", "why": str(error).strip().splitlines()[0][:150]}
         np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, VOCABULARY, 48))
-        config = make_config({
-            "model": {"source": folder, "attention": "eager"},
-            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 12, "sequences": 4},
-        })  # fmt: skip
+        config = make_config(
+            {
+                "model": {"source": folder, "attention": "eager"},
+                "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 12, "sequences": 4},
+            }
+        )
         try:
             problem = load_problem(config, world, Progress(0))
         except HpcHessError as error:
@@ -92,8 +94,12 @@ def main(
         table.add({"type": kind, "class": name, **row})
     ran = [row for row in table.rows if row["runs in transformers"] == "yes"]
     counts = {verdict: sum(row["verdict"] == verdict for row in ran) for verdict in ("passed", "noted", "refused")}
-    table.settings |= {"types": len(table.rows), "run a forward pass when tiny": len(ran), **counts,
-                       "error": len(ran) - sum(counts.values())}  # fmt: skip
+    table.settings |= {
+        "types": len(table.rows),
+        "run a forward pass when tiny": len(ran),
+        **counts,
+        "error": len(ran) - sum(counts.values()),
+    }
 
 
 if __name__ == "__main__":

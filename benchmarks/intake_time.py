@@ -19,15 +19,14 @@ from benchmarks.processes import apart
 CHECKS = {
     "first forward passes": [("session.problem", "try_forward")],
     "parameters spanned and reached": [
-        ("session.problem", "spanned_finding"), ("studies.quadrature.loop", "reached_finding"),
+        ("session.problem", "spanned_finding"),
+        ("studies.quadrature.loop", "reached_finding"),
     ],
     "fingerprint of the model": [("model.sources.source", "fingerprint")],
     "directory, own code": [("model.sources.source", name) for name in ("find_weight_files", "weight_like", "decide")],
-    "tensors": [
-        ("model.sources.checkpoint", name) for name in ("_check_types", "unused_findings", "_missing_buffers")
-    ],
+    "tensors": [("model.sources.checkpoint", name) for name in ("_check_types", "unused_findings", "_missing_buffers")],
     "discrete choices": [("curvature.differences.finite_difference", "FiniteDifferenceHessian._look")],
-}  # fmt: skip
+}
 
 
 def timed(words: list[str]) -> dict[str, float]:
@@ -65,10 +64,12 @@ def timed(words: list[str]) -> dict[str, float]:
 
 @benchmark("What the intake adds to the demo's run", note="Of the rank whose checks took longest.")
 def main(
-    table: Table, config: str = "launch/configs/smollm2.toml", ranks: int = 2,
+    table: Table,
+    config: str = "launch/configs/smollm2.toml",
+    ranks: int = 2,
     methods: Annotated[tuple[str, ...], "or exact: thrice as long"] = ("finite_difference",),
     overrides: Annotated[tuple[str, ...], Option("of the configuration", flag="--set", metavar="KEY=VALUE")] = (),
-) -> None:  # fmt: skip
+) -> None:
     table.settings["threads"] = 1
     for method in methods:
         with tempfile.TemporaryDirectory() as folder:

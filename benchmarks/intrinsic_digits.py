@@ -23,10 +23,17 @@ from hpc_hess.commands.intrinsic_dimension.rule import spread_in_bits
 
 SHADES = 17
 SHAPE = {
-    "vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 96, "tie_word_embeddings": False, "bos_token_id": 30,
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 96,
+    "tie_word_embeddings": False,
+    "bos_token_id": 30,
     "eos_token_id": 31,
-}  # fmt: skip
+}
 
 
 def digits(path: Path, rows: int) -> None:
@@ -45,38 +52,76 @@ def search(
     """Search with one sketch, for ``target`` or for the share of ordinary training's gain; return (row, target)."""
     out = folder / f"{kind}-{seed}"
     command = [
-        "intrinsic-dimension", config, "--held-out", args.held_out,
-        "--every", args.every, "--delta", args.delta, "--metric", "loss", "--learning-rate", args.rate,
-        "--smallest", args.smallest, "--share", args.share, "--baseline-steps", "400", "--baseline-rate", "0.003",
-        "--set", f"sketch.kind={kind}", "--set", f"sketch.seed={seed}", "--set", f"run.out={out}",
-    ]  # fmt: skip
+        "intrinsic-dimension",
+        config,
+        "--held-out",
+        args.held_out,
+        "--every",
+        args.every,
+        "--delta",
+        args.delta,
+        "--metric",
+        "loss",
+        "--learning-rate",
+        args.rate,
+        "--smallest",
+        args.smallest,
+        "--share",
+        args.share,
+        "--baseline-steps",
+        "400",
+        "--baseline-rate",
+        "0.003",
+        "--set",
+        f"sketch.kind={kind}",
+        "--set",
+        f"sketch.seed={seed}",
+        "--set",
+        f"run.out={out}",
+    ]
     if target is not None:
         command += ["--target", target]
     program(*command, threads=1)
     record = json.loads((out / "intrinsic_dimension.json").read_text())
     found = record["dimension"]
     row = {
-        "sketch": kind, "seed": seed, "log2 D*": "none" if found is None else int(np.log2(found)),
-        "steps": record["search"][-1][0], "reached": record["search"][-1][2],
-        "at half": max((v for _, v in record["half"]), default=""), "half reaches it": record["half_reached"],
-    }  # fmt: skip
+        "sketch": kind,
+        "seed": seed,
+        "log2 D*": "none" if found is None else int(np.log2(found)),
+        "steps": record["search"][-1][0],
+        "reached": record["search"][-1][2],
+        "at half": max((v for _, v in record["half"]), default=""),
+        "half reaches it": record["half_reached"],
+    }
     return row, record["threshold"]
 
 
 @benchmark("Intrinsic dimension of digits as token sequences")
 def main(
-    table: Table, kinds: tuple[str, ...] = ("affd", "ffd", "afjl", "qk"), seeds: int = 3, rows: int = 1792,
-    held_out: int = 256, every: int = 50, rate: float = 1e-2,
-    share: Annotated[float, "of the gain of ordinary training"] = 0.8, smallest: int = 128, delta: float = 0.02,
-) -> None:  # fmt: skip
+    table: Table,
+    kinds: tuple[str, ...] = ("affd", "ffd", "afjl", "qk"),
+    seeds: int = 3,
+    rows: int = 1792,
+    held_out: int = 256,
+    every: int = 50,
+    rate: float = 1e-2,
+    share: Annotated[float, "of the gain of ordinary training"] = 0.8,
+    smallest: int = 128,
+    delta: float = 0.02,
+) -> None:
     from transformers import LlamaConfig
 
     with tempfile.TemporaryDirectory() as name:
         folder, cases = Path(name), [(kind, seed) for kind in kinds for seed in range(seeds)]
         LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         digits(folder / "digits.npy", rows)
-        data = {"source": f"tokens:{folder}/digits.npy", "rows": "pad", "sequence_length": 65, "sequences": rows,
-                "micro_batch": 32}  # fmt: skip
+        data = {
+            "source": f"tokens:{folder}/digits.npy",
+            "rows": "pad",
+            "sequence_length": 65,
+            "sequences": rows,
+            "micro_batch": 32,
+        }
         with written({"model": {"source": f"{folder}/config.json"}, "data": data}) as config:
 
             def found(case: tuple[str, int], target: float | None) -> tuple[dict[str, Any], float]:

@@ -25,11 +25,19 @@ def random_llama(shape: dict[str, int], rows: int, length: int) -> Iterator[dict
 
     hidden = shape["hidden_size"]
     heads = 4 if hidden >= 48 else 2
-    config = LlamaConfig(**{
-        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": max(256, length),
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": hidden**-0.5,
-        "architectures": ["LlamaForCausalLM"], **shape,
-    })  # fmt: skip
+    config = LlamaConfig(
+        **{
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "max_position_embeddings": max(256, length),
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": hidden**-0.5,
+            "architectures": ["LlamaForCausalLM"],
+            **shape,
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, shape["vocab_size"], rows * length))

@@ -43,12 +43,16 @@ def measure(what: str, length: int, threads: int) -> dict[str, float]:
     return {"s": seconds, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
-@benchmark("An exact product of SmolLM2-135M over one long sequence",
-           asked="4,096 tokens: 6 GB, 3.5 gradients; 8,192: runs in 24 GB")  # fmt: skip
+@benchmark(
+    "An exact product of SmolLM2-135M over one long sequence",
+    asked="4,096 tokens: 6 GB, 3.5 gradients; 8,192: runs in 24 GB",
+)
 def main(
-    table: Table, lengths: tuple[int, ...] = (1024, 2048, 4096, 8192),
-    compare: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048), threads: int = 2,
-) -> None:  # fmt: skip
+    table: Table,
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192),
+    compare: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048),
+    threads: int = 2,
+) -> None:
     table.settings["dtype"] = "float32"
     for length in lengths:
         found = {}

@@ -47,32 +47,45 @@ def activation_bytes(sequence_length: int) -> tuple[int, int, int, int]:
 
 @benchmark("Peak memory of a rank, SmolLM2-135M", asked="measured: at most 1.10 of the sum")
 def main(
-    table: Table, ranks: int = 2, steps: int = 20,
+    table: Table,
+    ranks: int = 2,
+    steps: int = 20,
     check: Annotated[Literal["both", "with", "without"], "against the exact product"] = "both",
-) -> None:  # fmt: skip
+) -> None:
     length = 128
     table.settings |= {"micro-batch": f"1 x {length}", "reorthogonalise": "full"}
     cases = {"with the check against the exact product (the default)": True, "without it": False}
     data = {"sequences": ranks, "sequence_length": length}
     results = {
         name: run_program({"data": data, "lanczos": {"steps": steps}, "operator": {"check": checked}}, ranks)
-        for name, checked in cases.items() if check == "both" or checked == (check == "with")
-    }  # fmt: skip
+        for name, checked in cases.items()
+        if check == "both" or checked == (check == "with")
+    }
     shard = -(-next(iter(results.values()))["num_params"] // ranks) * 4
     activations, logits, block, root = activation_bytes(length)
     parts = {
-        "parameters": shard, "gradients": shard, "theta_0": shard, "3 vectors": 3 * shard,
-        f"basis, {steps} rows": steps * shard, "activations": activations,
+        "parameters": shard,
+        "gradients": shard,
+        "theta_0": shard,
+        "3 vectors": 3 * shard,
+        f"basis, {steps} rows": steps * shard,
+        "activations": activations,
         # a group is there as gathered parameters, as gradients, and as the buffers of its collectives
-        "largest unsharded group and its buffers": 3 * max(block, root) + root, "logits and their gradient": 2 * logits,
-    }  # fmt: skip
+        "largest unsharded group and its buffers": 3 * max(block, root) + root,
+        "logits and their gradient": 2 * logits,
+    }
     total = sum(parts.values())
     for name, value in {**parts, "sum": total}.items():
         table.add({"part": name, "MB": value / 1e6, "of the sum": ""})
     for name, result in results.items():
         measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
-        table.add({"part": f"measured (peak RSS above RSS after the imports), {name}", "MB": measured / 1e6,
-                   "of the sum": measured / total})  # fmt: skip
+        table.add(
+            {
+                "part": f"measured (peak RSS above RSS after the imports), {name}",
+                "MB": measured / 1e6,
+                "of the sum": measured / total,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,19 @@ RUNS: dict[str, dict[str, Any]] = {
 def train(data: dict[str, int], steps: int) -> tuple[float, int]:
     """Return the median seconds of an AdamW step and the peak resident bytes; nothing else was started before."""
     with tempfile.TemporaryDirectory() as folder:
-        program("finetune", CONFIG, *(f"--set=data.{key}={value}" for key, value in data.items()), "--steps", steps,
-                "--batch", data["sequences"], "--optimizer", "adamw", "--out", folder)  # fmt: skip
+        program(
+            "finetune",
+            CONFIG,
+            *(f"--set=data.{key}={value}" for key, value in data.items()),
+            "--steps",
+            steps,
+            "--batch",
+            data["sequences"],
+            "--optimizer",
+            "adamw",
+            "--out",
+            folder,
+        )
         lines = [json.loads(line) for line in (Path(folder) / "training.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "seconds" in line]
     return statistics.median(seconds[1:]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
@@ -41,12 +52,24 @@ def main(table: Table, steps: int = 4, sequences: int = 16, length: int = 128, m
     table.add({"step": "AdamW", "s": adamw_s, "of AdamW": 1.0, "peak GB": adamw_bytes / 1e9, "memory of AdamW": 1.0})
     for name, lanczos in RUNS.items():
         method = "exact" if name.startswith("exact") else "finite_difference"
-        result = run_program({"data": data, "lanczos": {"steps": steps, **lanczos},
-                              "operator": {"check": False, "step": 1e-3, "method": method}})  # fmt: skip
+        result = run_program(
+            {
+                "data": data,
+                "lanczos": {"steps": steps, **lanczos},
+                "operator": {"check": False, "step": 1e-3, "method": method},
+            }
+        )
         each = [e["hvp_s"] + e["lanczos_s"] + e["checkpoint_s"] for e in result["events"] if e["event"] == "step"]
         seconds, peak = statistics.median(each[1:]), result["memory"]["peak_bytes"]
-        table.add({"step": f"Lanczos: {name}", "s": seconds, "of AdamW": seconds / adamw_s, "peak GB": peak / 1e9,
-                   "memory of AdamW": peak / adamw_bytes})  # fmt: skip
+        table.add(
+            {
+                "step": f"Lanczos: {name}",
+                "s": seconds,
+                "of AdamW": seconds / adamw_s,
+                "peak GB": peak / 1e9,
+                "memory of AdamW": peak / adamw_bytes,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -42,9 +42,15 @@ def network(seed: int) -> nn.Module:
     """Return a convolutional network of 1,898 parameters, without normalisation or dropout: a function of its weights."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, CLASSES),
-    ).double()  # fmt: skip
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, CLASSES),
+    ).double()
 
 
 def train(model: nn.Module, batches: list[Batch], epochs: int) -> None:
@@ -99,17 +105,21 @@ def spectra_of(parts: Decomposition) -> dict[str, np.ndarray]:
     pairs = np.stack([parts.cross.basis[k].data.numpy() for k in range(CLASSES * (CLASSES - 1))])
     without = g - (rows.T * means.scale) @ rows
     matrices = {
-        "H": h, "G": g, "H - G": h - g, "G - A1 - A2": without,
+        "H": h,
+        "G": g,
+        "H - G": h - g,
+        "G - A1 - A2": without,
         "G - A1 - A2 - B1": without - (pairs.T * parts.cross.scale) @ pairs,
         "G with the class means projected out": outside @ g @ outside,
-    }  # fmt: skip
+    }
     return {name: np.linalg.eigvalsh(matrix) for name, matrix in matrices.items()}
 
 
 @benchmark(
-    "Class structure of a digits classifier's Hessian", note="![Spectra](papyan_digits.png)",
+    "Class structure of a digits classifier's Hessian",
+    note="![Spectra](papyan_digits.png)",
     asked={"eigenvalues of G above*": "about 10", "eigenvalue C - 1 of G over the largest*": "> 1"},
-)  # fmt: skip
+)
 def main(table: Table, per_class: int = 30, epochs: int = 20) -> None:
     table.settings |= {"examples": per_class * CLASSES, "optimizer": "Adam, full batch", "dtype": "float64"}
     training, rest = digits(per_class)

@@ -59,9 +59,7 @@ def load(path: Path) -> nn.Module:
 def hessian(model: nn.Module, ids: torch.Tensor, micro_batch: int) -> HessianLinearOperator:
     """Of the mean over all predicted tokens: rows are equally long, so it is the mean over batches of equal size."""
     batches = [(rows, rows[:, 1:].flatten()) for rows in ids.split(micro_batch)]
-    return HessianLinearOperator(
-        model, nn.CrossEntropyLoss(), list(model.parameters()), batches, check_deterministic=False
-    )  # fmt: skip
+    return HessianLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), batches, check_deterministic=False)
 
 
 def main() -> None:
@@ -86,14 +84,27 @@ def main() -> None:
 
     began = time.perf_counter()
     values = eigsh(
-        LinearOperator((size, size), matvec=product, dtype=np.float32), 2 * args.count, which="BE", ncv=args.basis,
-        tol=args.tolerance, v0=np.random.default_rng(0).standard_normal(size, np.float32), return_eigenvectors=False,
-    )  # fmt: skip
-    args.out.write_text(json.dumps({
-        "values": np.sort(values).tolist(), "size": size, "products": len(seconds), "product_s": seconds,
-        "search_s": time.perf_counter() - began, "scipy": scipy_version,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
-    }))  # fmt: skip
+        LinearOperator((size, size), matvec=product, dtype=np.float32),
+        2 * args.count,
+        which="BE",
+        ncv=args.basis,
+        tol=args.tolerance,
+        v0=np.random.default_rng(0).standard_normal(size, np.float32),
+        return_eigenvectors=False,
+    )
+    args.out.write_text(
+        json.dumps(
+            {
+                "values": np.sort(values).tolist(),
+                "size": size,
+                "products": len(seconds),
+                "product_s": seconds,
+                "search_s": time.perf_counter() - began,
+                "scipy": scipy_version,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def curvlinops(model: nn.Module, batches: list[Any]) -> Tool:
     write_out_silu(model)
     operator = HessianLinearOperator(
         model, nn.CrossEntropyLoss(), list(model.parameters()), batches, check_deterministic=False
-    )  # fmt: skip
+    )
     return operator.__matmul__, lambda steps: fast_lanczos(operator, steps)
 
 
@@ -93,8 +93,9 @@ def main() -> None:
     builders: dict[str, Callable[[], Tool]] = {
         "eigenthings-autograd": lambda: eigenthings(model, batches, "autograd"),
         "eigenthings-differences": lambda: eigenthings(model, batches, "finite_difference"),
-        "curvlinops": lambda: curvlinops(model, batches), "pyhessian": lambda: pyhessian(model, batches),
-    }  # fmt: skip
+        "curvlinops": lambda: curvlinops(model, batches),
+        "pyhessian": lambda: pyhessian(model, batches),
+    }
     product, lanczos = builders[args.tool]()
     v, reference = (torch.from_numpy(np.load(args.folder / name)) for name in ("v_of_model.npy", "reference_of_model.npy"))
     found: dict[str, Any] = {}
@@ -107,9 +108,11 @@ def main() -> None:
     error = float((result - reference).norm() / reference.norm())
     del result, reference
     found = {
-        "gradient_s": statistics.median(gradient_s), "product_s": statistics.median(seconds),
-        "gradients": statistics.median(costs), "error": error,
-    }  # fmt: skip
+        "gradient_s": statistics.median(gradient_s),
+        "product_s": statistics.median(seconds),
+        "gradients": statistics.median(costs),
+        "error": error,
+    }
     if lanczos is not None:
         began = time.perf_counter()
         try:

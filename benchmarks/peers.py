@@ -42,15 +42,18 @@ from hpc_hess.session.problem import Problem, load_problem
 from hpc_hess.session.reference import start_vector
 
 OURS = {
-    "central": "hpc_hess, central differences", "forward": "hpc_hess, forward differences",
-    "exact": "hpc_hess, exact", "exact-keeping": "hpc_hess, exact, keeping state",
+    "central": "hpc_hess, central differences",
+    "forward": "hpc_hess, forward differences",
+    "exact": "hpc_hess, exact",
+    "exact-keeping": "hpc_hess, exact, keeping state",
     "exact-lock-step": "hpc_hess, exact, 4 vectors in lock-step, each",
-}  # fmt: skip
+}
 PEERS = {
     "eigenthings-differences": "hessian-eigenthings 1.0.0a5, finite differences",
     "eigenthings-autograd": "hessian-eigenthings 1.0.0a5, autograd",
-    "curvlinops": "curvlinops-for-pytorch 3.0.1", "pyhessian": "pyhessian 0.1",
-}  # fmt: skip
+    "curvlinops": "curvlinops-for-pytorch 3.0.1",
+    "pyhessian": "pyhessian 0.1",
+}
 GPT2 = "GPT-2, 124 M, random"
 SMOLLM2 = "SmolLM2-135M"
 RESULTS_OF = {SMOLLM2: "peers", GPT2: "peers_gpt2"}  # a table a model: each is one run
@@ -89,8 +92,10 @@ def prepare(config: dict[str, Any], folder: Path) -> Path:
         values = vector.data.float().numpy()
         np.save(folder / f"{name}.npy", values)
         # the peers' order is the model's, ours is by name
-        np.save(folder / f"{name}_of_model.npy",
-                np.concatenate([values[places[n]] for n, _ in problem.model.module.named_parameters()]))  # fmt: skip
+        np.save(
+            folder / f"{name}_of_model.npy",
+            np.concatenate([values[places[n]] for n, _ in problem.model.module.named_parameters()]),
+        )
     return Path(problem.source.path)
 
 
@@ -137,13 +142,18 @@ def ours(tool: str, config: dict[str, Any], folder: str, repeats: int, steps: in
         while not process.finished:
             process.step()
         step_s = time.perf_counter() - began
-        step_s -= sum(record.calibration_s for record in getattr(operator, "records", [])[len(before):])
+        step_s -= sum(record.calibration_s for record in getattr(operator, "records", [])[len(before) :])
         step_s /= steps
     return {
-        "gradient_s": statistics.median(gradient_s), "product_s": statistics.median(seconds),
-        "gradients": statistics.median(costs), "error": error, "step_s": step_s, "finishes": "yes",
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, "calibration_s": calibration_s,
-    }  # fmt: skip
+        "gradient_s": statistics.median(gradient_s),
+        "product_s": statistics.median(seconds),
+        "gradients": statistics.median(costs),
+        "error": error,
+        "step_s": step_s,
+        "finishes": "yes",
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "calibration_s": calibration_s,
+    }
 
 
 def theirs(tool: str, python: Path, weights: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -157,11 +167,17 @@ def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the table."""
     step = found.get("step_s")
     return {
-        "model": model, "tool": title, "product, s": found["product_s"], "in gradients": found["gradients"],
-        "error": found["error"], "Lanczos step, s": "" if step is None else step,
+        "model": model,
+        "tool": title,
+        "product, s": found["product_s"],
+        "in gradients": found["gradients"],
+        "error": found["error"],
+        "Lanczos step, s": "" if step is None else step,
         "beside its product, %": "" if step is None else 100 * (step / found["product_s"] - 1),
-        "peak memory, GB": found["peak_bytes"] / 1e9, "gradient, s": found["gradient_s"], "finishes": found["finishes"],
-    }  # fmt: skip
+        "peak memory, GB": found["peak_bytes"] / 1e9,
+        "gradient, s": found["gradient_s"],
+        "finishes": found["finishes"],
+    }
 
 
 @benchmark(
@@ -172,11 +188,16 @@ def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
     "gradients are autograd's of the whole loss; ours are written into a vector, with chunks of the cross-entropy.",
 )
 def main(
-    table: Table, python: Annotated[Path, "of the environment with the peers"],
-    models: Annotated[tuple[str, ...], Option(choices=(SMOLLM2, GPT2))] = (SMOLLM2, GPT2), sequences: int = 2,
-    length: int = 128, micro_batch: int = 1, repeats: int = 3, steps: int = 8,
+    table: Table,
+    python: Annotated[Path, "of the environment with the peers"],
+    models: Annotated[tuple[str, ...], Option(choices=(SMOLLM2, GPT2))] = (SMOLLM2, GPT2),
+    sequences: int = 2,
+    length: int = 128,
+    micro_batch: int = 1,
+    repeats: int = 3,
+    steps: int = 8,
     only: Annotated[str, "tools whose name holds this text"] = "",
-) -> None:  # fmt: skip
+) -> None:
     table.settings["threads"] = os.cpu_count()
     for name in models:
         if table.rows:
@@ -190,8 +211,11 @@ def main(
                 if only not in tool:
                     continue
                 try:
-                    (found,) = (apart(ours, tool, config, place, repeats, steps) if tool in OURS
-                                else [theirs(tool, python, weights, folder, table.given)])  # fmt: skip
+                    (found,) = (
+                        apart(ours, tool, config, place, repeats, steps)
+                        if tool in OURS
+                        else [theirs(tool, python, weights, folder, table.given)]
+                    )
                     table.add(line(name, title, found))
                 except FailedError as failed:
                     print(failed, flush=True)

@@ -50,8 +50,10 @@ def main(
     table: Table,
     cases: Annotated[tuple[str, ...], Option(f"models: {', '.join([SMOLLM2, *SHAPES])}", metavar="MODEL:RANKS,RANKS")] = (
         *(f"{name}:1,2,3,4" for name in (SMOLLM2, *SHAPES)),
-    ), length: int = 256, step: Annotated[str, "of differences; a number saves calibrations, in memory too"] = "auto",
-) -> None:  # fmt: skip
+    ),
+    length: int = 256,
+    step: Annotated[str, "of differences; a number saves calibrations, in memory too"] = "auto",
+) -> None:
     table.name = "planner" if step == "auto" else "planner_fixed_step"
     for name, _, counts in (case.partition(":") for case in cases):
         for method in ("finite_difference", "exact"):
@@ -59,8 +61,10 @@ def main(
                 with model_of(name, length, ranks) as config:
                     config |= {
                         "operator": {"method": method, "check": False, "step": step if step == "auto" else float(step)},
-                        "lanczos": {"steps": 3}, "parallel": {"device": "cpu"}, "run": {"report": False},
-                    }  # fmt: skip
+                        "lanczos": {"steps": 3},
+                        "parallel": {"device": "cpu"},
+                        "run": {"report": False},
+                    }
                     traced = trace(make_config(config), ranks, ranks, gloo=True)
                     machine = machine_of(ranks)  # each time: its speed is another one an hour later
                     result = run_program(config, ranks)
@@ -68,12 +72,19 @@ def main(
                 measured = result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"]
                 time = seconds(traced.product, machine, ranks, ranks).at(machine.share(method))
                 product_s = result["timing"]["hvp_s"]
-                table.add({
-                    "model": name, "operator": method.replace("_", " "), "ranks": ranks, "predicted, MB": predicted / 1e6,
-                    "measured, MB": measured / 1e6, "predicted / measured": predicted / measured,
-                    "product predicted, s": time.most, "product measured, s": product_s,
-                    "time predicted / measured": time.most / product_s,
-                })  # fmt: skip
+                table.add(
+                    {
+                        "model": name,
+                        "operator": method.replace("_", " "),
+                        "ranks": ranks,
+                        "predicted, MB": predicted / 1e6,
+                        "measured, MB": measured / 1e6,
+                        "predicted / measured": predicted / measured,
+                        "product predicted, s": time.most,
+                        "product measured, s": product_s,
+                        "time predicted / measured": time.most / product_s,
+                    }
+                )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,18 @@ from benchmarks.tables import ROOT
 Launcher = Literal["torchrun", "mpirun"]
 _LAUNCH: dict[str, Callable[[int], list[str]]] = {
     "torchrun": lambda n: [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"],
-    "mpirun": lambda n: ["mpirun", "--quiet", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(n),
-                         sys.executable],
-}  # fmt: skip
+    "mpirun": lambda n: [
+        "mpirun",
+        "--quiet",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-n",
+        str(n),
+        sys.executable,
+    ],
+}
 
 
 class FailedError(RuntimeError):
@@ -55,13 +64,26 @@ def program(*words: Any, ranks: int = 1, threads: int | None = None) -> str:
     return module("hpc_hess", *words, ranks=ranks, threads=threads)
 
 
-def apart(function: Callable[..., Any], *arguments: Any, ranks: int = 1, launcher: Launcher | None = None,
-          threads: int | None = None) -> list[Any]:  # fmt: skip
+def apart(
+    function: Callable[..., Any],
+    *arguments: Any,
+    ranks: int = 1,
+    launcher: Launcher | None = None,
+    threads: int | None = None,
+) -> list[Any]:
     """Call a function of a benchmark on ranks of their own; return what each returns. All is JSON. Raises FailedError."""
     with tempfile.TemporaryDirectory() as folder:
         name = Path(inspect.getfile(function)).stem
-        module("benchmarks.processes", name, function.__name__, json.dumps(arguments), folder,
-               ranks=ranks, launcher=launcher, threads=threads)  # fmt: skip
+        module(
+            "benchmarks.processes",
+            name,
+            function.__name__,
+            json.dumps(arguments),
+            folder,
+            ranks=ranks,
+            launcher=launcher,
+            threads=threads,
+        )
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -72,8 +94,9 @@ def _called(name: str, function: str, arguments: str, folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps(value))
 
 
-def run_program(config: dict[str, Any], ranks: int = 1, *, threads: int | None = None,
-                keep: Path | None = None) -> dict[str, Any]:  # fmt: skip
+def run_program(
+    config: dict[str, Any], ranks: int = 1, *, threads: int | None = None, keep: Path | None = None
+) -> dict[str, Any]:
     """Run ``hpc_hess run`` in a directory of its own; return result.json with the events added. Raises FailedError.
 
     ``keep``: a directory for a copy of the figures.

@@ -38,14 +38,30 @@ from hpc_hess.session.reference import extreme_ritz_vector, start_vector
 NUM_PROBES = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # every head with keys and values of its own: PyTorch's memory-efficient attention takes no grouped ones
-_WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32768, "num_attention_heads": 32,
-         "num_key_value_heads": 32}  # fmt: skip
+_WIDE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "vocab_size": 32768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
 LLAMAS = {  # title, shape, rows, tokens in a row
     "llama-1b": ("a random Llama of 1.1 B parameters", {**_WIDE, "num_hidden_layers": 16}, 4, 1024),
     "llama-05b": ("a random Llama of 0.47 B parameters", {**_WIDE, "num_hidden_layers": 6}, 4, 1024),
-    "toy": ("a random toy", {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 1024,
-                             "num_attention_heads": 4, "num_key_value_heads": 4}, 2, 64),
-}  # fmt: skip
+    "toy": (
+        "a random toy",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 5,
+            "vocab_size": 1024,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+        2,
+        64,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -107,8 +123,9 @@ class Products:
     Vectors and references wait in host memory: those of a large model would not fit a GPU beside what is measured.
     """
 
-    def __init__(self, table: Table, problem: Problem, vectors: list[torch.Tensor], references: list[torch.Tensor],
-                 only: str) -> None:  # fmt: skip
+    def __init__(
+        self, table: Table, problem: Problem, vectors: list[torch.Tensor], references: list[torch.Tensor], only: str
+    ) -> None:
         self.table, self.problem, self.vectors, self.references, self._only = table, problem, vectors, references, only
         self.gradient_s: list[float] = []
         self._out = problem.model.space.zeros()
@@ -149,8 +166,12 @@ class Products:
             costs.append(spent / (0.5 * (near + self.gradient())))
         row: dict[str, Any] = {"method": name}
         if errors:
-            row |= {"error, random": statistics.median(found[:NUM_PROBES]), "asked ": asked.random,
-                    "error, dominant": found[-1], "asked  ": asked.dominant}  # fmt: skip
+            row |= {
+                "error, random": statistics.median(found[:NUM_PROBES]),
+                "asked ": asked.random,
+                "error, dominant": found[-1],
+                "asked  ": asked.dominant,
+            }
         row |= {"cost in gradients": statistics.median(costs), "asked": asked.cost, "seconds": statistics.median(seconds)}
         if peak:
             row["peak memory"] = gigabytes(peak)
@@ -174,10 +195,15 @@ def measure(table: Table, config: dict[str, Any], power_steps: int, only: str, f
     def plain(operator: Any) -> Callable[[Vector], tuple[Vector, float]]:
         return lambda v: timed(lambda: operator.matvec(v))
 
-    def operator(kind: type[ExactHessian] | type[GaussNewton] = ExactHessian, *, keep_state: bool = False,
-                 compute_dtype: torch.dtype | None = None) -> Any:  # fmt: skip
-        return kind(problem.model, problem.gradient.objective, compute_dtype=compute_dtype,
-                    settings=Settings(keep_state=keep_state))  # fmt: skip
+    def operator(
+        kind: type[ExactHessian] | type[GaussNewton] = ExactHessian,
+        *,
+        keep_state: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Any:
+        return kind(
+            problem.model, problem.gradient.objective, compute_dtype=compute_dtype, settings=Settings(keep_state=keep_state)
+        )
 
     asked = Asked("<= 3e-5", "<= 2e-5", "<= 3.7")
     products.row("exact fp32, one vector, recomputing", asked, plain(exact))
@@ -192,9 +218,11 @@ def measure(table: Table, config: dict[str, Any], power_steps: int, only: str, f
     if fast_bfloat16:  # most CPUs have none
         bfloat16 = operator(compute_dtype=torch.bfloat16)
         products.row("exact bf16 (fp32 masters), one vector", Asked(), plain(bfloat16))
-    for scheme, limits in (("fourth", Asked("<= 4e-4", "<= 1e-3", "<= 4.2")),
-                           ("central", Asked("<= 1e-3", "<= 2.5e-3", "<= 2.1")),
-                           ("forward", Asked("<= 6e-3", "<= 1.5e-2", "<= 1.05"))):  # fmt: skip
+    for scheme, limits in (
+        ("fourth", Asked("<= 4e-4", "<= 1e-3", "<= 4.2")),
+        ("central", Asked("<= 1e-3", "<= 2.5e-3", "<= 2.1")),
+        ("forward", Asked("<= 6e-3", "<= 1.5e-2", "<= 1.05")),
+    ):
         differences = FiniteDifferenceHessian(problem.gradient, scheme)  # type: ignore[arg-type]
 
         def product(v: Vector, operator: FiniteDifferenceHessian = differences) -> tuple[Vector, float]:
@@ -232,12 +260,19 @@ def references_in_float64(config: dict[str, Any], vectors: list[torch.Tensor]) -
 
 @benchmark("Hessian products")
 def main(
-    table: Table, model: Annotated[str, Option(choices=("smollm2", *LLAMAS))] = "smollm2", power_steps: int = 12,
-    micro_batch: int = 1, only: Annotated[str, "rows whose name holds this text"] = "",
-) -> None:  # fmt: skip
+    table: Table,
+    model: Annotated[str, Option(choices=("smollm2", *LLAMAS))] = "smollm2",
+    power_steps: int = 12,
+    micro_batch: int = 1,
+    only: Annotated[str, "rows whose name holds this text"] = "",
+) -> None:
     table.name = "products" if model == "smollm2" else f"products_{model.replace('-', '_')}"
-    table.settings |= {"probes": NUM_PROBES, "threads": torch.get_num_threads(), "TF32": "off",
-                       "attention": "sdpa for gradients, math for exact products"}  # fmt: skip
+    table.settings |= {
+        "probes": NUM_PROBES,
+        "threads": torch.get_num_threads(),
+        "TF32": "off",
+        "attention": "sdpa for gradients, math for exact products",
+    }
     with subject(model) as (title, config):
         table.title = f"Hessian products on {title}"
         config["data"]["micro_batch"] = micro_batch

@@ -29,10 +29,12 @@ def recurrences(folder: str, dtype: str, models: list[str]) -> dict[str, tuple[l
     world.make_mesh(1)
     found = {}
     for name in models:
-        config = make_config({
-            "model": {"source": f"{folder}/{name}", "attention": "eager", "master_dtype": dtype, "compute_dtype": dtype},
-            "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 13, "sequences": 5},
-        })  # fmt: skip
+        config = make_config(
+            {
+                "model": {"source": f"{folder}/{name}", "attention": "eager", "master_dtype": dtype, "compute_dtype": dtype},
+                "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": 13, "sequences": 5},
+            }
+        )
         problem = load_problem(config, world, Progress(0))
         operator = FiniteDifferenceHessian(problem.gradient)
         space = problem.model.space

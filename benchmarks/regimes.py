@@ -79,10 +79,20 @@ class Plan:
         return [float(10**k) for k in np.arange(low, high + 0.01, stride)]
 
 
-TOY_PLAN = Plan({"float64": (-8, 1.5, 0.5), "float32": (-6, 1.5, 0.5),
-                 "bfloat16": (-4, 1.5, 0.5), "bfloat16, weights too": (-4, 1.5, 0.5)}, 20)  # fmt: skip
-SMOLLM2_PLAN = Plan({"float64": (-7, 0, 1), "float32": (-4.5, 1, 0.5), "bfloat16": (-1.5, 1.5, 0.5),
-                     "bfloat16, weights too": (-1, 1, 1)}, 8, ("random", "Ritz"))  # fmt: skip
+TOY_PLAN = Plan(
+    {
+        "float64": (-8, 1.5, 0.5),
+        "float32": (-6, 1.5, 0.5),
+        "bfloat16": (-4, 1.5, 0.5),
+        "bfloat16, weights too": (-4, 1.5, 0.5),
+    },
+    20,
+)
+SMOLLM2_PLAN = Plan(
+    {"float64": (-7, 0, 1), "float32": (-4.5, 1, 0.5), "bfloat16": (-1.5, 1.5, 0.5), "bfloat16, weights too": (-1, 1, 1)},
+    8,
+    ("random", "Ritz"),
+)
 
 
 def sweep(name: str, config: dict[str, Any], plan: Plan, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -116,9 +126,13 @@ def sweep(name: str, config: dict[str, Any], plan: Plan, dtypes: tuple[str, ...]
 
 
 def _curves(
-    name: str, problem: Problem, dtype: str, vectors: dict[str, Vector], references: dict[str, torch.Tensor],
+    name: str,
+    problem: Problem,
+    dtype: str,
+    vectors: dict[str, Vector],
+    references: dict[str, torch.Tensor],
     steps: list[float],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     space = problem.model.space
     low = dtype.startswith("bfloat16")
     exact = None if dtype == "float64" else exact_product(problem, torch.bfloat16 if low else None)
@@ -135,11 +149,19 @@ def _curves(
         spread = concentration(v)
         auto = _difference(gradient, base, u, references[kind], "auto")
         points = [_difference(gradient, base, u, references[kind], eps) for eps in steps]
-        curves.append({
-            "model": name, "parameters": space.size, "dtype": dtype, "vector": kind,
-            "participation": spread.participation, "product_norm": float(references[kind].norm()),
-            "exact_error": exact_errors.get(kind), "auto": auto, "points": [p for p in points if p],
-        })  # fmt: skip
+        curves.append(
+            {
+                "model": name,
+                "parameters": space.size,
+                "dtype": dtype,
+                "vector": kind,
+                "participation": spread.participation,
+                "product_norm": float(references[kind].norm()),
+                "exact_error": exact_errors.get(kind),
+                "auto": auto,
+                "points": [p for p in points if p],
+            }
+        )
     return curves
 
 
@@ -153,8 +175,12 @@ def _difference(
     except NumericsError:  # nothing moves when the step is stored, or the loss overflows
         return None
     record = operator.records[-1]
-    return {"eps": record.step, "realised": record.realised, "error": _error(product, reference),
-            "predicted": record.predicted_error}  # fmt: skip
+    return {
+        "eps": record.step,
+        "realised": record.realised,
+        "error": _error(product, reference),
+        "predicted": record.predicted_error,
+    }
 
 
 def _error(product: Vector, reference: torch.Tensor) -> float:
@@ -164,12 +190,13 @@ def _error(product: Vector, reference: torch.Tensor) -> float:
 
 @benchmark("Error of a Hessian product against step, number format, size and vector")
 def main(
-    table: Table, smollm2: Annotated[bool, "measure SmolLM2-135M, 1 x 128 tokens, and not the toys"] = False,
+    table: Table,
+    smollm2: Annotated[bool, "measure SmolLM2-135M, 1 x 128 tokens, and not the toys"] = False,
     models: Annotated[tuple[str, ...], Option("which toys", choices=(*TOYS,))] = (*TOYS,),
     no_krylov: Annotated[bool, "leave regimes_krylov out"] = False,
     dtypes: Annotated[tuple[str, ...], Option(choices=DTYPES)] = DTYPES,
     figures: Annotated[bool, "only rewrite tables and figures from the stored curves"] = False,
-) -> None:  # fmt: skip
+) -> None:
     curves: list[dict[str, Any]] = []
     if smollm2 and not figures:
         data = {"source": "text:launch/data/gpl-3.txt", "sequence_length": 128, "sequences": 1}
@@ -184,9 +211,13 @@ def main(
     curves += [c for c in kept if (c["model"], c["dtype"]) not in fresh]
     names = [*TOYS, SMOLLM2]
     curves.sort(key=lambda c: (names.index(c["model"]), VECTORS.index(c["vector"]), DTYPES.index(c["dtype"])))
-    table.settings = {"reference": "exact product in float64 at the same parameters", "scheme": "central",
-                      "toys": "1 x 64 random tokens", SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
-                      "threads": torch.get_num_threads()}  # fmt: skip
+    table.settings = {
+        "reference": "exact product in float64 at the same parameters",
+        "scheme": "central",
+        "toys": "1 x 64 random tokens",
+        SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
+        "threads": torch.get_num_threads(),
+    }
     for curve in curves:
         table.add(summary(curve, truncation_of(curves, curve)))
     stored.write_text(json.dumps({"machine": machine(), "curves": curves}, default=float) + "\n")

@@ -81,20 +81,29 @@ def summary(curve: dict[str, Any], truncation: float | None) -> dict[str, Any]:
     best, auto, fitted = min(curve["points"], key=lambda p: p["error"]), curve["auto"], fit(curve, truncation)
     low, high = usable(curve)
     ends = [curve["points"][0]["eps"], curve["points"][-1]["eps"]]
-    span = "none" if low is not None and math.isnan(low) else (
-        f"{'<' if low is None else ''}{low or ends[0]:.1e} to {'>' if high is None else ''}{high or ends[1]:.1e}"
-    )  # fmt: skip
+    span = (
+        "none"
+        if low is not None and math.isnan(low)
+        else (f"{'<' if low is None else ''}{low or ends[0]:.1e} to {'>' if high is None else ''}{high or ends[1]:.1e}")
+    )
     return {
-        "model": curve["model"], "format": curve["dtype"], "vector": curve["vector"],
-        "participation": curve["participation"], "error < 1 %, eps": span,
-        "best eps": best["eps"], "best error": best["error"],
-        "slope near": _round(fitted["rounding_slope"]), "slope far": _round(fitted["truncation_slope"]),
-        "crossing": fitted.get("crossing"), "optimum of the fit": fitted.get("optimum"),
-        "auto eps": auto["eps"] if auto else None, "auto error": auto["error"] if auto else None,
+        "model": curve["model"],
+        "format": curve["dtype"],
+        "vector": curve["vector"],
+        "participation": curve["participation"],
+        "error < 1 %, eps": span,
+        "best eps": best["eps"],
+        "best error": best["error"],
+        "slope near": _round(fitted["rounding_slope"]),
+        "slope far": _round(fitted["truncation_slope"]),
+        "crossing": fitted.get("crossing"),
+        "optimum of the fit": fitted.get("optimum"),
+        "auto eps": auto["eps"] if auto else None,
+        "auto error": auto["error"] if auto else None,
         "auto predicted": auto["predicted"] if auto else None,
         "auto / best": auto["error"] / best["error"] if auto else None,
         "exact product's error": curve["exact_error"],
-    }  # fmt: skip
+    }
 
 
 def _round(x: float | None) -> float | None:

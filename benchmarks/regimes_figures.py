@@ -19,10 +19,15 @@ from hpc_hess.report.style import CYCLE, INK, MUTED, STYLE
 COLOURS = dict(zip(DTYPES, (INK, CYCLE[0], CYCLE[1], CYCLE[4]), strict=True))
 _LINES = dict(zip(DTYPES, ("o-", "o-", "o-", "o:"), strict=True))  # the last lies on the one before
 PRODUCTS = {
-    "exact float64": INK, "exact float32": CYCLE[0], "exact bfloat16": CYCLE[1], "central float32, auto": CYCLE[2],
-    "central float32, 0.001": CYCLE[3], "central float32, 0.01": CYCLE[4], "central float32, 0.1": CYCLE[5],
+    "exact float64": INK,
+    "exact float32": CYCLE[0],
+    "exact bfloat16": CYCLE[1],
+    "central float32, auto": CYCLE[2],
+    "central float32, 0.001": CYCLE[3],
+    "central float32, 0.01": CYCLE[4],
+    "central float32, 0.1": CYCLE[5],
     "central bfloat16, auto": MUTED,
-}  # fmt: skip
+}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -49,8 +54,11 @@ def draw_sweep(curves: list[dict[str, Any]], folder: Path) -> None:
             axes.set_yscale("log")
             axes.set_xlim(5e-9, 60)
             axes.set_ylim(1e-11, 1e4)
-        row[0].set_ylabel(f"{kind} vector\nrelative error of H v" if kind != "final norm" else
-                          "vector on the final norm\nrelative error of H v")  # fmt: skip
+        row[0].set_ylabel(
+            f"{kind} vector\nrelative error of H v"
+            if kind != "final norm"
+            else "vector on the final norm\nrelative error of H v"
+        )
     for axes, model in zip(grid[0], models, strict=True):
         axes.set_title(model if model == SMOLLM2 else f"toy, {model} parameters")
     for column in grid.T:
@@ -61,7 +69,7 @@ def draw_sweep(curves: list[dict[str, Any]], folder: Path) -> None:
     handles += [
         Line2D([], [], color=MUTED, ls="--", lw=0.9, label="fits R / eps and T eps², extended"),
         Line2D([], [], color=MUTED, marker="x", ms=6, ls="", mew=1.4, label="where the two cross"),
-        Line2D([], [], color=MUTED, marker="*", ms=12, ls="", mec=INK, mew=0.6, label="step chosen by step = \"auto\""),
+        Line2D([], [], color=MUTED, marker="*", ms=12, ls="", mec=INK, mew=0.6, label='step chosen by step = "auto"'),
         Line2D([], [], color=MUTED, ls="-", lw=3, alpha=0.6, label="exact product (no step), right edge"),
         Line2D([], [], color=MUTED, ls=(0, (1, 2)), lw=0.8, label="1 %"),
     ]
@@ -91,20 +99,46 @@ def draw_krylov(runs: list[dict[str, Any]], folder: Path) -> None:
     figure = _figure(12.4, 7.8)
     grid = figure.subplots(2, 3)
     hessian = [r for r in runs if r["matrix"] == "hessian"]
-    _series(grid[0, 0], [r for r in hessian if r["reorthogonalise"] == "none"], "orthogonality",
-            "Lost orthogonality, no reorthogonalisation", "max |⟨vᵢ, vⱼ⟩|")  # fmt: skip
-    _series(grid[0, 1], [r for r in hessian if r["reorthogonalise"] == "none"], "excess",
-            "Ghosts, no reorthogonalisation", "Ritz values in excess", log=False)  # fmt: skip
-    _series(grid[0, 2], [r for r in hessian if r["reorthogonalise"] == "full"], "extreme",
-            "Extreme Ritz values, full", "error of λ / range")  # fmt: skip
-    _series(grid[1, 0], [r for r in hessian if r["reorthogonalise"] == "full"], "wasserstein",
-            "Spectral density, full", "W₁ to float64 / range")  # fmt: skip
+    _series(
+        grid[0, 0],
+        [r for r in hessian if r["reorthogonalise"] == "none"],
+        "orthogonality",
+        "Lost orthogonality, no reorthogonalisation",
+        "max |⟨vᵢ, vⱼ⟩|",
+    )
+    _series(
+        grid[0, 1],
+        [r for r in hessian if r["reorthogonalise"] == "none"],
+        "excess",
+        "Ghosts, no reorthogonalisation",
+        "Ritz values in excess",
+        log=False,
+    )
+    _series(
+        grid[0, 2],
+        [r for r in hessian if r["reorthogonalise"] == "full"],
+        "extreme",
+        "Extreme Ritz values, full",
+        "error of λ / range",
+    )
+    _series(
+        grid[1, 0],
+        [r for r in hessian if r["reorthogonalise"] == "full"],
+        "wasserstein",
+        "Spectral density, full",
+        "W₁ to float64 / range",
+    )
     axes = grid[1, 1]
     for run in (r for r in runs if (r["matrix"], r["product"]) == ("gauss_newton", "exact bfloat16")):
         below = -np.array(run["lowest"])
         full = run["reorthogonalise"] == "full"
-        axes.plot(np.arange(1, run["steps"] + 1), np.where(below > 0, below, np.nan), "-" if full else "--",
-                  color=PRODUCTS[run["product"]], label=run["reorthogonalise"])  # fmt: skip
+        axes.plot(
+            np.arange(1, run["steps"] + 1),
+            np.where(below > 0, below, np.nan),
+            "-" if full else "--",
+            color=PRODUCTS[run["product"]],
+            label=run["reorthogonalise"],
+        )
     axes.legend(title="exact bfloat16 (float32 and\nfloat64: never below 0)", title_fontsize=9)
     axes.set_yscale("log")
     axes.set_title("Gauss-Newton, has no eigenvalue below 0")
@@ -116,13 +150,14 @@ def draw_krylov(runs: list[dict[str, Any]], folder: Path) -> None:
     figure.savefig(folder / "regimes_krylov.png", dpi=120)
 
 
-def _series(
-    axes: Axes, runs: list[dict[str, Any]], key: str, title: str, label: str, log: bool = True
-) -> None:
+def _series(axes: Axes, runs: list[dict[str, Any]], key: str, title: str, label: str, log: bool = True) -> None:
     for run in runs:
         values = np.array(run[key])
-        axes.plot(np.arange(1, len(values) + 1), np.where(values > 0, values, np.nan) if log else values,
-                  color=PRODUCTS[run["product"]])  # fmt: skip
+        axes.plot(
+            np.arange(1, len(values) + 1),
+            np.where(values > 0, values, np.nan) if log else values,
+            color=PRODUCTS[run["product"]],
+        )
     if log:
         axes.set_yscale("log")
     axes.set_title(title)
@@ -144,8 +179,12 @@ def _scatter(axes: Axes, runs: list[dict[str, Any]]) -> None:
     axes.set_title("After the last step, against product error")
     axes.set_xlabel("median relative error of the run's products")
     axes.set_ylabel("error / range")
-    shapes = [("o", None, "W₁, full"), ("o", "white", "W₁, none"), ("^", None, "extreme λ, full"),
-              ("^", "white", "extreme λ, none")]  # fmt: skip
+    shapes = [
+        ("o", None, "W₁, full"),
+        ("o", "white", "W₁, none"),
+        ("^", None, "extreme λ, full"),
+        ("^", "white", "extreme λ, none"),
+    ]
     axes.legend(handles=[Line2D([], [], color=MUTED, marker=m, mfc=f, mew=1.5, ms=7, ls="", label=t) for m, f, t in shapes])
 
 

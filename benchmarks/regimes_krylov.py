@@ -156,21 +156,25 @@ def operators(wide: Problem, narrow: Problem) -> dict[str, Any]:
         return lambda: FiniteDifferenceHessian(gradient, "central", step)
 
     products = {
-        "exact float64": exact(ExactHessian, wide), "exact float32": exact(ExactHessian, narrow),
+        "exact float64": exact(ExactHessian, wide),
+        "exact float32": exact(ExactHessian, narrow),
         "exact bfloat16": exact(ExactHessian, narrow, torch.bfloat16),
         "central float32, auto": difference(narrow.gradient, "auto"),
         **{f"central float32, {eps:g}": difference(narrow.gradient, eps) for eps in FIXED},
         "central bfloat16, auto": difference(half, "auto"),
-    }  # fmt: skip
+    }
     gauss_newton = {
-        "exact float64": exact(GaussNewton, wide), "exact float32": exact(GaussNewton, narrow),
+        "exact float64": exact(GaussNewton, wide),
+        "exact float32": exact(GaussNewton, narrow),
         "exact bfloat16": exact(GaussNewton, narrow, torch.bfloat16),
-    }  # fmt: skip
+    }
     return {"hessian": products, "gauss_newton": gauss_newton}
 
 
-@benchmark("Lanczos with products of different quality, 100 steps, against a dense float64 spectrum",
-           note=(__doc__ or "").split("\n\n", 1)[1])  # fmt: skip
+@benchmark(
+    "Lanczos with products of different quality, 100 steps, against a dense float64 spectrum",
+    note=(__doc__ or "").split("\n\n", 1)[1],
+)
 def main(table: Table) -> None:
     runs: list[dict[str, Any]] = []
     spectra: dict[str, list[float]] = {}
@@ -192,8 +196,16 @@ def main(table: Table) -> None:
                     if reference is None:
                         reference = [ritz(process.alpha[:k], process.beta[:k]) for k in range(1, STEPS + 1)]
                     found = measure(process, errors, truth, reference)
-                    runs.append({"matrix": matrix, "product": name, "reorthogonalise": reorthogonalise,
-                                 "steps": process.step_count, "end": end, **found})  # fmt: skip
+                    runs.append(
+                        {
+                            "matrix": matrix,
+                            "product": name,
+                            "reorthogonalise": reorthogonalise,
+                            "steps": process.step_count,
+                            "end": end,
+                            **found,
+                        }
+                    )
                     table.add(summary(runs[-1]))
     (table.folder / KRYLOV_CURVES).write_text(json.dumps({"machine": machine(), "spectra": spectra, "runs": runs}) + "\n")
 
@@ -203,18 +215,28 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
     last = {k: v[-1] for k, v in run.items() if isinstance(v, list)}
     first = next((k + 1 for k, x in enumerate(run["excess"]) if x > 0), None)
     row = {
-        "matrix": run["matrix"], "product": run["product"], "reorthogonalise": run["reorthogonalise"],
-        "steps": run["steps"], "product error, first": run["product_error"][0],
-        "median": float(np.median(run["product_error"])), "worst": max(run["product_error"]),
-        "orthogonality": last["orthogonality"], "excess": int(max(run["excess"])), "from step": first or "",
+        "matrix": run["matrix"],
+        "product": run["product"],
+        "reorthogonalise": run["reorthogonalise"],
+        "steps": run["steps"],
+        "product error, first": run["product_error"][0],
+        "median": float(np.median(run["product_error"])),
+        "worst": max(run["product_error"]),
+        "orthogonality": last["orthogonality"],
+        "excess": int(max(run["excess"])),
+        "from step": first or "",
         "overshoot": last["overshoot"],
-        "below, above": f"{last['below']:g}, {last['above']:g}", "extreme": last["extreme"],
+        "below, above": f"{last['below']:g}, {last['above']:g}",
+        "extreme": last["extreme"],
         "wasserstein": last["wasserstein"],
         "asymmetry": run["asymmetry"] if run["reorthogonalise"] == "full" else "",
-    }  # fmt: skip
+    }
     if run["matrix"] == "gauss_newton":
-        row |= {"lowest": last["lowest"], "negative weight": last["negative_weight"],
-                "negative values": int(last["negative_count"])}  # fmt: skip
+        row |= {
+            "lowest": last["lowest"],
+            "negative weight": last["negative_weight"],
+            "negative values": int(last["negative_count"]),
+        }
     return row
 
 

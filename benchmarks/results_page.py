@@ -27,21 +27,34 @@ def four() -> str:
     eigen = [max(row["error of lambda_max"], row["error of lambda_min"]) for row in rows("architectures")]
     ranks = [row[f"{n} ranks"] for row in rows("ranks") if row["dtype"] == "float64" for n in (2, 3, 4)]
     peers = {row["tool"]: row for row in rows("peers")}
-    ours, theirs = (peers[f"{tool}, {kind}"] for tool, kind in (
-        ("hpc_hess", "central differences"), ("hessian-eigenthings 1.0.0a5", "finite differences")))  # fmt: skip
+    ours, theirs = (
+        peers[f"{tool}, {kind}"]
+        for tool, kind in (("hpc_hess", "central differences"), ("hessian-eigenthings 1.0.0a5", "finite differences"))
+    )
     kills = rows("soak")
-    return table([
-        {"question": f"Are eigenvalues right? {len(eigen)} toy architectures, against dense float64 Hessians",
-         "measured": f"at most {show(max(eigen))} off, of the largest"},
-        {"question": "Does the number of ranks change the result? The same toys on 2, 3 and 4 ranks, float64",
-         "measured": f"alpha and beta at most {show(max(ranks))} apart"},
-        {"question": "How fast is a Lanczos step? SmolLM2-135M, two cores, finite differences, against hessian-eigenthings",
-         "measured": f"{show(ours['Lanczos step, s'])} s against {show(theirs['Lanczos step, s'])} s; errors "
-                     f"{show(ours['error'])} and {show(theirs['error'])}"},
-        {"question": f"What does a kill cost? {sum(r['kills'] for r in kills)} kills at random instants",
-         "measured": f"at most {max(r['completed steps lost, at most'] for r in kills)} completed step; "
-                     f"{sum(r['not bitwise equal'] for r in kills) or 'no'} results with other bits"},
-    ])  # fmt: skip
+    return table(
+        [
+            {
+                "question": f"Are eigenvalues right? {len(eigen)} toy architectures, against dense float64 Hessians",
+                "measured": f"at most {show(max(eigen))} off, of the largest",
+            },
+            {
+                "question": "Does the number of ranks change the result? The same toys on 2, 3 and 4 ranks, float64",
+                "measured": f"alpha and beta at most {show(max(ranks))} apart",
+            },
+            {
+                "question": "How fast is a Lanczos step? SmolLM2-135M, two cores, finite differences, against "
+                "hessian-eigenthings",
+                "measured": f"{show(ours['Lanczos step, s'])} s against {show(theirs['Lanczos step, s'])} s; errors "
+                f"{show(ours['error'])} and {show(theirs['error'])}",
+            },
+            {
+                "question": f"What does a kill cost? {sum(r['kills'] for r in kills)} kills at random instants",
+                "measured": f"at most {max(r['completed steps lost, at most'] for r in kills)} completed step; "
+                f"{sum(r['not bitwise equal'] for r in kills) or 'no'} results with other bits",
+            },
+        ]
+    )
 
 
 # -- docs/results.md ---------------------------------------------------------------------------------------------------
@@ -56,22 +69,50 @@ def right() -> str:
     ritz = [cell("exact_runs", f"lambda_{end} of 30 steps") for end in ("min", "max")]
     index = rows("index_scale")
     return asked(
-        (f"{len(toys)} toy architectures: extreme eigenvalues, against dense float64 Hessians", "1e-6 of the largest",
-         f"at most {show(max(max(r['error of lambda_max'], r['error of lambda_min']) for r in toys))}", "architectures"),
-        ("the same: products in float64, against curvlinops", "1e-6",
-         spread(r["product against curvlinops"] for r in toys), "architectures"),
-        ("the same: alpha and beta on 2, 3, 4 ranks against one, float64", "1e-8",
-         f"at most {show(max(ranks['float64']))}", "ranks"),
-        ("the same in float32, central differences", "1e-3",
-         f"{within} of {len(ranks['float32'])} within; at most {show(max(ranks['float32']))}", "ranks"),
-        ("SmolLM2-135M, exact products in float32: alpha and beta on 2, 3, 4 ranks against one, 10 steps", "1e-5",
-         f"at most {show(max(exact))}", "exact_runs"),
-        ("SmolLM2-135M: extreme Ritz values of 30 steps by central differences, against exact products", "1 %",
-         f"at most {show(max(ritz))} %", "exact_runs"),
-        ("index arithmetic, probes and a sparse store at N = 1.2e11", "seconds, all correct",
-         f"{spread(r['seconds'] for r in index)} s each, {sum(r['correct'] is True for r in index)} of {len(index)} correct",
-         "index_scale"),
-    )  # fmt: skip
+        (
+            f"{len(toys)} toy architectures: extreme eigenvalues, against dense float64 Hessians",
+            "1e-6 of the largest",
+            f"at most {show(max(max(r['error of lambda_max'], r['error of lambda_min']) for r in toys))}",
+            "architectures",
+        ),
+        (
+            "the same: products in float64, against curvlinops",
+            "1e-6",
+            spread(r["product against curvlinops"] for r in toys),
+            "architectures",
+        ),
+        (
+            "the same: alpha and beta on 2, 3, 4 ranks against one, float64",
+            "1e-8",
+            f"at most {show(max(ranks['float64']))}",
+            "ranks",
+        ),
+        (
+            "the same in float32, central differences",
+            "1e-3",
+            f"{within} of {len(ranks['float32'])} within; at most {show(max(ranks['float32']))}",
+            "ranks",
+        ),
+        (
+            "SmolLM2-135M, exact products in float32: alpha and beta on 2, 3, 4 ranks against one, 10 steps",
+            "1e-5",
+            f"at most {show(max(exact))}",
+            "exact_runs",
+        ),
+        (
+            "SmolLM2-135M: extreme Ritz values of 30 steps by central differences, against exact products",
+            "1 %",
+            f"at most {show(max(ritz))} %",
+            "exact_runs",
+        ),
+        (
+            "index arithmetic, probes and a sparse store at N = 1.2e11",
+            "seconds, all correct",
+            f"{spread(r['seconds'] for r in index)} s each, "
+            f"{sum(r['correct'] is True for r in index)} of {len(index)} correct",
+            "index_scale",
+        ),
+    )
 
 
 def cost() -> str:
@@ -79,36 +120,89 @@ def cost() -> str:
         return cell(f"product_cost{name}", what)
 
     adamw = {row["step"].removeprefix("Lanczos: "): row for row in rows("overhead")}
-    central, full, exact = (adamw[key] for key in (
-        "central, no reorthogonalisation", "central, full reorthogonalisation", "exact, full reorthogonalisation"
-    ))  # fmt: skip
+    central, full, exact = (
+        adamw[key]
+        for key in (
+            "central, no reorthogonalisation",
+            "central, full reorthogonalisation",
+            "exact, full reorthogonalisation",
+        )
+    )
     two = rows("two_ranks")[-1]
     return asked(
-        ("a central product, with full reorthogonalisation", "2.05 gradients",
-         against(number("", "central product / gradient"), 2.05), "product_cost"),
-        ("a central product, without reorthogonalisation", "2.05 gradients",
-         against(number("_none", "central product / gradient"), 2.05), "product_cost_none"),
-        ("a forward product", "1.05 gradients",
-         against(number("_forward_none", "forward product / gradient"), 1.05), "product_cost_forward_none"),
-        ("Lanczos bookkeeping without reorthogonalisation, of central products", "1.5 %",
-         against(number("_none", "Lanczos bookkeeping"), 1.5, " %"), "product_cost_none"),
-        ("Lanczos bookkeeping without reorthogonalisation, of forward products", "1.5 %",
-         against(number("_forward_none", "Lanczos bookkeeping"), 1.5, " %"), "product_cost_forward_none"),
-        ("Lanczos bookkeeping of 20 fully reorthogonalised steps, of central products", "5 %",
-         against(number("", "Lanczos bookkeeping"), 5, " %"), "product_cost"),
-        ("what checkpoints add to a step: rows are written while the next product runs", "3 %",
-         against(number("", "checkpoints / products"), 3, " %"), "product_cost"),
-        ("a central product on two ranks of one thread", "2.1 gradients",
-         against(number("_2_ranks", "central product / gradient"), 2.1), "product_cost_2_ranks"),
-        ("Lanczos bookkeeping on two ranks", "10 %",
-         against(number("_2_ranks", "Lanczos bookkeeping"), 10, " %"), "product_cost_2_ranks"),
-        ("central products on two ranks of one core, against one process with both: speed", "0.85",
-         show(two["speed against one process (asked 0.85)"]), "two_ranks"),
-        ("time of a Lanczos step over an AdamW step on the same tokens: central without, with reorthogonalisation, exact",
-         "", ", ".join(show(row["of AdamW"]) for row in (central, full, exact)), "overhead"),
-        ("peak memory of the same, over that of the AdamW step", "",
-         ", ".join(show(row["memory of AdamW"]) for row in (central, full, exact)), "overhead"),
-    )  # fmt: skip
+        (
+            "a central product, with full reorthogonalisation",
+            "2.05 gradients",
+            against(number("", "central product / gradient"), 2.05),
+            "product_cost",
+        ),
+        (
+            "a central product, without reorthogonalisation",
+            "2.05 gradients",
+            against(number("_none", "central product / gradient"), 2.05),
+            "product_cost_none",
+        ),
+        (
+            "a forward product",
+            "1.05 gradients",
+            against(number("_forward_none", "forward product / gradient"), 1.05),
+            "product_cost_forward_none",
+        ),
+        (
+            "Lanczos bookkeeping without reorthogonalisation, of central products",
+            "1.5 %",
+            against(number("_none", "Lanczos bookkeeping"), 1.5, " %"),
+            "product_cost_none",
+        ),
+        (
+            "Lanczos bookkeeping without reorthogonalisation, of forward products",
+            "1.5 %",
+            against(number("_forward_none", "Lanczos bookkeeping"), 1.5, " %"),
+            "product_cost_forward_none",
+        ),
+        (
+            "Lanczos bookkeeping of 20 fully reorthogonalised steps, of central products",
+            "5 %",
+            against(number("", "Lanczos bookkeeping"), 5, " %"),
+            "product_cost",
+        ),
+        (
+            "what checkpoints add to a step: rows are written while the next product runs",
+            "3 %",
+            against(number("", "checkpoints / products"), 3, " %"),
+            "product_cost",
+        ),
+        (
+            "a central product on two ranks of one thread",
+            "2.1 gradients",
+            against(number("_2_ranks", "central product / gradient"), 2.1),
+            "product_cost_2_ranks",
+        ),
+        (
+            "Lanczos bookkeeping on two ranks",
+            "10 %",
+            against(number("_2_ranks", "Lanczos bookkeeping"), 10, " %"),
+            "product_cost_2_ranks",
+        ),
+        (
+            "central products on two ranks of one core, against one process with both: speed",
+            "0.85",
+            show(two["speed against one process (asked 0.85)"]),
+            "two_ranks",
+        ),
+        (
+            "time of a Lanczos step over an AdamW step on the same tokens: central without, with reorthogonalisation, exact",
+            "",
+            ", ".join(show(row["of AdamW"]) for row in (central, full, exact)),
+            "overhead",
+        ),
+        (
+            "peak memory of the same, over that of the AdamW step",
+            "",
+            ", ".join(show(row["memory of AdamW"]) for row in (central, full, exact)),
+            "overhead",
+        ),
+    )
 
 
 def space() -> str:
@@ -120,25 +214,53 @@ def space() -> str:
     bandwidth = {row["driver"]: row["row / dd, median of the turns"] for row in rows("row_bandwidth")}
     rounded = rows("basis_dtype")[1]
     return asked(
-        ("peak memory of a rank over the sum of what a run must hold, without the check against the exact product", "1.10",
-         against(float(without), 1.1), "memory"),
+        (
+            "peak memory of a rank over the sum of what a run must hold, without the check against the exact product",
+            "1.10",
+            against(float(without), 1.1),
+            "memory",
+        ),
         ("the same with that check (the default)", "1.10", against(float(with_check), 1.1), "memory"),
-        ("peak memory of a rank, exact products over central differences", "1.3",
-         against(cell("exact_runs", "peak memory of a rank"), 1.3), "exact_runs"),
-        ("20 fully reorthogonalised steps from disk, under a memory limit that forbids caching: time over that in memory",
-         "2", against(disk("disk / memory"), 2), "basis_on_disk"),
+        (
+            "peak memory of a rank, exact products over central differences",
+            "1.3",
+            against(cell("exact_runs", "peak memory of a rank"), 1.3),
+            "exact_runs",
+        ),
+        (
+            "20 fully reorthogonalised steps from disk, under a memory limit that forbids caching: time over that in memory",
+            "2",
+            against(disk("disk / memory"), 2),
+            "basis_on_disk",
+        ),
         ("the same: memory for the basis", "1.5 GB", against(disk("basis memory of the run"), 1.5, " GB"), "basis_on_disk"),
-        ("the same: alpha equal to the last bit", "yes",
-         "yes" if disk("alpha equal") in (True, "True") else "no", "basis_on_disk"),
-        ("rows in bfloat16, 20 steps: largest inner product of two rows (float32: "
-         f"{show(rows('basis_dtype')[0]['largest inner product of two rows'])})", "",
-         show(rounded["largest inner product of two rows"]), "basis_dtype"),
-        ("the same: extreme Ritz values moved, of the largest", "",
-         show(rounded["extreme Ritz values off, of the largest"]), "basis_dtype"),
-        ("a basis row from 2 ranks to the disk, over the rate of `dd conv=fsync`: rank files", "0.6",
-         show(bandwidth["files"]), "row_bandwidth"),
+        (
+            "the same: alpha equal to the last bit",
+            "yes",
+            "yes" if disk("alpha equal") in (True, "True") else "no",
+            "basis_on_disk",
+        ),
+        (
+            "rows in bfloat16, 20 steps: largest inner product of two rows (float32: "
+            f"{show(rows('basis_dtype')[0]['largest inner product of two rows'])})",
+            "",
+            show(rounded["largest inner product of two rows"]),
+            "basis_dtype",
+        ),
+        (
+            "the same: extreme Ritz values moved, of the largest",
+            "",
+            show(rounded["extreme Ritz values off, of the largest"]),
+            "basis_dtype",
+        ),
+        (
+            "a basis row from 2 ranks to the disk, over the rate of `dd conv=fsync`: rank files",
+            "0.6",
+            show(bandwidth["files"]),
+            "row_bandwidth",
+        ),
         ("the same: MPI", "0.6", show(bandwidth["mpio"]), "row_bandwidth"),
-    )  # fmt: skip
+    )
 
 
 def stopped() -> str:
@@ -146,13 +268,25 @@ def stopped() -> str:
     mpi, smollm2 = (sum(r["kills"] for r in found if word in r["run"]) for word in ("MPI", "SmolLM2"))
     kills = sum(r["kills"] for r in found)
     return asked(
-        ("kills at random instants, each followed by a resume", "100",
-         f"{kills}: {kills - mpi} with rank files, {mpi} over MPI; {smollm2} of them of SmolLM2-135M", "soak"),
-        ("completed steps lost by one of them", "1",
-         f"at most {max(r['completed steps lost, at most'] for r in found)}", "soak"),
-        ("finished runs with other bits than a run that was not killed", "0",
-         str(sum(r["not bitwise equal"] for r in found)), "soak"),
-    )  # fmt: skip
+        (
+            "kills at random instants, each followed by a resume",
+            "100",
+            f"{kills}: {kills - mpi} with rank files, {mpi} over MPI; {smollm2} of them of SmolLM2-135M",
+            "soak",
+        ),
+        (
+            "completed steps lost by one of them",
+            "1",
+            f"at most {max(r['completed steps lost, at most'] for r in found)}",
+            "soak",
+        ),
+        (
+            "finished runs with other bits than a run that was not killed",
+            "0",
+            str(sum(r["not bitwise equal"] for r in found)),
+            "soak",
+        ),
+    )
 
 
 def pairs() -> str:
@@ -160,25 +294,46 @@ def pairs() -> str:
     few = sum(row["hpc_hess"] <= row["ARPACK"] for row in found)
     more = max(row["hpc_hess"] - row["ARPACK"] for row in found)
     values = [cell("eigenpairs", f"eigenvalue {k}", "hpc_hess off the last") for k in range(2, 10)]
-    values += [float(r["hpc_hess off the last"].split()[0]) for r in rows("eigenpairs") if r["what"] in
-               ("eigenvalue 1", "eigenvalue 10")]  # fmt: skip
-    two = {what: (cell("eigenpairs", what, "hpc_hess"), cell("eigenpairs", what, "eigsh on curvlinops"))
-           for what in ("products", "seconds a product", "peak memory")}  # fmt: skip
+    values += [
+        float(r["hpc_hess off the last"].split()[0])
+        for r in rows("eigenpairs")
+        if r["what"] in ("eigenvalue 1", "eigenvalue 10")
+    ]
+    two = {
+        what: (cell("eigenpairs", what, "hpc_hess"), cell("eigenpairs", what, "eigsh on curvlinops"))
+        for what in ("products", "seconds a product", "peak memory")
+    }
     return asked(
-        ("products for 5 pairs of three spectra at two tolerances, medians: thick restarts", "no more than ARPACK",
-         f"{min(r['hpc_hess'] for r in found)} to {max(r['hpc_hess'] for r in found)}: as many or fewer in {few} of "
-         f"{len(found)} cases, else {more} more", "eigenpairs_solvers"),
-        ("the same: ARPACK; PRIMME", "",
-         "; ".join(f"{min(r[k] for r in found)} to {max(r[k] for r in found)}" for k in ("ARPACK", "PRIMME")),
-         "eigenpairs_solvers"),
-        ("five largest and five smallest eigenvalues of SmolLM2-135M (1 x 64 tokens): products, against eigsh on curvlinops",
-         "no more", "{:g} against {:g}".format(*two["products"]), "eigenpairs"),
-        ("the same: largest residual, of the largest eigenvalue", "1e-3",
-         show(cell("eigenpairs", "largest residual", "hpc_hess")), "eigenpairs"),
+        (
+            "products for 5 pairs of three spectra at two tolerances, medians: thick restarts",
+            "no more than ARPACK",
+            f"{min(r['hpc_hess'] for r in found)} to {max(r['hpc_hess'] for r in found)}: as many or fewer in {few} of "
+            f"{len(found)} cases, else {more} more",
+            "eigenpairs_solvers",
+        ),
+        (
+            "the same: ARPACK; PRIMME",
+            "",
+            "; ".join(f"{min(r[k] for r in found)} to {max(r[k] for r in found)}" for k in ("ARPACK", "PRIMME")),
+            "eigenpairs_solvers",
+        ),
+        (
+            "five largest and five smallest eigenvalues of SmolLM2-135M (1 x 64 tokens): products, against eigsh on "
+            "curvlinops",
+            "no more",
+            "{:g} against {:g}".format(*two["products"]),
+            "eigenpairs",
+        ),
+        (
+            "the same: largest residual, of the largest eigenvalue",
+            "1e-3",
+            show(cell("eigenpairs", "largest residual", "hpc_hess")),
+            "eigenpairs",
+        ),
         ("the same: furthest apart", "0.1 %", f"{show(max(values))} %", "eigenpairs"),
         ("the same: seconds of a product", "", "{:g} against {:g}".format(*two["seconds a product"]), "eigenpairs"),
         ("the same: peak memory", "", "{:g} GB against {:g}".format(*two["peak memory"]), "eigenpairs"),
-    )  # fmt: skip
+    )
 
 
 def planned() -> str:
@@ -189,8 +344,9 @@ def planned() -> str:
         return f"{spread(ratios)}; {inside} of {len(ratios)} within {limit:g} %"
 
     def plan(what: str, column: str, alone: bool, limit: float) -> str:
-        return within([row[column] for row in plans if row["operator"].startswith(what) and (row["ranks"] == 1) == alone],
-                      limit)  # fmt: skip
+        return within(
+            [row[column] for row in plans if row["operator"].startswith(what) and (row["ranks"] == 1) == alone], limit
+        )
 
     def law(kind: str) -> list[float]:
         return [row["predicted / measured"] for row in laws if row["law"] == kind]
@@ -204,29 +360,44 @@ def planned() -> str:
     ]
     return asked(
         *found,
-        ("laws fitted to runs of 9, 24 and 51 M on 1 and 2 ranks, predicting 93 M: seconds of a step", "15 %",
-         within(law("time"), 15), "scaling_laws"),
+        (
+            "laws fitted to runs of 9, 24 and 51 M on 1 and 2 ranks, predicting 93 M: seconds of a step",
+            "15 %",
+            within(law("time"), 15),
+            "scaling_laws",
+        ),
         ("the same: memory", "", spread(law("memory")), "scaling_laws"),
-    )  # fmt: skip
+    )
 
 
 def intrinsic() -> str:
     found: dict[str, list[Row]] = {}
     for row in rows("intrinsic_digits"):
         found.setdefault(row["sketch"], []).append(row)
-    return table([
-        {"sketch": name, "log2 D*": ", ".join(str(r["log2 D*"]) for r in runs),
-         "half of it suffices too": ", ".join("yes" if r["half reaches it"] in (True, "True") else "no" for r in runs)}
-        for name, runs in found.items()
-    ])  # fmt: skip
+    return table(
+        [
+            {
+                "sketch": name,
+                "log2 D*": ", ".join(str(r["log2 D*"]) for r in runs),
+                "half of it suffices too": ", ".join(
+                    "yes" if r["half reaches it"] in (True, "True") else "no" for r in runs
+                ),
+            }
+            for name, runs in found.items()
+        ]
+    )
 
 
 def intake() -> str:
     types = rows("intake_sweep")
     ran = [row for row in types if row["runs in transformers"] == "yes"]
     kinds = ("passed", "noted", "refused", "error")
-    return table([{"types of causal LMs": str(len(types)), "that run in transformers when tiny": str(len(ran))}
-                  | {kind: str(sum(row["verdict"] == kind for row in ran)) for kind in kinds}])  # fmt: skip
+    return table(
+        [
+            {"types of causal LMs": str(len(types)), "that run in transformers when tiny": str(len(ran))}
+            | {kind: str(sum(row["verdict"] == kind for row in ran)) for kind in kinds}
+        ]
+    )
 
 
 def trusted() -> str:
@@ -245,16 +416,25 @@ def mutated(found: list[Row]) -> list[tuple[str, str, str]]:
     others = [row for row in found if row not in damaged]
     traces, crashes = sum(row["traceback"] for row in damaged), sum(row["crash"] for row in damaged)
     return [
-        ("mutated configurations; tracebacks", "18,000; 0",
-         f"{others[0]['tried']:,}; {sum(row['traceback'] for row in others)}"),
-        ("damaged run directories; tracebacks; commands in which the HDF5 library crashed", "300; 0; 0",
-         f"{max(row['tried'] for row in damaged)}; {traces}; {crashes}"),
-    ]  # fmt: skip
+        (
+            "mutated configurations; tracebacks",
+            "18,000; 0",
+            f"{others[0]['tried']:,}; {sum(row['traceback'] for row in others)}",
+        ),
+        (
+            "damaged run directories; tracebacks; commands in which the HDF5 library crashed",
+            "300; 0; 0",
+            f"{max(row['tried'] for row in damaged)}; {traces}; {crashes}",
+        ),
+    ]
 
 
 def intake_time(found: list[Row]) -> list[tuple[str, str, str]]:
-    return [(f"the intake's share of the demo's time ({row['method'].replace('_', ' ')})", "3 %", row["of the run"])
-            for row in found if row["check"] == "all checks"]  # fmt: skip
+    return [
+        (f"the intake's share of the demo's time ({row['method'].replace('_', ' ')})", "3 %", row["of the run"])
+        for row in found
+        if row["check"] == "all checks"
+    ]
 
 
 def left(found: list[Row]) -> list[tuple[str, str, str]]:
@@ -269,33 +449,61 @@ def below(row: Row) -> bool:
 
 
 def weak() -> str:
-    return pivot(rows("weak_scaling"), {"model": "model", "tokens a rank": "tokens a rank"}, lambda row: (
-        f"{row['ranks']} ranks", float(row["traffic, s"]) / float(row["arithmetic, s"])))  # fmt: skip
+    return pivot(
+        rows("weak_scaling"),
+        {"model": "model", "tokens a rank": "tokens a rank"},
+        lambda row: (f"{row['ranks']} ranks", float(row["traffic, s"]) / float(row["arithmetic, s"])),
+    )
 
 
 def blocks() -> str:
-    return pivot([row | {"blocks": f"{row['blocks']} ({row['number']:,})"} for row in rows("block_diagonal")],
-                 {"blocks": "blocks"}, lambda row: (
-        f"{row['direction']}: error, cosine", f"{show(row['relative error'])}, {show(row['cosine'])}"))  # fmt: skip
+    return pivot(
+        [row | {"blocks": f"{row['blocks']} ({row['number']:,})"} for row in rows("block_diagonal")],
+        {"blocks": "blocks"},
+        lambda row: (f"{row['direction']}: error, cosine", f"{show(row['relative error'])}, {show(row['cosine'])}"),
+    )
 
 
 def sketch_cost() -> str:
-    return pivot([row for row in rows("sketch_cost") if row.get("log2 D")], {"sketch": "sketch", "within": "transform"},
-                 lambda row: (f"2^{row['log2 D']}", row["of a gradient"]))  # fmt: skip
+    return pivot(
+        [row for row in rows("sketch_cost") if row.get("log2 D")],
+        {"sketch": "sketch", "within": "transform"},
+        lambda row: (f"2^{row['log2 D']}", row["of a gradient"]),
+    )
 
 
 _PRODUCT = {
-    "method": "product", "error, random": "error, random vectors", "asked ": "asked ",
-    "error, dominant": "error, dominant eigenvector", "asked  ": "asked  ", "cost in gradients": "gradients",
-    "asked": "asked", "peak memory": "peak memory",
-}  # fmt: skip
+    "method": "product",
+    "error, random": "error, random vectors",
+    "asked ": "asked ",
+    "error, dominant": "error, dominant eigenvector",
+    "asked  ": "asked  ",
+    "cost in gradients": "gradients",
+    "asked": "asked",
+    "peak memory": "peak memory",
+}
 _PEER = {
-    "tool": "tool", "in gradients": "product, in its own gradients", "product, s": "product, s",
-    "error": "error against float64", "Lanczos step, s": "Lanczos step, s", "peak memory, GB": "peak memory, GB",
-}  # fmt: skip
+    "tool": "tool",
+    "in gradients": "product, in its own gradients",
+    "product, s": "product, s",
+    "error": "error against float64",
+    "Lanczos step, s": "Lanczos step, s",
+    "peak memory, GB": "peak memory, GB",
+}
 TABLES: dict[str, Callable[[], str]] = {
-    "four": four, "right": right, "cost": cost, "space": space, "stopped": stopped, "pairs": pairs, "planned": planned,
-    "weak": weak, "blocks": blocks, "sketch-cost": sketch_cost, "intrinsic": intrinsic, "intake": intake, "trusted": trusted,
+    "four": four,
+    "right": right,
+    "cost": cost,
+    "space": space,
+    "stopped": stopped,
+    "pairs": pairs,
+    "planned": planned,
+    "weak": weak,
+    "blocks": blocks,
+    "sketch-cost": sketch_cost,
+    "intrinsic": intrinsic,
+    "intake": intake,
+    "trusted": trusted,
     "products": lambda: chosen("products", _PRODUCT),
     "products-1b": lambda: chosen("products_llama_1b", _PRODUCT),
     "products-05b": lambda: chosen("products_llama_05b", _PRODUCT),
@@ -303,21 +511,43 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-gpt2": lambda: chosen("peers_gpt2", _PEER),
     "classes": lambda: table(rows("papyan_digits")),
     "sub-block": lambda: table(rows("sub_block")),
-    "dynamics": lambda: chosen("dynamics_smollm2", {
-        **{name: name for name in ("step", "loss", "λ max", "λ min", "R_NEG", "R_5", "outliers", "of the negative end")},
-        "gradient mass": "gradient's share in the outliers' space", "of the negative end's": "in the negative end's",
-    }),
-    "sketch-forms": lambda: chosen("sketch_forms", {
-        "sketch": "sketch", "within": "transform", "gradient, ratio": "a gradient", "product, ratio": "a product"}),
+    "dynamics": lambda: chosen(
+        "dynamics_smollm2",
+        {
+            **{name: name for name in ("step", "loss", "λ max", "λ min", "R_NEG", "R_5", "outliers", "of the negative end")},
+            "gradient mass": "gradient's share in the outliers' space",
+            "of the negative end's": "in the negative end's",
+        },
+    ),
+    "sketch-forms": lambda: chosen(
+        "sketch_forms",
+        {"sketch": "sketch", "within": "transform", "gradient, ratio": "a gradient", "product, ratio": "a product"},
+    ),
     "sketch-memory": lambda: table(rows("sketch_memory")),
     "sketch-norms": lambda: pivot(rows("sketch_norms"), {"sketch": "sketch"}, lambda row: (row["vectors"], row["spread"])),
-    "sketch-scores": lambda: chosen("sketch_correlation", {
-        "sketch": "sketch", **{f"{a}{r}": f"{b}{r}" for r in ("0.95", "0.98", "0.99")
-                               for a, b in (("log2 D for r > ", "r > "), ("paper, ", "paper, r > "))}}),
-    "sketch-eigenvalues": lambda: chosen("sketch_eigenvalues", {
-        "sketch": "sketch", "log2 D": "log2 D", "error": "mean error", "rescaled": "mean error up to a factor",
-        "products": "products", "basis vector, MB": "basis vector, MB"}),
-}  # fmt: skip
+    "sketch-scores": lambda: chosen(
+        "sketch_correlation",
+        {
+            "sketch": "sketch",
+            **{
+                f"{a}{r}": f"{b}{r}"
+                for r in ("0.95", "0.98", "0.99")
+                for a, b in (("log2 D for r > ", "r > "), ("paper, ", "paper, r > "))
+            },
+        },
+    ),
+    "sketch-eigenvalues": lambda: chosen(
+        "sketch_eigenvalues",
+        {
+            "sketch": "sketch",
+            "log2 D": "log2 D",
+            "error": "mean error",
+            "rescaled": "mean error up to a factor",
+            "products": "products",
+            "basis vector, MB": "basis vector, MB",
+        },
+    ),
+}
 
 
 def main() -> None:

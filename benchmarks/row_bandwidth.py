@@ -35,9 +35,16 @@ def turns(driver: str, folder: str) -> dict[str, Any]:
     layout = Layout({name: tuple(p.shape) for name, p in skeleton.named_parameters()}, world.size)
     shard = layout.shard(world.rank)
     store = Store.create(
-        Path(folder) / "run", layout=layout, shard=shard, world=world, probes=1, steps=TURNS + 1, rows=TURNS + 1,
-        attributes={}, driver=driver,
-    )  # fmt: skip
+        Path(folder) / "run",
+        layout=layout,
+        shard=shard,
+        world=world,
+        probes=1,
+        steps=TURNS + 1,
+        rows=TURNS + 1,
+        attributes={},
+        driver=driver,
+    )
     values = np.random.default_rng(world.rank).standard_normal(shard.size, np.float32)
     seconds: dict[str, list[float]] = {"row": [], "dd": []}
     for turn in range(TURNS + 1):
@@ -70,12 +77,15 @@ def main(table: Table, folder: Annotated[Path | None, "where to write: the disk 
         with tempfile.TemporaryDirectory(dir=folder) as place:
             found = apart(turns, driver, place, ranks=RANKS, launcher=launcher, threads=1)[0]
         pairs = list(zip(found["row"], found["dd"], strict=True))[1:]  # the first turn finds the disk's caches as they are
-        table.add({
-            "driver": driver, "row, MB/s": found["bytes"] / 1e6 / statistics.median(row for row, _ in pairs),
-            "dd, MB/s": found["bytes"] / 1e6 / statistics.median(d for _, d in pairs),
-            "row / dd, median of the turns": statistics.median(d / row for row, d in pairs),
-            "row / dd, each": " ".join(f"{d / row:.2f}" for row, d in pairs),
-        })  # fmt: skip
+        table.add(
+            {
+                "driver": driver,
+                "row, MB/s": found["bytes"] / 1e6 / statistics.median(row for row, _ in pairs),
+                "dd, MB/s": found["bytes"] / 1e6 / statistics.median(d for _, d in pairs),
+                "row / dd, median of the turns": statistics.median(d / row for row, d in pairs),
+                "row / dd, each": " ".join(f"{d / row:.2f}" for row, d in pairs),
+            }
+        )
 
 
 if __name__ == "__main__":

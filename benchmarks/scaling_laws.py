@@ -31,20 +31,30 @@ def held_out(record: dict[str, Any]) -> list[dict[str, Any]]:
             for name in dict.fromkeys(held["runs"]):
                 run = runs[name]
                 ratios = [1 + error for of, error in zip(held["runs"], held["errors"], strict=True) if of == name]
-                rows.append({
-                    "product": operator, "law": law, "parameters": f"{run['num_params']:,}", "ranks": run["ranks"],
-                    "tokens": run["tokens"], "predicted / measured": sum(ratios) / len(ratios),
-                    "least": min(ratios), "most": max(ratios),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "product": operator,
+                        "law": law,
+                        "parameters": f"{run['num_params']:,}",
+                        "ranks": run["ranks"],
+                        "tokens": run["tokens"],
+                        "predicted / measured": sum(ratios) / len(ratios),
+                        "least": min(ratios),
+                        "most": max(ratios),
+                    }
+                )
     return rows
 
 
 @benchmark("The largest model, predicted by laws fitted to the smaller ones")
 def main(
-    table: Table, models: Annotated[tuple[str, ...], Option(choices=(*LLAMAS,))] = ("9 M", "24 M", "51 M", "93 M"),
-    ranks: tuple[int, ...] = (1, 2), lengths: tuple[int, ...] = (128, 256),
-    methods: tuple[str, ...] = ("finite_difference", "exact"), steps: int = 4,
-) -> None:  # fmt: skip
+    table: Table,
+    models: Annotated[tuple[str, ...], Option(choices=(*LLAMAS,))] = ("9 M", "24 M", "51 M", "93 M"),
+    ranks: tuple[int, ...] = (1, 2),
+    lengths: tuple[int, ...] = (128, 256),
+    methods: tuple[str, ...] = ("finite_difference", "exact"),
+    steps: int = 4,
+) -> None:
     table.settings |= {"sequences of a rank": SEQUENCES, "threads of a rank": 1}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -53,13 +63,23 @@ def main(
         config = {**given[0], "parallel": {"device": "cpu"}, "run": {"report": False}}  # its few tokens are known to all
         (folder / "config.toml").write_text(tomli_w.dumps(config))
         study = {
-            "config": str(folder / "config.toml"), "out": str(folder / "study"),
-            "set": {"lanczos.steps": steps, "lanczos.reorthogonalise": "full", "operator.check": False,
-                    "operator.step": 0.1, "data.micro_batch": 1},
+            "config": str(folder / "config.toml"),
+            "out": str(folder / "study"),
+            "set": {
+                "lanczos.steps": steps,
+                "lanczos.reorthogonalise": "full",
+                "operator.check": False,
+                "operator.step": 0.1,
+                "data.micro_batch": 1,
+            },
             "per_rank": {"data.sequences": SEQUENCES},
-            "sweep": {"ranks": list(ranks), "model.source": [each["model"]["source"] for each in given],
-                      "data.sequence_length": list(lengths), "operator.method": list(methods)},
-        }  # fmt: skip
+            "sweep": {
+                "ranks": list(ranks),
+                "model.source": [each["model"]["source"] for each in given],
+                "data.sequence_length": list(lengths),
+                "operator.method": list(methods),
+            },
+        }
         (folder / "study.toml").write_text(tomli_w.dumps(study))
         program("scaling", "run", folder / "study.toml", threads=1)
         out = ROOT / "runs" / "scaling_laws"  # the page stays there

@@ -42,16 +42,23 @@ def sizes(package: Path) -> dict[str, Any]:
     longest, wide = max(found, key=lambda f: f.lines), max(found, key=lambda f: f.parameters)
     module, house = max(lines, key=lambda name: lines[name]), count(package)
     return {
-        "lines": house.lines, "modules": house.modules, "functions": len(found),
-        "longest function, lines": longest.lines, "which": f"`{longest.name}`",
+        "lines": house.lines,
+        "modules": house.modules,
+        "functions": len(found),
+        "longest function, lines": longest.lines,
+        "which": f"`{longest.name}`",
         "functions over 60 lines": sum(f.lines > 60 for f in found),
-        "most parameters": wide.parameters, "taken by": f"`{wide.name}`",
+        "most parameters": wide.parameters,
+        "taken by": f"`{wide.name}`",
         "functions with over 7 parameters": sum(f.parameters > 7 for f in found),
-        "longest module, lines": lines[module], "which module": f"`{module}`",
+        "longest module, lines": lines[module],
+        "which module": f"`{module}`",
         "modules over 300 lines": sum(n > 300 for n in lines.values()),
         "modules over 350 lines": sum(n > 350 for n in lines.values()),
-        "rooms": house.rooms, "floors": house.floors or "a circle", "arrows": house.arrows,
-    }  # fmt: skip
+        "rooms": house.rooms,
+        "floors": house.floors or "a circle",
+        "arrows": house.arrows,
+    }
 
 
 def of_revision(revision: str) -> dict[str, Any]:
@@ -64,8 +71,10 @@ def of_revision(revision: str) -> dict[str, Any]:
         return sizes(Path(folder) / PACKAGE.name)
 
 
-@benchmark("Sizes of the package, before and after it moved into its house",
-           note="Parameters: without self and cls. Lines of a function: docstring included, decorators apart.")  # fmt: skip
+@benchmark(
+    "Sizes of the package, before and after it moved into its house",
+    note="Parameters: without self and cls. Lines of a function: docstring included, decorators apart.",
+)
 def main(table: Table, before: Annotated[str, "a revision; else the last before the house"] = "ddf851d^") -> None:
     table.name = "house_sizes"
     table.settings["before"] = run("git", "log", "-1", "--format=%h, %cs", before).strip()

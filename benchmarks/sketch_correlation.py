@@ -20,13 +20,30 @@ WANTED = (0.95, 0.98, 0.99)
 
 @benchmark("Sketched against whole gradients of SmolLM2-135M")
 def main(
-    table: Table, kinds: tuple[str, ...] = ("affd", "afjl", "qk"),
-    bits: tuple[int, ...] = (8, 9, 10, 11, 12, 13, 14, 15, 16, 17), queries: int = 16, examples: int = 48, length: int = 64,
+    table: Table,
+    kinds: tuple[str, ...] = ("affd", "afjl", "qk"),
+    bits: tuple[int, ...] = (8, 9, 10, 11, 12, 13, 14, 15, 16, 17),
+    queries: int = 16,
+    examples: int = 48,
+    length: int = 64,
     out: Path = tables.ROOT / "runs" / "sketch_correlation",
-) -> None:  # fmt: skip
-    program("sketch-check", "launch/configs/smollm2.toml", "--queries", queries, "--kinds", *kinds, "--bits", *bits,
-            "--set", f"run.out={out}", "--set", f"data.sequences={queries + examples}",
-            "--set", f"data.sequence_length={length}")  # fmt: skip
+) -> None:
+    program(
+        "sketch-check",
+        "launch/configs/smollm2.toml",
+        "--queries",
+        queries,
+        "--kinds",
+        *kinds,
+        "--bits",
+        *bits,
+        "--set",
+        f"run.out={out}",
+        "--set",
+        f"data.sequences={queries + examples}",
+        "--set",
+        f"data.sequence_length={length}",
+    )
     found = json.loads((out / "sketch_check.json").read_text())["found"]
     table.settings |= {"pairs": found["pairs"], "seed": 0, "seconds of a gradient": f"{found['gradient_s']:.2g}"}
     layers = [{"layer": name, "r": r} for name, r in found["layers"].items() if r is not None]

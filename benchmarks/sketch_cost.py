@@ -74,9 +74,12 @@ def explicit(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, A
             slow = kind in ("ffd", "fjl")
             seconds = best(lambda s=sketch: sketch_once(s, x), 1 if slow else args.times)  # type: ignore[misc]
             row = {
-                "sketch": kind, "within": "" if kind == "qk" else preconditioner, "log2 D": bits, "seconds": seconds,
+                "sketch": kind,
+                "within": "" if kind == "qk" else preconditioner,
+                "log2 D": bits,
+                "seconds": seconds,
                 "of a gradient": seconds / gradient_s,
-            }  # fmt: skip
+            }
             yield row
     for kind in ("rademacher", "gaussian"):
         for bits in args.bits[:1]:
@@ -85,14 +88,24 @@ def explicit(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, A
             began = time.perf_counter()
             sketch_once(sketch, part)
             seconds = (time.perf_counter() - began) * size / PART
-            yield {"sketch": f"dense {kind}", "log2 D": bits, "seconds": seconds, "of a gradient": seconds / gradient_s,
-                   "note": f"{PART:,} entries, scaled"}  # fmt: skip
+            yield {
+                "sketch": f"dense {kind}",
+                "log2 D": bits,
+                "seconds": seconds,
+                "of a gradient": seconds / gradient_s,
+                "note": f"{PART:,} entries, scaled",
+            }
     if args.traker:
         for bits in args.bits[:1]:
             printed = run(args.traker, "-c", _TRAKER, PART, 1 << bits, PYTHONPATH="")
             seconds = float(printed.split()[-1]) * size / PART
-            yield {"sketch": "traker BasicProjector", "log2 D": bits, "seconds": seconds,
-                   "of a gradient": seconds / gradient_s, "note": f"{PART:,} entries, scaled"}  # fmt: skip
+            yield {
+                "sketch": "traker BasicProjector",
+                "log2 D": bits,
+                "seconds": seconds,
+                "of a gradient": seconds / gradient_s,
+                "note": f"{PART:,} entries, scaled",
+            }
 
 
 def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -104,7 +117,7 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
     def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = torch.func.functional_call(
             model, parameters, (), {"input_ids": batch.input_ids.to(space.device), "use_cache": False}
-        ).logits  # fmt: skip
+        ).logits
         return cross_entropy(logits[0, :-1], batch.labels[0, 1:].to(space.device))
 
     def whole(create_graph: bool = False) -> tuple[torch.Tensor, ...]:
@@ -115,8 +128,15 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
         found = dict(zip(leaves, parts, strict=True))
         return torch.cat([found[p.name].reshape(-1) for p in space.layout.parameters])
 
-    for kind, preconditioner in [("affd", "hadamard"), ("affd", "haar"), ("affd", "fft"), ("afjl", "hadamard"),
-                                 ("afjl", "haar"), ("afjl", "fft"), ("qk", "haar")]:  # fmt: skip
+    for kind, preconditioner in [
+        ("affd", "hadamard"),
+        ("affd", "haar"),
+        ("affd", "fft"),
+        ("afjl", "hadamard"),
+        ("afjl", "haar"),
+        ("afjl", "fft"),
+        ("qk", "haar"),
+    ]:
         settings = SketchSettings(kind=kind, dimension=1 << args.forms_bits, preconditioner=preconditioner)  # type: ignore[arg-type]
         sketch = Sketch(space.size, settings)
         v = torch.randn(sketch.dimension, device=space.device)
@@ -128,8 +148,9 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
             flat = torch.empty(space.size, device=space.device)
             sketch.lift(v, flat, [0], [space.size])
             leaves, gradient = whole(create_graph=True)
-            direction = {p.name: flat[p.global_offset : p.global_offset + p.numel].view(p.shape)
-                         for p in space.layout.parameters}  # fmt: skip
+            direction = {
+                p.name: flat[p.global_offset : p.global_offset + p.numel].view(p.shape) for p in space.layout.parameters
+            }
             found = torch.autograd.grad(gradient, list(leaves.values()), [direction[n] for n in leaves])
             return sketch_once(sketch, ordered(leaves, found))
 
@@ -137,25 +158,32 @@ def forms(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]
             times = {
                 "gradient, explicit": best(explicit_gradient, args.times),
                 "gradient, implicit": best(
-                    lambda s=sketch: implicit_gradient(loss, theta0, s, space.layout), args.times  # type: ignore[misc]
+                    lambda s=sketch: implicit_gradient(loss, theta0, s, space.layout),
+                    args.times,  # type: ignore[misc]
                 ),
                 "product, explicit": best(explicit_product, 1),
                 "product, implicit": best(lambda s=sketch, v=v: implicit_product(loss, theta0, v, s, space.layout), 1),  # type: ignore[misc]
-            }  # fmt: skip
+            }
         row = {
-            "sketch": kind, "within": preconditioner, **times,
+            "sketch": kind,
+            "within": preconditioner,
+            **times,
             "gradient, ratio": times["gradient, implicit"] / times["gradient, explicit"],
             "product, ratio": times["product, implicit"] / times["product, explicit"],
-        }  # fmt: skip
+        }
         yield row
 
 
 @benchmark("Cost of one gradient sketch of SmolLM2-135M")
 def main(
-    table: Table, bits: tuple[int, ...] = (12, 14, 16, 18, 20), forms_bits: int = 16, length: int = 128, times: int = 3,
+    table: Table,
+    bits: tuple[int, ...] = (12, 14, 16, 18, 20),
+    forms_bits: int = 16,
+    length: int = 128,
+    times: int = 3,
     traker: Annotated[Path | None, "Python of an environment with traker"] = None,
     only: Literal["explicit", "forms"] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     world = World.alone("cuda" if torch.cuda.is_available() else "cpu")
     config = make_config({"data": {"sequences": 1, "sequence_length": length}})
     problem = load_problem(config, world, Progress(0))
@@ -168,8 +196,10 @@ def main(
         if table.rows:
             table.finish()
         table.name, table.title = "sketch_forms", "Explicit and implicit sketches of SmolLM2-135M"
-        table.note = ("Seconds; ratios are implicit over explicit. Products by two passes backwards through the whole model "
-                      "in both forms, attention by matrix products.")  # fmt: skip
+        table.note = (
+            "Seconds; ratios are implicit over explicit. Products by two passes backwards through the whole model "
+            "in both forms, attention by matrix products."
+        )
         for row in forms(problem, table.given):
             table.add(row)
 

@@ -49,32 +49,55 @@ def largest(operator: LinearOperator, basis_size: int, most_products: int) -> La
     return Largest(values, float(np.max(found.residuals)), n, (time.perf_counter() - began) / n)
 
 
-@benchmark("Ten largest eigenvalues of SmolLM2-135M's Hessian in sketch space",
-           note="Error: mean relative error of the ten largest eigenvalues. Residual: the largest of the ten.")  # fmt: skip
+@benchmark(
+    "Ten largest eigenvalues of SmolLM2-135M's Hessian in sketch space",
+    note="Error: mean relative error of the ten largest eigenvalues. Residual: the largest of the ten.",
+)
 def main(
-    table: Table, products: Annotated[int, "at most so many for each"] = 90,
-    basis: Annotated[int, "vectors of the unsketched search, of N entries"] = 24, sketched_basis: int = 60,
-    sequences: int = 2, length: int = 64,
+    table: Table,
+    products: Annotated[int, "at most so many for each"] = 90,
+    basis: Annotated[int, "vectors of the unsketched search, of N entries"] = 24,
+    sketched_basis: int = 60,
+    sequences: int = 2,
+    length: int = 64,
     cases: Annotated[tuple[str, ...], Option(metavar="KIND:BITS")] = (
-        "affd:10", "affd:13", "affd:16", "afjl:12", "afjl:16", "qk:13", "qk:16"),
-) -> None:  # fmt: skip
-    config = make_config({
-        "data": {"sequences": sequences, "sequence_length": length}, "operator": {"method": "exact", "keep_state": True},
-    })  # fmt: skip
+        "affd:10",
+        "affd:13",
+        "affd:16",
+        "afjl:12",
+        "afjl:16",
+        "qk:13",
+        "qk:16",
+    ),
+) -> None:
+    config = make_config(
+        {"data": {"sequences": sequences, "sequence_length": length}, "operator": {"method": "exact", "keep_state": True}}
+    )
     problem = load_problem(config, World.alone(), Progress(0))
     operator = exact_operator(config, problem)
     v = probes.draw(operator.space, seed=1, probe=0, distribution="rademacher")
     trace = v.dot(operator.matvec(v))  # of one probe
     exact = largest(operator, basis, products)
-    table.settings |= {"trace": f"{trace:.0f}", "threads": torch.get_num_threads(),
-                       "eigenvalues": ", ".join(f"{value:.4g}" for value in exact.values)}  # fmt: skip
+    table.settings |= {
+        "trace": f"{trace:.0f}",
+        "threads": torch.get_num_threads(),
+        "eigenvalues": ", ".join(f"{value:.4g}" for value in exact.values),
+    }
 
     def add(name: str, dimension: int, found: Largest, **more: Any) -> None:
         print(found.values, flush=True)
-        table.add({
-            "sketch": name, **more, "largest": found.values[0], "tenth": found.values[-1], "residual": found.residual,
-            "products": found.products, "seconds each": found.seconds, "basis vector, MB": dimension * 4 / 1e6,
-        })  # fmt: skip
+        table.add(
+            {
+                "sketch": name,
+                **more,
+                "largest": found.values[0],
+                "tenth": found.values[-1],
+                "residual": found.residual,
+                "products": found.products,
+                "seconds each": found.seconds,
+                "basis vector, MB": dimension * 4 / 1e6,
+            }
+        )
 
     add("none", operator.space.size, exact)
     for case in cases:
@@ -82,12 +105,18 @@ def main(
         D = 1 << int(bits)
         sketch = Sketch(operator.space.layout.num_params_full, SketchSettings(kind=kind, dimension=D))  # type: ignore[arg-type]
         found = largest(SketchedOperator(operator, sketch), sketched_basis, products)
-        add(kind, D, found, **{
-            "log2 D": int(bits), "error": eigenvalue_error(exact.values, found.values),
-            "rescaled": eigenvalue_error(exact.values, found.values, rescale=True),
-            "less trace / D": eigenvalue_error(exact.values, found.values - trace / D),
-            "paper: log2 D for < .2/.1/.05": "/".join(map(str, PAPER[kind])),
-        })  # fmt: skip
+        add(
+            kind,
+            D,
+            found,
+            **{
+                "log2 D": int(bits),
+                "error": eigenvalue_error(exact.values, found.values),
+                "rescaled": eigenvalue_error(exact.values, found.values, rescale=True),
+                "less trace / D": eigenvalue_error(exact.values, found.values - trace / D),
+                "paper: log2 D for < .2/.1/.05": "/".join(map(str, PAPER[kind])),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -52,8 +52,13 @@ def main(table: Table, bits: tuple[int, ...] = (12, 14, 16, 18, 20)) -> None:
     table.settings |= {"N": SIZE, "input, MB": SIZE * 4 / 1e6}
     cases = [(k, p) for k in ("affd", "afjl") for p in ("hadamard", "fft", "haar")] + [("qk", "haar"), ("ffd", "hadamard")]
     for kind, preconditioner in cases:
-        table.add({"sketch": kind, "within": preconditioner,
-                   **{f"2^{each}, MB": apart(added_mb, kind, preconditioner, each)[0] for each in bits}})  # fmt: skip
+        table.add(
+            {
+                "sketch": kind,
+                "within": preconditioner,
+                **{f"2^{each}, MB": apart(added_mb, kind, preconditioner, each)[0] for each in bits},
+            }
+        )
 
 
 if __name__ == "__main__":

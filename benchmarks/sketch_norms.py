@@ -80,8 +80,11 @@ def main(table: Table, count: Annotated[int, "vectors of each sort"] = 1000, bit
     )
     kinds: list[Kind] = ["affd", "afjl", "qk", "ffd", "fjl"]
     sorts: dict[str, Vectors] = {
-        "random": dense, "sparse": sparse, "pairs 2^15 apart": pairs, "a column of the transform": concentrated(D)
-    }  # fmt: skip
+        "random": dense,
+        "sparse": sparse,
+        "pairs 2^15 apart": pairs,
+        "a column of the transform": concentrated(D),
+    }
     for kind in kinds:
         for name, vectors in sorts.items():
             tried = count if kind != "fjl" else max(20, count // 10)

@@ -35,8 +35,16 @@ _WHOLE_S = 1800.0  # a run that nobody kills has ended by then
 _SHARE = 0.4  # of the seconds that all steps take: how long a resumed run is left alone at most
 _TOY = ["launch/configs/toy.toml", "lanczos.steps=150", "lanczos.probes=2"]
 _PARTS = "store.checkpoint_every=1"  # kills find a product in parts as well
-_SMOLLM2 = ["launch/configs/smollm2.toml", "lanczos.steps=6", "data.sequences=4", "data.micro_batch=1", _PARTS,
-            "data.sequence_length=64", "operator.step=1e-3", "operator.check=false"]  # fmt: skip
+_SMOLLM2 = [
+    "launch/configs/smollm2.toml",
+    "lanczos.steps=6",
+    "data.sequences=4",
+    "data.micro_batch=1",
+    _PARTS,
+    "data.sequence_length=64",
+    "operator.step=1e-3",
+    "operator.check=false",
+]
 CASES = {  # name: launch script, configuration and settings
     "toy, rank files": ("torchrun.sh", _TOY),
     "toy, one file over MPI": ("mpirun.sh", _TOY),
@@ -203,9 +211,11 @@ def strike(process: Any, rng: random.Random | None) -> None:
 
 @benchmark("Runs killed at random instants and resumed")
 def main(
-    table: Table, kills: Annotated[tuple[int, ...], "for each case in turn"] = (30, 30, 20, 20), seed: int = 0,
+    table: Table,
+    kills: Annotated[tuple[int, ...], "for each case in turn"] = (30, 30, 20, 20),
+    seed: int = 0,
     add: Annotated[bool, "to the table that is there; a case of 0 kills is left out"] = False,
-) -> None:  # fmt: skip
+) -> None:
     table.settings |= {"ranks": 2, "every second kill": "one rank; else launcher and ranks at once"}
     for row in table.earlier() if add else []:
         table.add(row)
@@ -217,11 +227,19 @@ def main(
             found = soak(script, settings, Path(folder), kills=count, seed=seed)
         assert found.lost_steps <= 1, found
         assert not found.unequal, found
-        table.add({
-            "run": name, "seed": seed, "kills": found.kills, "before a store was there": found.before_creation,
-            "resumed": found.resumed, "completed steps lost, at most": found.lost_steps, "runs finished": found.finished,
-            "kills each survived": " ".join(map(str, found.interrupted)), "not bitwise equal": found.unequal,
-        })  # fmt: skip
+        table.add(
+            {
+                "run": name,
+                "seed": seed,
+                "kills": found.kills,
+                "before a store was there": found.before_creation,
+                "resumed": found.resumed,
+                "completed steps lost, at most": found.lost_steps,
+                "runs finished": found.finished,
+                "kills each survived": " ".join(map(str, found.interrupted)),
+                "not bitwise equal": found.unequal,
+            }
+        )
 
 
 if __name__ == "__main__":

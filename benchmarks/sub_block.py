@@ -19,13 +19,14 @@ def main(table: Table, layers: tuple[int, ...] = (0,), tokens: int = 64, columns
     with tempfile.TemporaryDirectory() as folder:
         result = run_program(
             {
-                "data": {"sequences": 1, "sequence_length": tokens}, "lanczos": {"steps": 1},
+                "data": {"sequences": 1, "sequence_length": tokens},
+                "lanczos": {"steps": 1},
                 "operator": {"method": "exact"},
                 "parameters": {"include": sorted({text.partition("[")[0] for text in chosen})},
                 "analysis": {"sub_block": chosen, "columns": columns},
             },
             keep=Path(folder),
-        )  # fmt: skip
+        )
         table.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(folder) / "figures" / "sub_block.png", table.folder / "sub_block.png")
     found = result["studies"]["sub_block"]

@@ -77,7 +77,9 @@ def pivot(found: list[Row], keys: dict[str, str], entry: Callable[[Row], tuple[s
 
 def asked(*found: tuple[str, str, str, str]) -> str:
     """Return a table of (what, asked, measured, name of the results)."""
-    return table([
-        {"what": what, "asked": limit, "measured": measured, "all numbers": f"[{name}](../benchmarks/results/{name}.md)"}
-        for what, limit, measured, name in found
-    ])  # fmt: skip
+    return table(
+        [
+            {"what": what, "asked": limit, "measured": measured, "all numbers": f"[{name}](../benchmarks/results/{name}.md)"}
+            for what, limit, measured, name in found
+        ]
+    )

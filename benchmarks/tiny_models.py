@@ -25,30 +25,51 @@ _SIZES: list[tuple[tuple[str, ...], int]] = [
     (("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"), _HEADS),
     (("intermediate", "ffn_dim", "ffn_size", "d_ff", "inner_dim", "ffn_hidden", "feed_forward"), 48),
     (("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "encoder_layers"), 2),
-    (("hidden_size", "n_embd", "d_model", "embedding_size", "model_dim", "word_embed_proj_dim", "attention_hidden_size",
-      "d_embed", "lru_width"), _HIDDEN),
+    (
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "embedding_size",
+            "model_dim",
+            "word_embed_proj_dim",
+            "attention_hidden_size",
+            "d_embed",
+            "lru_width",
+        ),
+        _HIDDEN,
+    ),
     (("state_size", "mamba_d_state", "d_state"), 8),
     (("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length"), 128),
     (("sliding_window", "attention_window_size", "attention_chunk_size", "mamba_chunk_size", "chunk_size"), 16),
     (("num_nextn_predict_layers", "num_mtp_layers"), 0),
-]  # fmt: skip
+]
 # what a few types want besides
 _SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1, "attention_hidden_size": 64,
-              "n_mamba_heads": 2, "attention_head_dim": 16},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "attention_hidden_size": 64,
+        "n_mamba_heads": 2,
+        "attention_head_dim": 16,
+    },
     "jamba": {"attn_layer_offset": 1},
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xmod": {"default_language": "en_XX"},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma3n.text_config": {"num_kv_shared_layers": 0, "intermediate_size": [48, 48],
-                            "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma3n.text_config": {
+        "num_kv_shared_layers": 0,
+        "intermediate_size": [48, 48],
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
-}  # fmt: skip
+}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

@@ -11,18 +11,27 @@ def main(table: Table, steps: int = 3, micro_batches: tuple[int, ...] = (4, 8)) 
     for micro_batch in micro_batches:
         seconds = {}
         for ranks in (1, 2):
-            result = run_program({
-                "data": {"sequences": 16, "sequence_length": 128, "micro_batch": micro_batch},
-                "lanczos": {"steps": steps}, "operator": {"check": False, "step": 0.1},
-            }, ranks)  # fmt: skip
+            result = run_program(
+                {
+                    "data": {"sequences": 16, "sequence_length": 128, "micro_batch": micro_batch},
+                    "lanczos": {"steps": steps},
+                    "operator": {"check": False, "step": 0.1},
+                },
+                ranks,
+            )
             timing = result["timing"]
             seconds[ranks] = timing["hvp_s"]
             phases = {name: timing["phases"].get(name, {}).get("mean_s", 0.0) for name in ("all-gather", "reduce-scatter")}
-            table.add({
-                "sequences at a time": micro_batch, "ranks": ranks, "central product, s": seconds[ranks],
-                "of it all-gather, s": phases["all-gather"], "reduce-scatter, s": phases["reduce-scatter"],
-                "speed against one process (asked 0.85)": seconds[1] / seconds[ranks],
-            })  # fmt: skip
+            table.add(
+                {
+                    "sequences at a time": micro_batch,
+                    "ranks": ranks,
+                    "central product, s": seconds[ranks],
+                    "of it all-gather, s": phases["all-gather"],
+                    "reduce-scatter, s": phases["reduce-scatter"],
+                    "speed against one process (asked 0.85)": seconds[1] / seconds[ranks],
+                }
+            )
 
 
 if __name__ == "__main__":

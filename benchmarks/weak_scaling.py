@@ -20,16 +20,25 @@ PER_NODE = 8
 def point(shape: str, nodes: int, length: int, gpu: str) -> dict[str, Any]:
     ranks = nodes * PER_NODE
     source = ROOT / "launch" / "configs" / SHAPES[shape] / "config.json"
-    config = make_config({
-        "model": {"source": str(source), "activation_checkpointing": True},
-        "data": {"sequences": ranks, "sequence_length": length}, "operator": {"check": False},
-    })  # fmt: skip
+    config = make_config(
+        {
+            "model": {"source": str(source), "activation_checkpointing": True},
+            "data": {"sequences": ranks, "sequence_length": length},
+            "operator": {"check": False},
+        }
+    )
     plan = Planner(config, PER_NODE, gpu, 1 << 40).plan(nodes)
     return {
-        "model": shape, "nodes": nodes, "ranks": ranks, "fits": "yes" if plan.fits else "no",
-        "memory a device, GB": plan.device_bytes / 1e9, "arithmetic, s": plan.product.compute,
-        "traffic, s": plan.product.traffic, "product, s, all hidden": plan.product.least, "none hidden": plan.product.most,
-    }  # fmt: skip
+        "model": shape,
+        "nodes": nodes,
+        "ranks": ranks,
+        "fits": "yes" if plan.fits else "no",
+        "memory a device, GB": plan.device_bytes / 1e9,
+        "arithmetic, s": plan.product.compute,
+        "traffic, s": plan.product.traffic,
+        "product, s, all hidden": plan.product.least,
+        "none hidden": plan.product.most,
+    }
 
 
 @benchmark(
@@ -38,9 +47,12 @@ def point(shape: str, nodes: int, length: int, gpu: str) -> dict[str, Any]:
     "arithmetic, more tokens a rank, or replicas within which ranks share the parameters (parallel.replicate), help.",
 )
 def main(
-    table: Table, models: Annotated[tuple[str, ...], Option(choices=(*SHAPES,))] = (*SHAPES,),
-    nodes: tuple[int, ...] = (1, 2, 8, 32, 128), lengths: tuple[int, ...] = (128, 512, 2048), gpu: str = "h100",
-) -> None:  # fmt: skip
+    table: Table,
+    models: Annotated[tuple[str, ...], Option(choices=(*SHAPES,))] = (*SHAPES,),
+    nodes: tuple[int, ...] = (1, 2, 8, 32, 128),
+    lengths: tuple[int, ...] = (128, 512, 2048),
+    gpu: str = "h100",
+) -> None:
     table.settings["ranks a node"] = PER_NODE
     for shape in models:
         for length in lengths:

@@ -5,9 +5,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Spectrum", "decompose", "diagonal", "eigenpairs", "gradient_sketches", "hessian", "sketched", "slq", "solve",
-    "sub_block", "trace",
-]  # fmt: skip
+    "Spectrum",
+    "decompose",
+    "diagonal",
+    "eigenpairs",
+    "gradient_sketches",
+    "hessian",
+    "sketched",
+    "slq",
+    "solve",
+    "sub_block",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,10 +83,11 @@ class _Commands:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="hpc-hess", usage="%(prog)s [-h] [--version] COMMAND ...",
+        prog="hpc-hess",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
         description="Hessian spectra of large language models, sharded over processes and nodes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {hpc_hess.__version__}")
     commands = _Commands(parser)
     _spectra(commands)
@@ -95,8 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     _planning(commands)
     _looking(commands)
     listed = [f"{group}:\n" + "\n".join(lines) for group, lines in commands.groups.items()]
-    listed.append(f"Many ranks, started by torchrun, mpirun or srun, can do: {', '.join(_LAUNCHED[:-1])},\n{_LAUNCHED[-1]}. "
-                  "hpc-hess COMMAND --help says what a command takes.")  # fmt: skip
+    listed.append(
+        f"Many ranks, started by torchrun, mpirun or srun, can do: {', '.join(_LAUNCHED[:-1])},\n{_LAUNCHED[-1]}. "
+        "hpc-hess COMMAND --help says what a command takes."
+    )
     parser.epilog = "\n\n".join(listed)
     return parser
 
@@ -112,8 +115,9 @@ def _spectra(commands: _Commands) -> None:
     _configured(dynamics)
     dynamics.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="what model.source takes, in order")
     dynamics.add_argument("--sequences", nargs="+", type=int, default=[], metavar="N", help="sample sizes (data.sequences)")
-    dynamics.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs go to DIR/NAME, the page to "
-                          "DIR/dynamics.html")  # fmt: skip
+    dynamics.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="runs go to DIR/NAME, the page to DIR/dynamics.html"
+    )
 
 
 def _training(commands: _Commands) -> None:
@@ -179,10 +183,20 @@ def _looking(commands: _Commands) -> None:
 
 def _configured(command: argparse.ArgumentParser, *, demo: bool = False) -> argparse.ArgumentParser:
     """Add what every command of a configuration takes. ``demo``: it may be left out."""
-    command.add_argument("config", metavar="CONFIG", nargs="?" if demo else None,
-                         help="TOML file; see hpc-hess config" + " (the demo: SmolLM2-135M)" * demo)  # fmt: skip
-    command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                         help="override one key; may be repeated")  # fmt: skip
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?" if demo else None,
+        help="TOML file; see hpc-hess config" + " (the demo: SmolLM2-135M)" * demo,
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override one key; may be repeated",
+    )
     return _debuggable(command)
 
 

@@ -39,5 +39,6 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
+"$python" -m ruff format --check --quiet .
 "$python" -m mypy
 exec "$python" -m pytest -n "${WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

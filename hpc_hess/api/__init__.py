@@ -11,6 +11,18 @@ from hpc_hess.api.sketches import gradient_sketches, sketched
 from hpc_hess.api.spectra import Eigenpairs, Solution, Spectrum, diagonal, eigenpairs, slq, solve, sub_block, trace
 
 __all__ = [
-    "Eigenpairs", "Operator", "Solution", "Spectrum", "decompose", "diagonal", "eigenpairs", "gradient_sketches", "hessian",
-    "sketched", "slq", "solve", "sub_block", "trace",
-]  # fmt: skip
+    "Eigenpairs",
+    "Operator",
+    "Solution",
+    "Spectrum",
+    "decompose",
+    "diagonal",
+    "eigenpairs",
+    "gradient_sketches",
+    "hessian",
+    "sketched",
+    "slq",
+    "solve",
+    "sub_block",
+    "trace",
+]

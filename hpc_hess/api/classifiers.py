@@ -169,6 +169,12 @@ def decompose(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> D
         return Operator(part, model, whole.intake)
 
     return Decomposition(
-        whole, operator(gauss_newton), operator(Difference(whole, gauss_newton)), means, cross, operator(without_means),
-        operator(Difference(without_means, cross)), operator(Deflated(gauss_newton, span, rank)),
-    )  # fmt: skip
+        whole,
+        operator(gauss_newton),
+        operator(Difference(whole, gauss_newton)),
+        means,
+        cross,
+        operator(without_means),
+        operator(Difference(without_means, cross)),
+        operator(Deflated(gauss_newton, span, rank)),
+    )

@@ -35,17 +35,22 @@ class Operator:
     """
 
     def __init__(
-        self, operator: LinearOperator, module: nn.Module | None = None, intake: Sequence[Finding] = (),
+        self,
+        operator: LinearOperator,
+        module: nn.Module | None = None,
+        intake: Sequence[Finding] = (),
         notes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._operator, self._module = operator, module
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
         self.intake: list[Finding] = list(intake)
         self.notes: list[str] = [
-            *notes, *getattr(operator, "notes", []), *(finding.text for finding in intake if finding.verdict != "passed")
-        ]  # fmt: skip
+            *notes,
+            *getattr(operator, "notes", []),
+            *(finding.text for finding in intake if finding.verdict != "passed"),
+        ]
 
     def __repr__(self) -> str:
         """Show the size, and the notes."""
@@ -167,8 +172,12 @@ def hessian(
             gradient = Gradient(sharded, objective, Routing(model, "frozen"))
             return _made(spec, _Differences(FiniteDifferenceHessian(gradient, scheme, step)), sharded, objective, intake)
         if half:
-            intake.append(noted("given.precision", f"products are computed in {str(computed).removeprefix('torch.')}, "
-                                                   "vectors are float32"))  # fmt: skip
+            intake.append(
+                noted(
+                    "given.precision",
+                    f"products are computed in {str(computed).removeprefix('torch.')}, vectors are float32",
+                )
+            )
         compute_dtype = computed if half else None
         if isinstance(objective, CausalLMObjective) and not plain_suffices(sharded, objective):
             if not any_loss:

@@ -23,7 +23,7 @@ from hpc_hess.sketch.transforms import Preconditioner
 
 def sketched(
     operator: Operator, dimension: int, *, kind: Kind = "affd", preconditioner: Preconditioner = "hadamard", seed: int = 0
-) -> Operator:  # fmt: skip
+) -> Operator:
     """Return Phi A Phi^T, an operator on ``dimension`` (a power of two) entries, for slq, eigenpairs and the others.
 
     Its large eigenvalues are near those of A; a long Krylov basis costs D numbers a vector instead of N.
@@ -35,10 +35,17 @@ def sketched(
 
 
 def gradient_sketches(
-    model: nn.Module, batches: Iterable[Any], loss: LossFunction | None = None, *, dimension: int = 1 << 13,
-    kind: Kind = "affd", preconditioner: Preconditioner = "hadamard", seed: int = 0, include: Sequence[str] = ("*",),
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: LossFunction | None = None,
+    *,
+    dimension: int = 1 << 13,
+    kind: Kind = "affd",
+    preconditioner: Preconditioner = "hadamard",
+    seed: int = 0,
+    include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Return the sketched gradient of each batch's mean loss, float64 (batches, D): inner products of rows are influences.
 
     ``batches`` and ``loss`` are as for :func:`hessian`. The model is used in place, in eval mode, and left as it was.
@@ -63,9 +70,11 @@ def gradient_sketches(
         for index in range(objective.num_micro_batches):
             with whole_rows(model):
                 mean = objective.mean(model, index)
-            found: Sequence[torch.Tensor | None] = torch.autograd.grad(
-                mean, [named[p.name] for p in space.layout.parameters], allow_unused=True
-            ) if mean.requires_grad else [None] * len(space.layout.parameters)  # fmt: skip
+            found: Sequence[torch.Tensor | None] = (
+                torch.autograd.grad(mean, [named[p.name] for p in space.layout.parameters], allow_unused=True)
+                if mean.requires_grad
+                else [None] * len(space.layout.parameters)
+            )
             collection = sketch.begin(space.device)
             for parameter, gradient in zip(space.layout.parameters, found, strict=True):
                 if gradient is not None:

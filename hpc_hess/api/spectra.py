@@ -59,17 +59,17 @@ class Spectrum:
         """Trace with its standard error (None for one probe); ``half_width()`` is that of its interval, for any number."""
         return quadrature.trace(self.quadratures, self.size)
 
-    def density(
-        self, *, axis: Literal["linear", "symlog", "log", "chebyshev"] = "linear", **options: Any
-    ) -> Density:  # fmt: skip
+    def density(self, *, axis: Literal["linear", "symlog", "log", "chebyshev"] = "linear", **options: Any) -> Density:
         """Return the smoothed spectral density and its width; ``options`` as in linalg.density.
 
         "log" is over log10 |lambda|; "chebyshev" is linear, by damped Chebyshev moments instead of Gaussians.
         """
         smooth: dict[str, Callable[..., Density]] = {
-            "linear": densities.density, "symlog": densities.density_symlog, "log": densities.density_log,
+            "linear": densities.density,
+            "symlog": densities.density_symlog,
+            "log": densities.density_log,
             "chebyshev": densities.density_chebyshev,
-        }  # fmt: skip
+        }
         for name in options.keys() & {"width", "linear", "epsilon"}:
             if options[name] is not None and given.real(name, options[name]) <= 0:
                 raise ConfigError(f"{name} = {options[name]!r} is not greater than 0")
@@ -153,9 +153,16 @@ class Eigenpairs:
 
 
 def eigenpairs(
-    operator: Operator, count: int, *, which: eigen.Which = "both", tolerance: float = 1e-3, basis_size: int | None = None,
-    most_products: int = 300, seed: int = 0, copies: bool = True,
-) -> Eigenpairs:  # fmt: skip
+    operator: Operator,
+    count: int,
+    *,
+    which: eigen.Which = "both",
+    tolerance: float = 1e-3,
+    basis_size: int | None = None,
+    most_products: int = 300,
+    seed: int = 0,
+    copies: bool = True,
+) -> Eigenpairs:
     """Return extreme eigenpairs by Lanczos with thick restarts (Wu and Simon 2000), in the memory of ``basis_size`` vectors.
 
     Parameters
@@ -173,25 +180,29 @@ def eigenpairs(
     space = operator.space
     count, most_products, seed = (
         given.whole(*x) for x in (("count", count), ("most_products", most_products), ("seed", seed, 0))
-    )  # fmt: skip
+    )
     given.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
     wanted = num_wanted(count, which)
     size = min(2 * wanted + 8 if basis_size is None else given.whole("basis_size", basis_size), space.size)
     process = eigen.ThickRestart(
-        operator, Basis(space, size + 1), size, count, which, given.real("tolerance", tolerance, 0.0), copies=copies,
+        operator,
+        Basis(space, size + 1),
+        size,
+        count,
+        which,
+        given.real("tolerance", tolerance, 0.0),
+        copies=copies,
         seed=seed,
-    )  # fmt: skip
+    )
     process.start(probe_vectors.draw(space, seed=seed, probe=0, distribution="gaussian"))
     found = eigen.eigenpairs(process, most_products)
     vectors = torch.stack([found.vector(k).data for k in range(len(found.values))])
-    return Eigenpairs(
-        found.values, found.residuals, vectors, process.converged, process.num_products, process.complete
-    )  # fmt: skip
+    return Eigenpairs(found.values, found.residuals, vectors, process.converged, process.num_products, process.complete)
 
 
 def trace(
     operator: Operator, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", products: int = 60, seed: int = 0
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Estimate the trace from so many products, with a standard error. The first two hold vectors of half or a third."""
     least = {"xtrace": 4, "hutch++": 6, "hutchinson": 2}
     products = given.whole("products", products, least[given.one_of("method", method, least)])
@@ -205,7 +216,7 @@ def trace(
 
 def diagonal(
     operator: Operator, *, method: Literal["xdiag", "hutchinson"] = "xdiag", products: int = 60, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate the diagonal from so many products: its entries and their standard errors, each (N,)."""
     least = {"xdiag": 4, "hutchinson": 2}
     products = given.whole("products", products, least[given.one_of("method", method, least)])
@@ -255,9 +266,14 @@ class Solution(_Pair):
 
 
 def solve(
-    operator: Operator, b: Any, *, damping: float, method: Literal["minres", "cg"] = "minres",
-    tolerance: float = 1e-4, products: int = 100,
-) -> Solution:  # fmt: skip
+    operator: Operator,
+    b: Any,
+    *,
+    damping: float,
+    method: Literal["minres", "cg"] = "minres",
+    tolerance: float = 1e-4,
+    products: int = 100,
+) -> Solution:
     """Solve (A + damping I) x = b: x, the relative residuals before and after every product, and whether it converged.
 
     Raises
@@ -268,8 +284,13 @@ def solve(
     run = {"minres": solvers.minres, "cg": solvers.conjugate_gradients}[given.one_of("method", method, ("minres", "cg"))]
     damping, tolerance = given.real("damping", damping), given.real("tolerance", tolerance, 0.0)
     right, _ = given.vector(b, operator.space.size, operator.space.dtype, operator.space.device)
-    found = run(operator, operator.space.wrap(right.clone()), damping=damping, tolerance=tolerance,
-                most=given.whole("products", products))  # fmt: skip
+    found = run(
+        operator,
+        operator.space.wrap(right.clone()),
+        damping=damping,
+        tolerance=tolerance,
+        most=given.whole("products", products),
+    )
     solution = Solution(found.x.data, found.residuals)
     solution.converged = found.residuals[-1] <= tolerance
     return solution

@@ -92,9 +92,10 @@ class Query:
     sequences: int = _option(1, "rows of that source; their mean loss is asked about")
     top: int = _option(10, "examples to list, of either sign")
     precondition: str = _option(
-        "none", f"by the inverse of this matrix, damped, in sketch space; {OF_SKETCHES}: of the sketches themselves",
+        "none",
+        f"by the inverse of this matrix, damped, in sketch space; {OF_SKETCHES}: of the sketches themselves",
         choices=preconditioners,
-    )  # fmt: skip
+    )
     damping: float | None = _option(None, "damping of that matrix", default_is="a tenth of the sketches' mean eigenvalue")
     products: int = _option(30, "products with a matrix of operator.kind, at most")
 

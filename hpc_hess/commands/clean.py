@@ -57,8 +57,10 @@ def clean(run_dir: Path, *, dry: bool = False, basis: bool = False) -> int:
         items = [item for item in _items(run_dir, basis) if item.amount or item.free]
         before = allocated(run_dir)
         _print(f"{run_dir}: {size(before)} on disk")
-        for title, some in (("needed" if dry else "kept", [i for i in items if not i.free]),
-                            ("would be freed" if dry else "freed", [i for i in items if i.free])):  # fmt: skip
+        for title, some in (
+            ("needed" if dry else "kept", [i for i in items if not i.free]),
+            ("would be freed" if dry else "freed", [i for i in items if i.free]),
+        ):
             for item in sorted(some, key=lambda i: -i.amount):
                 _print(f"  {size(item.amount):>10}  {title}: {item.what}")
                 if item.free and not dry:

@@ -16,9 +16,19 @@ from hpc_hess.registry.table import Registry
 
 # the keys that matter first: what is computed, on what, how long, where
 FIRST = (
-    "model.source", "data.source", "data.sequence_length", "data.sequences", "data.micro_batch", "operator.kind",
-    "operator.method", "lanczos.steps", "lanczos.probes", "studies.eigenpairs.count", "run.out", "run.time_limit",
-)  # fmt: skip
+    "model.source",
+    "data.source",
+    "data.sequence_length",
+    "data.sequences",
+    "data.micro_batch",
+    "operator.kind",
+    "operator.method",
+    "lanczos.steps",
+    "lanczos.probes",
+    "studies.eigenpairs.count",
+    "run.out",
+    "run.time_limit",
+)
 _WIDTH = 100
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _TYPES = {bool: "true or false", int: "integer", float: "number", str: "text"}
@@ -85,9 +95,7 @@ def markdown() -> str:
     """Return docs/configuration.md."""
     parts = [_PAGE.format(first=", ".join(f"`{name}`" for name in FIRST))]
     for table in tables():
-        rows = [
-            f"| `{key.name}` | `{json.dumps(key.default)}` | {key.values} | {key.meaning} |" for key in table.keys
-        ]
+        rows = [f"| `{key.name}` | `{json.dumps(key.default)}` | {key.values} | {key.meaning} |" for key in table.keys]
         head = ["| key | default | values | meaning |", "|---|---|---|---|"]
         parts.append("\n".join([f"## [{table.name}]\n\n{table.meaning}\n", *head, *rows]) + "\n")
     return "\n".join(parts)
@@ -118,8 +126,12 @@ def _meaning(info: FieldInfo) -> str:
 
 def _values(info: FieldInfo) -> str:
     """Return in words which values a key takes."""
-    bounds = [f"{word} {_number(getattr(bound, name))}" for bound in info.metadata for name, word in _BOUNDS.items()
-              if hasattr(bound, name)]  # fmt: skip
+    bounds = [
+        f"{word} {_number(getattr(bound, name))}"
+        for bound in info.metadata
+        for name, word in _BOUNDS.items()
+        if hasattr(bound, name)
+    ]
     registry = _registry(info) if any(map(_is_checked, info.metadata)) else None
     named = _either(info.annotation) if registry is None else _alternatives([json.dumps(name) for name in registry])
     return ", ".join([named, *bounds])

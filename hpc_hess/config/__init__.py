@@ -1,15 +1,6 @@
 """The configuration: one TOML file, every key with a default that is right for the demo, all validation."""
 
-from hpc_hess.config.loading import (
-    DEMO,
-    PACKAGE,
-    TOY,
-    Config,
-    load_config,
-    make_config,
-    parse_time_limit,
-    sections,
-)
+from hpc_hess.config.loading import DEMO, PACKAGE, TOY, Config, load_config, make_config, parse_time_limit, sections
 from hpc_hess.config.sections import (
     DataSection,
     LanczosSection,
@@ -22,6 +13,20 @@ from hpc_hess.config.sections import (
 )
 
 __all__ = [
-    "DEMO", "PACKAGE", "TOY", "Config", "DataSection", "LanczosSection", "ModelSection", "OneOf", "ParallelSection", "Section",
-    "SketchSection", "StudySettings", "load_config", "make_config", "parse_time_limit", "sections",
-]  # fmt: skip
+    "DEMO",
+    "PACKAGE",
+    "TOY",
+    "Config",
+    "DataSection",
+    "LanczosSection",
+    "ModelSection",
+    "OneOf",
+    "ParallelSection",
+    "Section",
+    "SketchSection",
+    "StudySettings",
+    "load_config",
+    "make_config",
+    "parse_time_limit",
+    "sections",
+]

@@ -83,11 +83,20 @@ class Config(Section):
 # Keys a resumed run may change: they move work around without changing the function or the vectors (a group of probes
 # that is going on keeps its width, for the rounding).
 _NOT_IDENTITY = [
-    ("model", "activation_checkpointing"), ("model", "unused"), ("data", "micro_batch"), ("parallel", "device"),
+    ("model", "activation_checkpointing"),
+    ("model", "unused"),
+    ("data", "micro_batch"),
+    ("parallel", "device"),
     ("parallel", "timeout_s"),
-    ("parallel", "deterministic"), ("parallel", "replicate"), ("operator", "check"), ("operator", "keep_state"),
-    ("operator", "boundaries"), ("lanczos", "basis_memory"), ("lanczos", "probes"), ("lanczos", "lock_step"),
-]  # fmt: skip
+    ("parallel", "deterministic"),
+    ("parallel", "replicate"),
+    ("operator", "check"),
+    ("operator", "keep_state"),
+    ("operator", "boundaries"),
+    ("lanczos", "basis_memory"),
+    ("lanczos", "probes"),
+    ("lanczos", "lock_step"),
+]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -221,8 +230,9 @@ def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:
     if first["type"] == "model_type":
         return f"'{name}' is a section of the configuration, not a value"
     shown = repr(first["input"])
-    reasons = dict.fromkeys(str(e["msg"]).replace("Input should be ", "") for e in error.errors()
-                            if e["loc"][:depth] == first["loc"][:depth])  # fmt: skip
+    reasons = dict.fromkeys(
+        str(e["msg"]).replace("Input should be ", "") for e in error.errors() if e["loc"][:depth] == first["loc"][:depth]
+    )
     return f"{name} = {shown} is not valid: it should be {' or '.join(reasons)}"
 
 

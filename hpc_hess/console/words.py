@@ -137,10 +137,7 @@ def printable(text: str, stream: IO[str]) -> str:
 
 #: key in ``errors`` -> (label, what it means)
 ERROR_TERMS: dict[str, tuple[str, str]] = {
-    "hvp_relative": (
-        "Product, relative error",
-        "‖error of Hv‖ / ‖Hv‖, largest of those below",
-    ),
+    "hvp_relative": ("Product, relative error", "‖error of Hv‖ / ‖Hv‖, largest of those below"),
     "hvp_absolute": (
         "Product, absolute error",
         "largest measured |error of Hv| for |v| = 1; it widens every eigenvalue's interval",
@@ -158,10 +155,7 @@ ERROR_TERMS: dict[str, tuple[str, str]] = {
     "symmetry": ("Asymmetry", "largest |u·Hv - v·Hu| over Krylov vectors, relative to the largest |λ|; exact: 0"),
     "linearity": ("Nonlinearity", "‖H(u + v) - Hu - Hv‖ relative to the products; exact: 0"),
     "repeat": ("Repeatability", "relative difference of two gradients at the same point; 0: bitwise equal"),
-    "realised_step": (
-        "Step not realised",
-        "largest |realised step / asked step - 1|; products divide by the realised one",
-    ),
+    "realised_step": ("Step not realised", "largest |realised step / asked step - 1|; products divide by the realised one"),
     "step": ("Step", "length ε of the finite-difference step in θ₀ + ε v/‖v‖"),
     "step_min": ("Shortest step", "smallest ε in θ₀ + ε v/‖v‖ over the products"),
     "step_max": ("Longest step", "largest ε in θ₀ + ε v/‖v‖ over the products"),

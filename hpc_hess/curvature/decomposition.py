@@ -114,9 +114,12 @@ def most_frequent(counts: NDArray[np.int64], number: int) -> tuple[Groups, list[
 
 
 def weights(
-    source: LogitSource, module: nn.Module, groups: Groups, total: Callable[[torch.Tensor], torch.Tensor],
+    source: LogitSource,
+    module: nn.Module,
+    groups: Groups,
+    total: Callable[[torch.Tensor], torch.Tensor],
     guard: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-) -> Float:  # fmt: skip
+) -> Float:
     """Return P_cc' (of_examples, count): mean over all examples.
 
     ``total`` sums over ranks; ``guard`` is World.guard, for the collectives of each forward pass. Collective: as these.

@@ -13,13 +13,34 @@ from torch.overrides import TorchFunctionMode
 
 _MOST = 1 << 20  # entries of a result that are kept
 _INDICES = (
-    "topk", "max", "min", "argmax", "argmin", "sort", "argsort", "kthvalue", "median", "mode", "searchsorted", "bucketize",
-)  # fmt: skip
+    "topk",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "sort",
+    "argsort",
+    "kthvalue",
+    "median",
+    "mode",
+    "searchsorted",
+    "bucketize",
+)
 _VALUES = ("gt", "lt", "ge", "le", "eq", "ne", "sign", "round", "floor", "ceil", "multinomial")
 _ALIASES = {
-    "__gt__": "gt", "__lt__": "lt", "__ge__": "ge", "__le__": "le", "__eq__": "eq", "__ne__": "ne", "greater": "gt",
-    "less": "lt", "greater_equal": "ge", "less_equal": "le", "not_equal": "ne", "sgn": "sign",
-}  # fmt: skip
+    "__gt__": "gt",
+    "__lt__": "lt",
+    "__ge__": "ge",
+    "__le__": "le",
+    "__eq__": "eq",
+    "__ne__": "ne",
+    "greater": "gt",
+    "less": "lt",
+    "greater_equal": "ge",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "sgn": "sign",
+}
 
 
 class Choices(TorchFunctionMode):

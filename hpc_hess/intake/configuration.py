@@ -53,6 +53,7 @@ def suspects(text: str, values: Mapping[str, Any], most: int = 6) -> list[str]:
 
 def _wrong(values: Mapping[str, Any]) -> list[str]:
     """Return keys whose values do not go together."""
+
     def first(keys: tuple[str, ...]) -> tuple[str, int] | None:
         return next(((k, values[k]) for k in keys if isinstance(values.get(k), int)), None)
 
@@ -105,8 +106,10 @@ def refuse_code(error: BaseException, path: Path) -> None:
             ) from None
         raise ModelError(f"{path} needs a package that is not installed: {text}") from None
     if own is not None:
-        raise ModelError(f"the code of {path} ({own.name}) failed, perhaps written for another version of transformers "
-                         f"({type(error).__name__}: {text}): {remedy}") from None  # fmt: skip
+        raise ModelError(
+            f"the code of {path} ({own.name}) failed, perhaps written for another version of transformers "
+            f"({type(error).__name__}: {text}): {remedy}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -28,10 +28,34 @@ _OTHER_FORMS = {
     "torch.distributed.checkpoint.format_utils, then save_pretrained)",
 }
 _FORMS = (
-    ".safetensors", *PICKLES, *_OTHER_FORMS, ".h5", ".hdf5", ".msgpack", ".onnx", ".onnx_data", ".ggml", ".npz", ".ot",
-    ".pdparams", ".params", ".mlmodel", ".mlpackage", ".tflite", ".nemo", ".keras", ".weights", ".zarr", ".llamafile",
-    ".orbax", ".pb", ".mar", ".pte", ".engine", ".t7",
-)  # fmt: skip
+    ".safetensors",
+    *PICKLES,
+    *_OTHER_FORMS,
+    ".h5",
+    ".hdf5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ggml",
+    ".npz",
+    ".ot",
+    ".pdparams",
+    ".params",
+    ".mlmodel",
+    ".mlpackage",
+    ".tflite",
+    ".nemo",
+    ".keras",
+    ".weights",
+    ".zarr",
+    ".llamafile",
+    ".orbax",
+    ".pb",
+    ".mar",
+    ".pte",
+    ".engine",
+    ".t7",
+)
 _INNER = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".distcp"}  # or .bin.gz
 _ARCHIVE = re.compile(r".*(model|weights|checkpoint|ckpt).*\.(tar(\..*)?|tgz|zip|7z)")
 _NUMBERED = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
@@ -184,8 +208,10 @@ def _without_index(directory: Path, present: list[str]) -> list[str]:
             stem, width, count = match[1], len(match[2]), int(match[3])
             wanted = [f"{stem}-{k:0{width}d}-of-{match[3]}.safetensors" for k in range(1, count + 1)]
             if missing := [w for w in wanted if w not in names]:
-                raise ModelError(f"{directory / missing[0]} is missing, although {name} says that there is one: "
-                                 "the download is incomplete")  # fmt: skip
+                raise ModelError(
+                    f"{directory / missing[0]} is missing, although {name} says that there is one: "
+                    "the download is incomplete"
+                )
     return names
 
 

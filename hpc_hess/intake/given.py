@@ -210,8 +210,11 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
         if key not in _TOKENS and (key in ("inputs_embeds", "past_key_values") or module is None or not takes(module, key)):
             if key == "token_type_ids" and not np.any(np.asarray(value)):
                 continue  # many tokenizers add them; all zero they say nothing
-            what = "cannot be used beside input_ids" if key in ("inputs_embeds", "past_key_values") else (
-                f"is no argument of {type(module).__name__}'s forward")  # fmt: skip
+            what = (
+                "cannot be used beside input_ids"
+                if key in ("inputs_embeds", "past_key_values")
+                else (f"is no argument of {type(module).__name__}'s forward")
+            )
             raise DataError(f"'{key}' of {where} {what}: remove it, or give a loss of your own that uses it")
         plain = isinstance(value, bool | int | float | str)
         found[key] = value if plain and key not in _TOKENS else _rows(value, f"'{key}' of {where}")

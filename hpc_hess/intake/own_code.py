@@ -16,7 +16,7 @@ _CONFIG, _MODEL = "AutoConfig", "AutoModelForCausalLM"
 
 def decide(
     directory: Path, config: Mapping[str, Any], *, trusted: bool, known_config: bool, known_model: bool
-) -> tuple[bool, list[Finding]]:  # fmt: skip
+) -> tuple[bool, list[Finding]]:
     """Return whether the directory's own code is to be run, and what a user should know about it.
 
     Parameters

@@ -14,10 +14,21 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 ROTARY = "rotary frequencies"
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _SPELLED = {
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
-    "I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "U16": "uint16", "U32": "uint32",
-    "U64": "uint64", "C64": "complex64", "BOOL": "bool",
-}  # fmt: skip
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+    "I8": "int8",
+    "U8": "uint8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "C64": "complex64",
+    "BOOL": "bool",
+}
 
 # What lies beside quantised weights: scales, zero points, packed values. Only of tensors that the model does not take.
 _COMPANION = re.compile(
@@ -125,9 +136,11 @@ def _kind(key: str, shape: tuple[int, ...], model: Architecture, mtp_layers: set
     layer = _LAYER.search(key)
     beyond = layer is not None and model.layers is not None and int(layer[1]) >= model.layers
     if _MTP.search(key) or (
-        beyond and layer is not None and model.layers is not None
+        beyond
+        and layer is not None
+        and model.layers is not None
         and (int(layer[1]) < model.layers + model.extra_layers or layer[1] in mtp_layers)
-    ):  # fmt: skip
+    ):
         return "layers that predict further tokens"
     if model.text_of_more and _OTHER_SENSES.search(key):
         return "parts for images and sound"

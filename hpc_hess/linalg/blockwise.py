@@ -33,9 +33,7 @@ def block_product(operator: LinearOperator, blocks: Partition, v: Vector, column
     return out
 
 
-def block_samples(
-    operator: LinearOperator, blocks: Partition, v: Vector, seed: int, samples: Sequence[int]
-) -> list[Vector]:
+def block_samples(operator: LinearOperator, blocks: Partition, v: Vector, seed: int, samples: Sequence[int]) -> list[Vector]:
     """Return D A D v for some D with a random sign for each block on the diagonal: block(A) v on average. Collective: yes.
 
     Its part in block b is the sum of d_b d_c A_bc v_c over all blocks c, and E[d_b d_c] is 1 for b = c and 0 otherwise: any

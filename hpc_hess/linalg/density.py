@@ -83,18 +83,20 @@ class Density:
         return near if tail < 0.5 else far
 
 
-def _averaged(
-    kernels: list[Float], quadratures: list[Ritz], shares: Float | None = None
-) -> tuple[Float, Float | None]:
+def _averaged(kernels: list[Float], quadratures: list[Ritz], shares: Float | None = None) -> tuple[Float, Float | None]:
     """Return mean and spread over probes of the densities; kernels are (point, node)."""
     curves = np.array([phi @ q.weights for phi, q in zip(kernels, quadratures, strict=True)])
     return np.average(curves, axis=0, weights=shares), curves.std(0, ddof=1) if len(curves) > 1 else None
 
 
 def _smooth(
-    quadratures: list[Ritz], points: Float, width: float, to_axis: Callable[[Float], Float], share: Share,
+    quadratures: list[Ritz],
+    points: Float,
+    width: float,
+    to_axis: Callable[[Float], Float],
+    share: Share,
     shares: Float | None = None,
-) -> tuple[Float, Float | None, Float, Float, Float]:  # fmt: skip
+) -> tuple[Float, Float | None, Float, Float, Float]:
     """Return mean, spread, bounds and the kernel's peak at ``points`` of an axis on which Ritz values lie at ``to_axis``."""
     kernels = [_gaussian(points[:, None] - to_axis(q.values), width) for q in quadratures]
     places = int(np.clip(3 * np.ptp(points) / width, 60, max(60, _PLACES / len(quadratures))))
@@ -163,9 +165,13 @@ def inverse_symlog(values: ArrayLike, linear: float) -> Float:
 
 
 def density_symlog(
-    quadratures: list[Ritz], *, points: int = 2000, width: float = 0.05, linear: float | None = None,
+    quadratures: list[Ritz],
+    *,
+    points: int = 2000,
+    width: float = 0.05,
+    linear: float | None = None,
     shares: Float | None = None,
-) -> Density:  # fmt: skip
+) -> Density:
     """Gaussian-smoothed density on a symmetric-log axis; ``width`` in decades, ``linear`` the axis' linear threshold.
 
     ``shares`` of the quadratures in the mean, where they are of blocks: the band and ``spread`` are of probes only.
@@ -246,6 +252,4 @@ def density_chebyshev(quadratures: list[Ritz], *, points: int = 2000, moments: i
     low_edge, high_edge = (mean, mean) if exact else (np.zeros(points), np.full(points, np.inf))
     peak = (rows * jackson[:, None] * np.cos(n[:, None] * np.arccos(x))).sum(0)
     width = np.pi * half / count
-    return Density(
-        centre + half * x, mean, spread, low_edge, high_edge, peak, width, "chebyshev", probes=len(quadratures)
-    )
+    return Density(centre + half * x, mean, spread, low_edge, high_edge, peak, width, "chebyshev", probes=len(quadratures))

@@ -54,9 +54,14 @@ class _Running:
 
 
 def diagonal_hutchinson(
-    operator: LinearOperator, *, most: int, relative: float = 0.0, seed: int = 0, first_probe: int = 0,
+    operator: LinearOperator,
+    *,
+    most: int,
+    relative: float = 0.0,
+    seed: int = 0,
+    first_probe: int = 0,
     keep: Keep | None = None,
-) -> DiagonalEstimate:  # fmt: skip
+) -> DiagonalEstimate:
     """Average w * (A w) over independent signs, until the expected relative error is ``relative``. Collective: yes.
 
     The rule looks after 8, 16, 32, ... products only. An average that has stopped moving is no sign: after k products it
@@ -88,9 +93,8 @@ def _spans(basis: Basis, count: int, y: Vector) -> bool:
 
 
 def xdiag(
-    operator: LinearOperator, basis: Basis, images: Basis, num_products: int, *, seed: int = 0,
-    keep: Keep | None = None,
-) -> DiagonalEstimate:  # fmt: skip
+    operator: LinearOperator, basis: Basis, images: Basis, num_products: int, *, seed: int = 0, keep: Keep | None = None
+) -> DiagonalEstimate:
     """Diagonal from ``num_products`` products by leave-one-out estimates, independent signs. Collective: yes.
 
     Estimate i is diag(P_i A) + w_i * ((I - P_i) A w_i), with P_i as in xtrace; (I - P_i) A w_i = Q s_i (s_i^T r_i).

@@ -272,8 +272,19 @@ class ThickRestart:
 
     def to_state(self) -> dict[str, Any]:
         """Return, as JSON-able values, what a resume needs besides basis vectors 0..filled."""
-        names = ("filled", "beta", "num_products", "num_restarts", "asymmetry", "exhausted", "directions", "locked",
-                 "known", "dropped", "looks")  # fmt: skip
+        names = (
+            "filled",
+            "beta",
+            "num_products",
+            "num_restarts",
+            "asymmetry",
+            "exhausted",
+            "directions",
+            "locked",
+            "known",
+            "dropped",
+            "looks",
+        )
         return {**{name: getattr(self, name) for name in names}, "projected": self.projected.tolist()}
 
     def from_state(self, state: dict[str, Any]) -> None:

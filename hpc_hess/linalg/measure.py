@@ -101,7 +101,7 @@ def cumulative(recurrences: Sequence[Probe], points: ArrayLike, size: int, *, ri
 
 def mass(
     recurrences: Sequence[Probe], size: int, *, above: float = -math.inf, below: float = math.inf, risk: float = 0.05
-) -> Interval:  # fmt: skip
+) -> Interval:
     """Return the share of eigenvalues in [``above``, ``below``], with bounds: negative mass, mass near zero."""
     ends = [x for x in (above, below) if math.isfinite(x)]
     rules = [Radau(_gauss(r)) for r in recurrences]
@@ -134,9 +134,7 @@ def wasserstein_a_priori(size: int, probes: int, steps: int, *, risk: float = 0.
     return max(12 / steps, math.sqrt(4 * math.log(2 * size / risk) / ((size + 2) * probes)))
 
 
-def wasserstein_a_posteriori(
-    recurrences: Sequence[Probe], size: int, *, points: int = 100, risk: float = 0.05
-) -> float:  # fmt: skip
+def wasserstein_a_posteriori(recurrences: Sequence[Probe], size: int, *, points: int = 100, risk: float = 0.05) -> float:
     """Bound W1 between the spectral measure and the mean quadrature, in units of the eigenvalues, from this run alone.
 
     The area between the cumulative density's bounds and its mean, over the range of the Ritz values: an eigenvalue beyond

@@ -66,9 +66,14 @@ def _blocks(seed: int, stream: int, purpose: Purpose, first: int, count: int, de
 
 
 def signs(
-    seed: int, stream: int, start: int, length: int, *, dtype: torch.dtype = torch.float32,
+    seed: int,
+    stream: int,
+    start: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return Rademacher entries [start, start + length) of a stream: +-1, shape (length,)."""
     device = torch.device(device)
     out = torch.empty(length, dtype=dtype, device=device)
@@ -85,9 +90,15 @@ def signs(
 
 
 def normals(
-    seed: int, stream: int, start: int, length: int, *, dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu", purpose: Purpose = Purpose.NORMALS,
-) -> torch.Tensor:  # fmt: skip
+    seed: int,
+    stream: int,
+    start: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    purpose: Purpose = Purpose.NORMALS,
+) -> torch.Tensor:
     """Return standard normal entries [start, start + length) of a stream, shape (length,)."""
     device = torch.device(device)
     out = torch.empty(length, dtype=dtype, device=device)
@@ -103,9 +114,7 @@ def normals(
     return out
 
 
-def fill(
-    out: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, *, seed: int, probe: int, distribution: str
-) -> None:
+def fill(out: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, *, seed: int, probe: int, distribution: str) -> None:
     """Fill the flat local vector ``out`` with probe number ``probe`` on the given global intervals. Local.
 
     ``distribution`` is "rademacher" (entries +-1) or "gaussian" (standard normal); both have covariance I.

@@ -29,9 +29,15 @@ class Solution:
 
 
 def conjugate_gradients(
-    operator: LinearOperator, b: Vector, *, damping: float, tolerance: float = 1e-4, most: int = 100,
-    after_product: Callable[[float], object] | None = None, keep: Keep | None = None,
-) -> Solution:  # fmt: skip
+    operator: LinearOperator,
+    b: Vector,
+    *,
+    damping: float,
+    tolerance: float = 1e-4,
+    most: int = 100,
+    after_product: Callable[[float], object] | None = None,
+    keep: Keep | None = None,
+) -> Solution:
     """Solve with a positive definite A + damping I (Hestenes and Stiefel 1952). Collective: yes.
 
     Raises
@@ -62,9 +68,15 @@ def conjugate_gradients(
 
 
 def minres(
-    operator: LinearOperator, b: Vector, *, damping: float, tolerance: float = 1e-4, most: int = 100,
-    after_product: Callable[[float], object] | None = None, keep: Keep | None = None,
-) -> Solution:  # fmt: skip
+    operator: LinearOperator,
+    b: Vector,
+    *,
+    damping: float,
+    tolerance: float = 1e-4,
+    most: int = 100,
+    after_product: Callable[[float], object] | None = None,
+    keep: Keep | None = None,
+) -> Solution:
     """Solve with any symmetric A + damping I by smallest residuals (Paige and Saunders 1975). Collective: yes.
 
     Six vectors; residuals never grow.

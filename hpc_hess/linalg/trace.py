@@ -51,9 +51,14 @@ class Moments:
 
 
 def hutchinson(
-    operator: LinearOperator, rule: StoppingRule, *, seed: int = 0, distribution: str = "rademacher", first_probe: int = 0,
+    operator: LinearOperator,
+    rule: StoppingRule,
+    *,
+    seed: int = 0,
+    distribution: str = "rademacher",
+    first_probe: int = 0,
     keep: Keep | None = None,
-) -> Moments:  # fmt: skip
+) -> Moments:
     """Sample <w, A w> and |A w|^2 until ``rule`` is content with the trace. Collective: yes."""
     moments, keep = Moments([], []), keep or KeepNothing()
 
@@ -70,9 +75,14 @@ def hutchinson(
 
 
 def hutch_plus_plus(
-    operator: LinearOperator, basis: Basis, num_products: int, *, seed: int = 0, distribution: str = "rademacher",
+    operator: LinearOperator,
+    basis: Basis,
+    num_products: int,
+    *,
+    seed: int = 0,
+    distribution: str = "rademacher",
     keep: Keep | None = None,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Trace from ``num_products`` products: a third each for the range, for A on it, for what is left. Collective: yes.
 
     Parameters
@@ -145,9 +155,15 @@ class LeaveOneOut:
 
 
 def leave_one_out(
-    operator: LinearOperator, basis: Basis, count: int, *, seed: int, distribution: str, images: Basis | None = None,
+    operator: LinearOperator,
+    basis: Basis,
+    count: int,
+    *,
+    seed: int,
+    distribution: str,
+    images: Basis | None = None,
     keep: Keep | None = None,
-) -> LeaveOneOut:  # fmt: skip
+) -> LeaveOneOut:
     """Fill ``basis`` with Q of A W = Q R for ``count`` vectors W, and ``images``, if given, with A Q. Collective: yes."""
     space, keep = operator.space, keep or KeepNothing()
     r, h, w = np.zeros((count, count)), np.zeros((count, count)), np.zeros((count, count))

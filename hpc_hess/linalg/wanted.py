@@ -75,10 +75,11 @@ class Wanted:
         """Return (sign, edge) of each end: sign * value beyond it would be wanted too."""
         count = self.count
         ends = {
-            "largest": [(1, found[0])], "smallest": [(-1, -found[-1])],
+            "largest": [(1, found[0])],
+            "smallest": [(-1, -found[-1])],
             "both": [(1, found[-count]), (-1, -found[count - 1])],
             "magnitude": [(sign, np.abs(found).min()) for sign in (1, -1)],
-        }  # fmt: skip
+        }
         return [(sign, float(edge)) for sign, edge in ends[self.which]]
 
 

@@ -42,7 +42,7 @@ class Basis:
 
     def __init__(
         self, space: VectorSpace, capacity: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.space, self.capacity, self.dtype = space, capacity, dtype or space.dtype
         self.rows = self._allocate(device or space.device)
 

@@ -39,20 +39,37 @@ _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _MV2 = "MV2_COMM_WORLD_"
 _VARIABLES = [
     ("torchrun", "TORCHELASTIC_RUN_ID", _TORCH),
-    ("mpirun", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-                                        "OMPI_COMM_WORLD_LOCAL_SIZE", "")),
+    (
+        "mpirun",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", ""),
+    ),
     ("hydra", "MPI_LOCALNRANKS", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "")),
     ("srun", "SLURM_STEP_ID", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID")),
     ("pals", "PALS_LOCAL_SIZE", ("PMI_RANK", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE", "PALS_NODEID")),
-    ("jsrun", "JSM_NAMESPACE_SIZE", ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK",
-                                     "JSM_NAMESPACE_LOCAL_SIZE", "")),
+    (
+        "jsrun",
+        "JSM_NAMESPACE_SIZE",
+        ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE", ""),
+    ),
     ("mpirun_rsh", f"{_MV2}SIZE", (f"{_MV2}RANK", f"{_MV2}SIZE", f"{_MV2}LOCAL_RANK", f"{_MV2}LOCAL_SIZE", "")),
     ("env", "WORLD_SIZE", _TORCH),
-]  # fmt: skip
+]
 _MPI = ("mpirun", "hydra", "pals", "jsrun", "mpirun_rsh")  # launchers of MPI programs, which meet through MPI
 # what launchers set that are not in the table, or that are but without their other variables
-_OTHERS = ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK", f"{_MV2}RANK", "OMPI_COMM_WORLD_RANK",
-           "MPI_LOCALRANKID", "FLUX_TASK_RANK", "ALPS_APP_PE", "HOROVOD_RANK")  # fmt: skip
+_OTHERS = (
+    "PMI_RANK",
+    "PMI_SIZE",
+    "PMIX_RANK",
+    "PALS_RANKID",
+    "JSM_NAMESPACE_RANK",
+    f"{_MV2}RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "MPI_LOCALRANKID",
+    "FLUX_TASK_RANK",
+    "ALPS_APP_PE",
+    "HOROVOD_RANK",
+)
 # addresses of no host (for documentation), which the default route leads to
 _ROUTES = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 _SHELLS = ("interactive", "bash", "sh", "zsh", "tcsh", "csh", "ksh", "fish")

@@ -94,8 +94,12 @@ def _encode(value: Any, arrays: list[bytes]) -> Any:
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous()
         arrays.append(flat.view(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        return {"kind": "tensor", "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape),
-                "bytes": len(arrays[-1])}  # fmt: skip
+        return {
+            "kind": "tensor",
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+            "bytes": len(arrays[-1]),
+        }
     if isinstance(value, bytes):
         arrays.append(value)
         return {"kind": "bytes", "bytes": len(value)}

@@ -22,8 +22,15 @@ from hpc_hess.system import name_of, status_of, variables_of
 _EVERY_S = 1.0
 _TRIES = 10
 # what only a rank's own environment holds: by hand, nobody sets these
-_MARKERS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "JSM_NAMESPACE_RANK",
-            "MV2_COMM_WORLD_RANK", "SLURM_STEP_ID")  # fmt: skip
+_MARKERS = (
+    "TORCHELASTIC_RUN_ID",
+    "OMPI_COMM_WORLD_RANK",
+    "MPI_LOCALRANKID",
+    "PALS_LOCAL_RANKID",
+    "JSM_NAMESPACE_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "SLURM_STEP_ID",
+)
 
 
 # what a rank whose launcher ended has for a parent, unless that is a launcher itself: in a container it may be process 1

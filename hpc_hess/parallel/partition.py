@@ -24,7 +24,7 @@ class Partition:
 
     def __init__(
         self, space: VectorSpace, ids: Sequence[torch.Tensor], sizes: Sequence[int], names: Sequence[str] = ()
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.space, self.sizes, self.names = space, list(sizes), list(names)
         self._ids = [i.to(space.device) for i in ids]
 

@@ -106,8 +106,9 @@ class World:
             if name and (first := everyone.index(name)) < rank:
                 raise LaunchError(
                     f"ranks {first} and {rank} share the GPU {name}: start at most one rank per GPU, or let the launcher "
-                    "show each rank its own", shown_by_other=self.rank > 0,
-                )  # fmt: skip
+                    "show each rank its own",
+                    shown_by_other=self.rank > 0,
+                )
 
     def make_mesh(self, replicate: int = 1) -> None:
         """Arrange the ranks as replicate x shard and remember this rank's place. Collective: yes.
@@ -127,9 +128,7 @@ class World:
         if replicate == 1:
             self.mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
         else:
-            self.mesh = init_device_mesh(
-                kind, (replicate, self.shard_size), mesh_dim_names=("replicate", "shard")
-            )
+            self.mesh = init_device_mesh(kind, (replicate, self.shard_size), mesh_dim_names=("replicate", "shard"))
         self._shard_group = self.mesh.get_group("shard")
         self.collectives = self._open_collectives()
 
@@ -141,7 +140,7 @@ class World:
                 self.shard_size,
                 lambda mine: self.gather(mine, "share memory")[first : first + self.shard_size],
                 lambda seen: self.all_true(seen, "share memory"),
-            )  # fmt: skip
+            )
             if windows is not None:
                 return SharedMemory(windows, self.shard_rank, self._shard_group)
         return TorchCollectives(self._shard_group, gloo=self.gloo)
@@ -314,7 +313,11 @@ def describe(world: World) -> dict[str, Any]:
     """Return what a report says about the machine: launcher, ranks, host, device, threads."""
     gpu = devices.name(world.device) if devices.is_gpu(world.device) else None
     return {
-        "launcher": world.launch.launcher, "world_size": world.size, "nodes": world.launch.num_nodes,
-        "replicas": world.num_replicas, "host": socket.gethostname(), "device": gpu or "cpu",
+        "launcher": world.launch.launcher,
+        "world_size": world.size,
+        "nodes": world.launch.num_nodes,
+        "replicas": world.num_replicas,
+        "host": socket.gethostname(),
+        "device": gpu or "cpu",
         "threads_per_rank": torch.get_num_threads(),
-    }  # fmt: skip
+    }

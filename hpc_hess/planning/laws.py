@@ -74,16 +74,18 @@ def times(runs: Sequence[Measured]) -> Observed:
     rows = [(k, run, step) for k, run in enumerate(runs) for step in run.steps[1:] or run.steps]
     return Observed(
         np.array([_time_terms(run, r) for _, run, (r, _, _) in rows]),
-        np.array([hvp_s + lanczos_s for _, _, (_, hvp_s, lanczos_s) in rows]), [k for k, _, _ in rows],
-    )  # fmt: skip
+        np.array([hvp_s + lanczos_s for _, _, (_, hvp_s, lanczos_s) in rows]),
+        [k for k, _, _ in rows],
+    )
 
 
 def memories(runs: Sequence[Measured]) -> Observed:
     """Return the peak memory of ``runs`` in bytes."""
     return Observed(
-        np.array([_memory_terms(run) for run in runs]), np.array([float(run.memory_bytes) for run in runs]),
+        np.array([_memory_terms(run) for run in runs]),
+        np.array([float(run.memory_bytes) for run in runs]),
         list(range(len(runs))),
-    )  # fmt: skip
+    )
 
 
 def fitted_and_predicted(runs: Sequence[Measured]) -> tuple[list[Measured], list[Measured]]:

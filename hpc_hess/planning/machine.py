@@ -71,9 +71,15 @@ class Machine:
 def _gpu(name: str, *, bf16: float, fp32: float, memory_gib: int, tb_per_s: float, nvlink: float, nic: float) -> Machine:
     """Describe a GPU from its data sheet: TFLOP/s, GB/s each way; with the shares of them that programs reach."""
     return Machine(
-        name, {"bfloat16": 0.6e12 * bf16, "float16": 0.6e12 * bf16, "float32": 0.65e12 * fp32, "float64": 0.3e12 * fp32},
-        0.8e12 * tb_per_s, memory_gib << 30, 8e-6, 0.8e9 * nvlink, 0.8e9 * nic, 1e-5,
-    )  # fmt: skip
+        name,
+        {"bfloat16": 0.6e12 * bf16, "float16": 0.6e12 * bf16, "float32": 0.65e12 * fp32, "float64": 0.3e12 * fp32},
+        0.8e12 * tb_per_s,
+        memory_gib << 30,
+        8e-6,
+        0.8e9 * nvlink,
+        0.8e9 * nic,
+        1e-5,
+    )
 
 
 KNOWN = {
@@ -108,12 +114,14 @@ class Seconds(NamedTuple):
 def seconds(work: Work, machine: Machine, ranks: int, local_ranks: int) -> Seconds:
     """Return how long a rank takes: each operation is bound by arithmetic, by memory, or by its launch."""
     compute = sum(
-        n * max(
+        n
+        * max(
             operation.flops / machine.flops_per_s.get(operation.dtype, machine.flops_per_s["float32"]),
-            operation.bytes / machine.bytes_per_s, machine.operation_s,
+            operation.bytes / machine.bytes_per_s,
+            machine.operation_s,
         )
         for operation, n in work.operations.items()
-    )  # fmt: skip
+    )
     traffic = sum(n * _collective_s(c, machine, ranks, local_ranks) for c, n in work.collectives.items())
     return Seconds(compute, traffic)
 

@@ -92,9 +92,13 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
             windows = torch.empty(2 * half_bytes(ranks) * ranks if on_one_node else 0, dtype=torch.uint8)
         with tracer.category("parameters"):
             model = shard_model(
-                skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
-                master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
-            )  # fmt: skip
+                skeleton,
+                world,
+                include=config.parameters.include,
+                exclude=config.parameters.exclude,
+                master_dtype=dtype_of(config.model.master_dtype),
+                compute_dtype=dtype_of(config.model.compute_dtype),
+            )
         objective = _objective(config, ranks, vocabulary, world.device)
         routing = Routing(model.module, config.operator.routing)
         routing.attach()
@@ -127,11 +131,22 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
         rows = basis_rows(config.lanczos.reorthogonalise, config.lanczos.steps)
         dtype = basis_dtype(config.lanczos, model.space.dtype)
         return Trace(
-            source.name, model.layout.num_params, model.space.size_local, ranks, min(ranks, local_ranks), count,
-            objective.micro_batches[0].input_ids.numel(), config.operator.method, width, rows,
+            source.name,
+            model.layout.num_params,
+            model.space.size_local,
+            ranks,
+            min(ranks, local_ranks),
+            count,
+            objective.micro_batches[0].input_ids.numel(),
+            config.operator.method,
+            width,
+            rows,
             model.space.size_local * dtype.itemsize,
-            model.space.dtype.itemsize, watch.work * count, whole, peak,
-        )  # fmt: skip
+            model.space.dtype.itemsize,
+            watch.work * count,
+            whole,
+            peak,
+        )
 
 
 class Planner:
@@ -243,9 +258,13 @@ def _objective(config: Config, ranks: int, vocabulary: int, device: torch.device
 
 
 def _product(
-    config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, watch: _MicroBatches,
+    config: Config,
+    gradient: Gradient,
+    objective: CausalLMObjective,
+    plain: torch.nn.Module | None,
+    watch: _MicroBatches,
     base: Vector | None,
-) -> LinearOperator:  # fmt: skip
+) -> LinearOperator:
     section = config.operator
     if section.method == "exact":
         exact = _exact(config, gradient, objective, plain, config.model.compute_dtype)
@@ -260,6 +279,10 @@ def _exact(
     config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, compute_dtype: str
 ) -> StreamedOperator:
     return exact_product(spec_of(config))(
-        gradient.model, objective, plain=plain, compute_dtype=dtype_of(compute_dtype),
-        settings=streaming_settings(config), choose=lambda *_: Choice(),
-    )  # fmt: skip
+        gradient.model,
+        objective,
+        plain=plain,
+        compute_dtype=dtype_of(compute_dtype),
+        settings=streaming_settings(config),
+        choose=lambda *_: Choice(),
+    )

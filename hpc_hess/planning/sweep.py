@@ -135,10 +135,22 @@ def measured(folder: Path) -> Measured:
     operator: Mapping[str, Any] = result["operator"]
     kind = operator["method"] if operator["method"] == "exact" else f"{operator['scheme']} differences"
     return Measured(
-        folder.name, f"{operator['name']}, {kind}, {operator['dtype']}", result["num_params"], ranks, data["tokens"],
-        -(-per_rank // batch), batch * data["sequence_length"],
-        window.rows, width,
+        folder.name,
+        f"{operator['name']}, {kind}, {operator['dtype']}",
+        result["num_params"],
+        ranks,
+        data["tokens"],
+        -(-per_rank // batch),
+        batch * data["sequence_length"],
+        window.rows,
+        width,
         result["memory"]["peak_bytes"] - result["memory"]["baseline_bytes"],
-        [(0 if window.rule == "none" else len(window.reads(e["step"] - 1)),
-          e["lock_step"] * e["hvp_s"], e["lock_step"] * e["lanczos_s"]) for e in steps],
-    )  # fmt: skip
+        [
+            (
+                0 if window.rule == "none" else len(window.reads(e["step"] - 1)),
+                e["lock_step"] * e["hvp_s"],
+                e["lock_step"] * e["lanczos_s"],
+            )
+            for e in steps
+        ],
+    )

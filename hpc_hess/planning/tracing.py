@@ -14,11 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,10 +25,12 @@ _aten, _c10d = torch.ops.aten, torch.ops.c10d
 
 # collective -> which argument holds what travels; its bytes are those of the whole group's tensor
 _COLLECTIVES: dict[Any, tuple[str, int]] = {
-    _c10d._allgather_base_.default: ("all-gather", 0), _c10d._reduce_scatter_base_.default: ("reduce-scatter", 1),
-    _c10d.alltoall_base_.default: ("all-to-all", 1), _c10d.allreduce_.default: ("all-reduce", 0),
+    _c10d._allgather_base_.default: ("all-gather", 0),
+    _c10d._reduce_scatter_base_.default: ("reduce-scatter", 1),
+    _c10d.alltoall_base_.default: ("all-to-all", 1),
+    _c10d.allreduce_.default: ("all-reduce", 0),
     _c10d.broadcast_.default: ("broadcast", 0),
-}  # fmt: skip
+}
 
 
 class Operation(NamedTuple):

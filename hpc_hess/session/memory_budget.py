@@ -86,9 +86,7 @@ def place_basis(
         raise ConfigError(
             'lanczos.basis_memory = "disk" needs parallel.replicate = 1: only the first replica has the basis on disk'
         )
-    places: list[Memory] = (
-        ["device", "host", *on_disk] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
-    )
+    places: list[Memory] = ["device", "host", *on_disk] if lanczos.basis_memory == "auto" else [lanczos.basis_memory]
 
     def room(place: Memory, width: int) -> int:
         return budget[place] - _work_bytes(width, vector_bytes, space, place)
@@ -164,9 +162,7 @@ class Bases:
         """Return a basis for each of ``probes``."""
         if self._in_memory:
             return self._in_memory[: len(probes)]
-        return [
-            BasisOnDisk(self._space, self._rows, self._store.row_reader(probe), self._place.dtype) for probe in probes
-        ]
+        return [BasisOnDisk(self._space, self._rows, self._store.row_reader(probe), self._place.dtype) for probe in probes]
 
 
 def _budget(world: World, space: VectorSpace, exact_bytes: int) -> dict[str, int]:

@@ -28,13 +28,27 @@ from hpc_hess.storage.disk import sync_directory, sync_file
 
 _BLOCK = 1 << 24  # bytes that every rank holds at a time
 _NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +87,15 @@ def cut_parameters(model: ShardedModel) -> list[Cut]:
 def cut_like_selected(model: ShardedModel, prefix: str, flats: Iterable[torch.Tensor]) -> list[Cut]:
     """Return tensors that lie like the selected parameters, as PREFIX.NAME; one of ``flats`` per parameter."""
     return [
-        Cut(f"{prefix}.{piece.parameter.name}", piece.parameter.shape, flat.reshape(-1), piece.interval_starts,
-            piece.interval_length)
+        Cut(
+            f"{prefix}.{piece.parameter.name}",
+            piece.parameter.shape,
+            flat.reshape(-1),
+            piece.interval_starts,
+            piece.interval_length,
+        )
         for piece, flat in zip(model.shard.pieces, flats, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _cut_buffers(model: ShardedModel) -> list[Cut]:
@@ -197,9 +216,14 @@ def _aside(path: Path, world: World) -> Iterator[Path]:
 
 
 def save_model(
-    path: Path, model: ShardedModel, source: Source, world: World, *, texts: dict[str, str] | None = None,
+    path: Path,
+    model: ShardedModel,
+    source: Source,
+    world: World,
+    *,
+    texts: dict[str, str] | None = None,
     tensors: dict[str, list[Cut]] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a directory that ``model.source`` reads back bit by bit: config.json, tokenizer, model.safetensors.
 
     It appears whole or not at all. Collective: yes.

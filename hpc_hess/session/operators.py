@@ -133,11 +133,14 @@ def exact_operator(config: Config, problem: Problem, compute_dtype: str | None =
     # the host's memory for the basis counts as free until it is written to
     basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
     return exact_or_whole(
-        exact_product(spec_of(config)), problem.model, problem.objective, plain=problem.plain,
+        exact_product(spec_of(config)),
+        problem.model,
+        problem.objective,
+        plain=problem.plain,
         compute_dtype=dtype_of(compute_dtype or config.model.compute_dtype),
         settings=streaming_settings(config),
         reserved=basis_bytes if space.device.type == "cpu" else 0,
-    )  # fmt: skip
+    )
 
 
 def streaming_settings(config: Config) -> Settings:

@@ -211,9 +211,7 @@ def open_product_store(
             newest(header.schema.slots, header.ledger, folder)
             usable = header.attributes == bound_to and header.schema.rows == rows
             usable &= header.schema.fingerprint == space.layout.fingerprint
-    place: dict[str, Any] = {
-        "layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver,
-    }  # fmt: skip
+    place: dict[str, Any] = {"layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver}
     if world.broadcast(usable, "look for a product in progress"):
         return Store.open(folder, **place)
     return Store.create(

@@ -109,9 +109,13 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
     progress.phase(f"loading {source.name}")
     plain = copy.deepcopy(skeleton) if world.size > 1 else None
     model = shard_model(
-        skeleton, world, include=config.parameters.include, exclude=config.parameters.exclude,
-        master_dtype=dtype_of(config.model.master_dtype), compute_dtype=dtype_of(config.model.compute_dtype),
-    )  # fmt: skip
+        skeleton,
+        world,
+        include=config.parameters.include,
+        exclude=config.parameters.exclude,
+        master_dtype=dtype_of(config.model.master_dtype),
+        compute_dtype=dtype_of(config.model.compute_dtype),
+    )
 
     def read_weights() -> list[Finding]:
         with world.together("read the weights"):

@@ -65,9 +65,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(
-    config: Config, world: World, out: Path, total: int, *, stopper: Stopper | None = None
-) -> Iterator[Session]:  # fmt: skip
+def opened(config: Config, world: World, out: Path, total: int, *, stopper: Stopper | None = None) -> Iterator[Session]:
     """Form the mesh, show progress of ``total`` steps, listen to signals and time limits, lock ``out``. Collective: yes.
 
     ``stopper`` : of a command that runs several sessions; else signals and run.time_limit count from here on.

@@ -186,9 +186,7 @@ class Dense:
         for first in range(0, self._size, width):
             which = [block * self._size + first]
             if self._gaussian:
-                drawn = streams.normals(
-                    self._seed, Use.DENSE, which, width * self._dimension, like.dtype, like.device
-                )  # fmt: skip
+                drawn = streams.normals(self._seed, Use.DENSE, which, width * self._dimension, like.dtype, like.device)
                 yield first, drawn.view(width, self._dimension)
             else:
                 ones = torch.ones((1, width * self._dimension), dtype=like.dtype, device=like.device)

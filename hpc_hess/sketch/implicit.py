@@ -66,7 +66,7 @@ def moved(theta0: Tensors, w: torch.Tensor, sketch: Sketch, layout: Layout) -> T
 
 def implicit_gradient(
     loss: Callable[[Tensors], torch.Tensor], theta0: Tensors, sketch: Sketch, layout: Layout
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return d loss(theta_0 + Phi^T w) / dw at w = 0, [D]."""
     w = _origin(theta0, sketch)
     return torch.autograd.grad(loss(moved(theta0, w, sketch, layout)), w)[0]
@@ -74,7 +74,7 @@ def implicit_gradient(
 
 def implicit_product(
     loss: Callable[[Tensors], torch.Tensor], theta0: Tensors, v: torch.Tensor, sketch: Sketch, layout: Layout
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the Hessian of w -> loss(theta_0 + Phi^T w) at w = 0 times v, [D]: two passes backwards."""
     w = _origin(theta0, sketch)
     (gradient,) = torch.autograd.grad(loss(moved(theta0, w, sketch, layout)), w, create_graph=True)

@@ -77,9 +77,7 @@ def chain(settings: SketchSettings, size: int) -> Chain:
     blocks = -(-size // M)
 
     def transform(which: int, rows: int, *, columns: bool = False) -> Transform:
-        return spreading(
-            settings.preconditioner, M, rows, seed, which, permute="columns" if columns else "rows"
-        )  # fmt: skip
+        return spreading(settings.preconditioner, M, rows, seed, which, permute="columns" if columns else "rows")
 
     if kind == "affd":
         within: tuple[Factor, ...] = (Signs(seed), Same(transform(0, M)), Gaussians(seed, M, blocks))

@@ -44,9 +44,7 @@ def normals(
     return box_muller(words(seed, use, blocks, count + count % 2, device), dtype)[:, :count]
 
 
-def permutation(
-    seed: int, use: Use, blocks: Sequence[int] | range, length: int, device: torch.device
-) -> torch.Tensor:
+def permutation(seed: int, use: Use, blocks: Sequence[int] | range, length: int, device: torch.device) -> torch.Tensor:
     """Return random permutations [len(blocks), length], int64."""
     return torch.argsort(words(seed, use, blocks, length, device), dim=1, stable=True)
 

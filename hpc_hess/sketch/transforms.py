@@ -139,8 +139,8 @@ def haar(rows: int, columns: int, seed: int, stream: int) -> torch.Tensor:
 
     From the QR factors of a Gaussian, with the signs of R's diagonal taken out (Mezzadri, Notices AMS 54, 2007).
     """
-    gaussian = streams.normals(
-        seed, Use.HAAR, [stream], columns * rows, torch.float64, torch.device("cpu")
-    ).view(columns, rows)  # fmt: skip
+    gaussian = streams.normals(seed, Use.HAAR, [stream], columns * rows, torch.float64, torch.device("cpu")).view(
+        columns, rows
+    )
     q, r = torch.linalg.qr(gaussian)
     return (q * torch.sgn(torch.diagonal(r))).T.contiguous()

@@ -12,9 +12,7 @@ from hpc_hess.storage.disk import explain
 
 
 @contextlib.contextmanager
-def attempt(
-    world: World, path: Path, doing: str, *, meet: bool = False, of: type[Exception] = Exception
-) -> Iterator[None]:
+def attempt(world: World, path: Path, doing: str, *, meet: bool = False, of: type[Exception] = Exception) -> Iterator[None]:
     """Run a block; if it fails on some rank, every rank raises StoreError with that rank's reason. Collective: yes.
 
     The block may hold HDF5's own collectives only where a failure before them cannot keep a rank from them. Success

@@ -109,10 +109,19 @@ class RowSource:
 
 
 def build(
-    run_dir: Path, schema: Schema, *, layout: Layout, shard: Shard, world: World, comm: Any, attributes: dict[str, Any],
-    ledger: Ledger, source: Header | None = None, rows: list[tuple[int, int]] | None = None,
+    run_dir: Path,
+    schema: Schema,
+    *,
+    layout: Layout,
+    shard: Shard,
+    world: World,
+    comm: Any,
+    attributes: dict[str, Any],
+    ledger: Ledger,
+    source: Header | None = None,
+    rows: list[tuple[int, int]] | None = None,
     save_space: str = SAVE_SPACE,
-) -> None:  # fmt: skip
+) -> None:
     """Create the store that ``schema`` describes, filled from ``ledger`` and ``rows`` of ``source``. Collective: yes.
 
     Raises
@@ -159,11 +168,7 @@ def _published(run_dir: Path, schema: Schema) -> bool:
 
 def _small_bytes(schema: Schema) -> int:
     slots = schema.slots
-    return (
-        2 * (slots.commit_stride + slots.extra_stride)
-        + schema.probes * (16 * schema.steps + 8 * schema.rows)
-        + (1 << 20)
-    )
+    return 2 * (slots.commit_stride + slots.extra_stride) + schema.probes * (16 * schema.steps + 8 * schema.rows) + (1 << 20)
 
 
 def _copy_rows(

@@ -112,10 +112,12 @@ class Ledger:
     def empty(cls, slots: Slots, steps: int) -> Ledger:
         """Return the ledger of a store without a commit."""
         return cls(
-            alpha=np.full((slots.probes, steps), np.nan), beta=np.full((slots.probes, steps), np.nan),
+            alpha=np.full((slots.probes, steps), np.nan),
+            beta=np.full((slots.probes, steps), np.nan),
             checksum=np.zeros((slots.probes, slots.rows), np.uint64),
-            commit=np.zeros((2, slots.commit_stride), np.uint8), extra=np.zeros((2, slots.extra_stride), np.uint8),
-        )  # fmt: skip
+            commit=np.zeros((2, slots.commit_stride), np.uint8),
+            extra=np.zeros((2, slots.extra_stride), np.uint8),
+        )
 
     def row_checksum(self, probe: int, row: int) -> int:
         """Return the checksum that a row's data should have. Earlier versions kept the 0 of a row of zeros as it is."""

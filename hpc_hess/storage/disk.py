@@ -171,6 +171,4 @@ def explaining(path: Path, doing: str) -> Iterator[None]:
 
 def damaged_row(path: Path, probe: int, row: int) -> StoreError:
     """Return the error for a row whose data is not what was written."""
-    return StoreError(
-        f"basis row {row} of probe {probe} in {path} is damaged (its checksum does not match): {remedy(path)}"
-    )
+    return StoreError(f"basis row {row} of probe {probe} in {path} is damaged (its checksum does not match): {remedy(path)}")

@@ -214,9 +214,10 @@ def choose_driver(wanted: str, world: World, stored: str | None = None) -> str:
     possible = world.mpi is not None and has_parallel_hdf5()
     if wanted == "mpio" and not possible:
         remedy = (
-            "start with mpirun or srun --mpi=pmix and install mpi4py" if has_parallel_hdf5() else
-            "install h5py built with MPI (HDF5_MPI=ON CC=mpicc pip install --no-binary=h5py h5py)"
-        )  # fmt: skip
+            "start with mpirun or srun --mpi=pmix and install mpi4py"
+            if has_parallel_hdf5()
+            else "install h5py built with MPI (HDF5_MPI=ON CC=mpicc pip install --no-binary=h5py h5py)"
+        )
         raise StoreError(f'store.driver = "mpio" cannot work here: {remedy}, or set store.driver = "files"')
     if wanted == "auto":
         one_process = world.size == 1 and stored == "mpio"  # one process can write the one file without MPI

@@ -133,13 +133,16 @@ def digests(tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 def _create(
     path: Path, tokens: NDArray[np.int64], dimension: int, attributes: dict[str, Any], old: Examples | None = None
-) -> None:  # fmt: skip
+) -> None:
     aside = path.with_name(path.name + ".new")
     count = len(tokens)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "sketch": ((count, dimension), "f4"), "loss": ((count,), "f8"), "tokens": (tokens.shape, "i4"),
-        "digest": ((count,), "u8"), "done": ((count,), "u1"),
-    }  # fmt: skip
+        "sketch": ((count, dimension), "f4"),
+        "loss": ((count,), "f8"),
+        "tokens": (tokens.shape, "i4"),
+        "digest": ((count,), "u8"),
+        "done": ((count,), "u1"),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside.unlink(missing_ok=True)
     with explaining(path, "create the sketches"), contextlib.ExitStack() as held:

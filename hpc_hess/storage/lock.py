@@ -137,8 +137,7 @@ class RunLock:
             if time.monotonic() > deadline:
                 holder = self._text().strip() or "unknown"
                 raise StoreError(
-                    f"another job is using {self._directory} ({holder}): wait for it, stop it, or choose another "
-                    "run.out"
+                    f"another job is using {self._directory} ({holder}): wait for it, stop it, or choose another run.out"
                 )
             time.sleep(0.1)
 

@@ -29,7 +29,7 @@ def put_aside(run_dir: Path) -> Path:
     ------
     StoreError : it cannot be renamed, or the program works in it.
 
-    """  # fmt: skip
+    """
     directory = run_dir.resolve()
     if Path.cwd().is_relative_to(directory):
         raise StoreError(f"{directory}, where this program was started, cannot be put aside: choose another run.out")
@@ -127,9 +127,17 @@ def adopt(
 
 
 def rebuild(
-    run_dir: Path, header: Header, driver: str, sizes: dict[str, Any], *, layout: Layout, shard: Shard, world: World,
-    comm: Any, state: Committed | None = None,
-) -> Header:  # fmt: skip
+    run_dir: Path,
+    header: Header,
+    driver: str,
+    sizes: dict[str, Any],
+    *,
+    layout: Layout,
+    shard: Shard,
+    world: World,
+    comm: Any,
+    state: Committed | None = None,
+) -> Header:
     """Replace a store by one of another driver, rank layout or size, with its committed state. Collective: yes.
 
     Parameters
@@ -150,9 +158,17 @@ def rebuild(
     rows = [(k, row) for k in range(old.probes) for row in kept_rows(state, header.ledger, keep_basis, k)]
     ledger = _grown(header.ledger, old, schema, state, rows)
     build(
-        run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=header.attributes,
-        ledger=ledger, source=header, rows=rows,
-    )  # fmt: skip
+        run_dir,
+        schema,
+        layout=layout,
+        shard=shard,
+        world=world,
+        comm=comm,
+        attributes=header.attributes,
+        ledger=ledger,
+        source=header,
+        rows=rows,
+    )
     with attempt(world, run_dir, "remove the old generation"):
         if world.rank == 0:
             sweep(run_dir, schema.generation)

@@ -98,9 +98,7 @@ class StoreView:
             rows = kept_rows(state, ledger, self.schema.keep_basis, k)
             with explaining(self.path, "open the basis"):
                 basis = self._file[f"probes/{k}/basis"]
-            out.append(
-                StoredProbe(ledger.alpha[k, :n].copy(), ledger.beta[k, :n].copy(), basis, ledger.checksum[k], rows)
-            )
+            out.append(StoredProbe(ledger.alpha[k, :n].copy(), ledger.beta[k, :n].copy(), basis, ledger.checksum[k], rows))
         return out
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -175,9 +173,7 @@ class StoreView:
     def __enter__(self) -> StoreView:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

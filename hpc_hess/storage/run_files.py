@@ -45,12 +45,7 @@ def read_run(run_dir: str | Path, need_result: bool = True) -> RunFiles:
     path = Path(run_dir)
     if not path.is_dir():
         raise ConfigError(f"no such run directory: {path}")
-    return RunFiles(
-        path,
-        _result(path, need_result),
-        _text(path / "config.toml"),
-        read_events(path),
-    )
+    return RunFiles(path, _result(path, need_result), _text(path / "config.toml"), read_events(path))
 
 
 def _result(path: Path, needed: bool) -> dict[str, Any]:

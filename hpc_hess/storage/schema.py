@@ -237,12 +237,7 @@ def _virtual(group: Any, basis: int, schema: Schema, layout: Layout) -> None:
 def create_rank_file(path: Path, schema: Schema, shard: int, size: int) -> None:
     """Write an empty rank file of ``size`` entries a row; no data sets if the rank owns nothing, or there are no rows."""
     with new_file(path, schema.bases) as file:
-        for key, value in (
-            ("run_id", schema.run_id),
-            ("generation", schema.generation),
-            ("shard", shard),
-            ("size", size),
-        ):
+        for key, value in (("run_id", schema.run_id), ("generation", schema.generation), ("shard", shard), ("size", size)):
             file.attrs[key] = value
         group = file.create_group("basis")
         for k in range(schema.bases if size and schema.rows else 0):
@@ -308,12 +303,19 @@ def header_of(file: h5py.File, path: Path) -> Header:
     table["name"] = [name.decode() for name in file["layout/name"][...]]
     probes = [file[f"probes/{k}"] for k in range(schema.probes)]
     ledger = Ledger(
-        alpha=np.stack([g["alpha"][...] for g in probes]), beta=np.stack([g["beta"][...] for g in probes]),
-        checksum=np.stack([g["checksum"][...] for g in probes]), commit=file["commit"][...], extra=file["extra"][...],
-    )  # fmt: skip
+        alpha=np.stack([g["alpha"][...] for g in probes]),
+        beta=np.stack([g["beta"][...] for g in probes]),
+        checksum=np.stack([g["checksum"][...] for g in probes]),
+        commit=file["commit"][...],
+        extra=file["extra"][...],
+    )
     slots = schema.slots
-    shapes = {"alpha": (schema.probes, schema.steps), "checksum": (schema.probes, schema.rows),
-              "commit": (2, slots.commit_stride), "extra": (2, slots.extra_stride)}  # fmt: skip
+    shapes = {
+        "alpha": (schema.probes, schema.steps),
+        "checksum": (schema.probes, schema.rows),
+        "commit": (2, slots.commit_stride),
+        "extra": (2, slots.extra_stride),
+    }
     for name, shape in shapes.items():
         if getattr(ledger, name).shape != shape:
             raise StoreError(f"{path} is damaged: {name} is not {shape}: {remedy(path)}")

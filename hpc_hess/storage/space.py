@@ -35,9 +35,10 @@ class Space:
         self.schema = schema = self._header.schema
         self.state: Committed = newest(schema.slots, self._header.ledger, folder / FILE)
         self._rows = {
-            (schema.basis_index(k), row) for k in range(schema.probes)
+            (schema.basis_index(k), row)
+            for k in range(schema.probes)
             for row in kept_rows(self.state, self._header.ledger, schema.keep_basis, k)
-        }  # fmt: skip
+        }
         self.needed = len(self._rows) * schema.num_params * schema.numpy_dtype.itemsize
 
     def leftovers(self) -> list[Path]:
@@ -78,9 +79,15 @@ class Space:
         offsets = table["global_offset"].tolist()
         layout.parameters = [replace(p, global_offset=g) for p, g in zip(layout.parameters, offsets, strict=True)]
         rebuild(
-            self.folder, self._header, self.schema.driver, {"rows": 0, "keep_basis": False}, layout=layout,
-            shard=layout.shard(0), world=world, comm=None,
-        )  # fmt: skip
+            self.folder,
+            self._header,
+            self.schema.driver,
+            {"rows": 0, "keep_basis": False},
+            layout=layout,
+            shard=layout.shard(0),
+            world=world,
+            comm=None,
+        )
 
     def _spare(self) -> Parts:
         """Return where the rows lie that are not needed."""
@@ -97,7 +104,8 @@ class Space:
                 for basis, name in enumerate(names if schema.rows else ()):
                     if name in file:  # a rank may own nothing
                         start, length = file[name].id.get_offset(), file[name].shape[1] * file[name].dtype.itemsize
-                        parts += [(start + row * length, length) for row in range(schema.rows)
-                                  if (basis, row) not in self._rows]  # fmt: skip
+                        parts += [
+                            (start + row * length, length) for row in range(schema.rows) if (basis, row) not in self._rows
+                        ]
                 found[path] = parts
         return found

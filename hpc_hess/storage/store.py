@@ -67,11 +67,25 @@ class Store:
 
     @classmethod
     def create(
-        cls, run_dir: Path, *, layout: Layout, shard: Shard, world: World, probes: int, steps: int, rows: int,
-        attributes: dict[str, Any], driver: str = "auto", keep_basis: bool = False, dtype: Any = "float32",
-        width: int = 1, extra_bytes: int = 1 << 16, replace_existing: bool = False, lock: RunLock | None = None,
+        cls,
+        run_dir: Path,
+        *,
+        layout: Layout,
+        shard: Shard,
+        world: World,
+        probes: int,
+        steps: int,
+        rows: int,
+        attributes: dict[str, Any],
+        driver: str = "auto",
+        keep_basis: bool = False,
+        dtype: Any = "float32",
+        width: int = 1,
+        extra_bytes: int = 1 << 16,
+        replace_existing: bool = False,
+        lock: RunLock | None = None,
         save_space: str = SAVE_SPACE,
-    ) -> Store:  # fmt: skip
+    ) -> Store:
         """Create the store of a new run, with all its space allocated. Collective: yes.
 
         Parameters
@@ -99,17 +113,33 @@ class Store:
                     clear(run_dir, replace_existing=replace_existing)
             run_id, generation = world.broadcast((uuid.uuid4().hex, uuid.uuid4().hex[:12]), "name the run")
             schema = Schema(
-                run_id=run_id, driver=kind, generation="" if kind == "mpio" else generation,
-                num_shards=world.shard_size, num_params=layout.num_params, fingerprint=layout.fingerprint,
-                dtype=dtype_name(dtype), probes=probes, width=min(width, probes), steps=steps, rows=rows,
-                keep_basis=keep_basis, extra_bytes=extra_bytes,
-            )  # fmt: skip
+                run_id=run_id,
+                driver=kind,
+                generation="" if kind == "mpio" else generation,
+                num_shards=world.shard_size,
+                num_params=layout.num_params,
+                fingerprint=layout.fingerprint,
+                dtype=dtype_name(dtype),
+                probes=probes,
+                width=min(width, probes),
+                steps=steps,
+                rows=rows,
+                keep_basis=keep_basis,
+                extra_bytes=extra_bytes,
+            )
             comm = communicator(world, kind)
             ledger = Ledger.empty(schema.slots, steps)
             build(
-                run_dir, schema, layout=layout, shard=shard, world=world, comm=comm, attributes=attributes,
-                ledger=ledger, save_space=save_space,
-            )  # fmt: skip
+                run_dir,
+                schema,
+                layout=layout,
+                shard=shard,
+                world=world,
+                comm=comm,
+                attributes=attributes,
+                ledger=ledger,
+                save_space=save_space,
+            )
             return cls(run_dir, Header(schema, attributes, {}, ledger), shard=shard, world=world, lock=lock, comm=comm)
         except BaseException:
             lock.release()
@@ -117,10 +147,20 @@ class Store:
 
     @classmethod
     def open(
-        cls, run_dir: Path, *, layout: Layout, shard: Shard, world: World, driver: str = "auto",
-        probes: int = 0, steps: int = 0, rows: int = 0, width: int = 0, keep_basis: bool | None = None,
+        cls,
+        run_dir: Path,
+        *,
+        layout: Layout,
+        shard: Shard,
+        world: World,
+        driver: str = "auto",
+        probes: int = 0,
+        steps: int = 0,
+        rows: int = 0,
+        width: int = 0,
+        keep_basis: bool | None = None,
         lock: RunLock | None = None,
-    ) -> Store:  # fmt: skip
+    ) -> Store:
         """Open the store of a run, on any number of ranks and with either driver. Collective: yes.
 
         A store that this job cannot write as it is (rank files of another layout, the other driver, more ``probes``,
@@ -297,9 +337,16 @@ class Store:
         self._driver = None
         try:
             self._header = rebuild(
-                self._path.parent, self._header, self.schema.driver, {"rows": 0, "keep_basis": False},
-                layout=self._shard.layout, shard=self._shard, world=self._world, comm=self._comm, state=self.state,
-            )  # fmt: skip
+                self._path.parent,
+                self._header,
+                self.schema.driver,
+                {"rows": 0, "keep_basis": False},
+                layout=self._shard.layout,
+                shard=self._shard,
+                world=self._world,
+                comm=self._comm,
+                state=self.state,
+            )
         except StoreError:
             self._open_files()
             raise
@@ -336,9 +383,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or (issubclass(kind, HpcHessError) and not issubclass(kind, CollectiveError)):
             self.close()
         else:

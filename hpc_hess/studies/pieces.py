@@ -88,9 +88,7 @@ class Kept:
     def _append(self, value: Any) -> None:
         self._pieces.append([self._depth, value])
         self._next = len(self._pieces)
-        state = {
-            "pieces": self._pieces, "operator": self._loop.operator.to_state(), "products": self.operator.num_products
-        }  # fmt: skip
+        state = {"pieces": self._pieces, "operator": self._loop.operator.to_state(), "products": self.operator.num_products}
         extra, nothing = json.dumps(state).encode(), np.empty(0)
         if len(extra) > EXTRA_BYTES:
             raise ConfigError(
@@ -133,8 +131,8 @@ class _Followed:
         seconds = loop.world.max_over_ranks(time.perf_counter() - began, "product time")
         self._slowest_s = max(self._slowest_s, seconds)
         self.num_products += len(vectors)
-        loop.events.write({
-            "event": "study", "name": self._name, "product": self.num_products, "columns": len(vectors), "hvp_s": seconds,
-        })  # fmt: skip
+        loop.events.write(
+            {"event": "study", "name": self._name, "product": self.num_products, "columns": len(vectors), "hvp_s": seconds}
+        )
         loop.progress.status(f"{self._name.replace('_', ' ')}: product {self.num_products}")
         return found

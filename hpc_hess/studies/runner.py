@@ -129,9 +129,13 @@ def _search(loop: Loop, attributes: dict[str, Any]) -> tuple[str, dict[str, Any]
             except InterruptedProductError as interrupted:
                 return str(interrupted), {}
             found = EigenLoop(
-                session, operator, store, device, loop.watch,
+                session,
+                operator,
+                store,
+                device,
+                loop.watch,
                 gradient=lambda: loop.problem.to_krylov_space(loop.problem.gradient.at_theta0()[1]),
-            )  # fmt: skip
+            )
             if reason := found.run():
                 return reason, {}
         store.give_back()  # also after a kill at the search's end, and where other ranks have built the store anew
@@ -205,8 +209,11 @@ def _digest(asked: Any, found: Any) -> str:
 def _open(name: str, loop: Loop, bound_to: dict[str, Any], recipe: Recipe, space: VectorSpace) -> Store:
     """Open the store of a study's pieces, or begin with a new one: also where what it comes from has changed."""
     place: dict[str, Any] = {
-        "layout": space.layout, "shard": space.shard, "world": loop.world, "driver": loop.config.store.driver,
-    }  # fmt: skip
+        "layout": space.layout,
+        "shard": space.shard,
+        "world": loop.world,
+        "driver": loop.config.store.driver,
+    }
     pieces, usable = loop.session.out / FOLDER / name / PIECES, True
     there = store_exists(pieces, loop.world)
     if there:
@@ -219,10 +226,18 @@ def _open(name: str, loop: Loop, bound_to: dict[str, Any], recipe: Recipe, space
             return Store.open(pieces, **place)
     rows = recipe.rows(loop.config) + 1 if space is loop.space else space.size
     return Store.create(
-        pieces, **place, probes=1, steps=1, rows=rows, dtype=space.dtype,
-        attributes=bound_to, keep_basis=True, extra_bytes=EXTRA_BYTES, replace_existing=there,
+        pieces,
+        **place,
+        probes=1,
+        steps=1,
+        rows=rows,
+        dtype=space.dtype,
+        attributes=bound_to,
+        keep_basis=True,
+        extra_bytes=EXTRA_BYTES,
+        replace_existing=there,
         save_space=f"lower studies.{name}.{recipe.memory}, or put run.out on a larger disk",
-    )  # fmt: skip
+    )
 
 
 def _compare(name: str, folder: Path, old: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -248,15 +263,32 @@ def _bench(name: str, loop: Loop, recipe: Recipe, keep: Kept, attributes: dict[s
 
     def save_vectors(store_name: str, vectors: Sequence[Vector]) -> None:
         with Store.create(
-            folder / store_name, layout=space.layout, shard=space.shard, world=world, driver=config.store.driver, probes=1,
-            steps=1, rows=len(vectors), dtype=space.dtype, attributes=attributes, keep_basis=True, replace_existing=True,
-        ) as store:  # fmt: skip
+            folder / store_name,
+            layout=space.layout,
+            shard=space.shard,
+            world=world,
+            driver=config.store.driver,
+            probes=1,
+            steps=1,
+            rows=len(vectors),
+            dtype=space.dtype,
+            attributes=attributes,
+            keep_basis=True,
+            replace_existing=True,
+        ) as store:
             for row, vector in enumerate(vectors):
                 store.write_row(0, row, vector.data.cpu().numpy())
             store.commit(0, [Member(np.empty(0), np.empty(0), rows=range(len(vectors)), ended=True)])
 
     return Bench(
-        config=config, problem=loop.problem, operator=keep.operator, keep=keep, basis=basis,
-        gradient=lambda: loop.problem.to_krylov_space(loop.problem.gradient.at_theta0()[1]), recurrences=loop.recurrences(),
-        eigenvectors=partial(read_eigenvectors, loop.session, space, attributes), save=save, save_vectors=save_vectors,
-    )  # fmt: skip
+        config=config,
+        problem=loop.problem,
+        operator=keep.operator,
+        keep=keep,
+        basis=basis,
+        gradient=lambda: loop.problem.to_krylov_space(loop.problem.gradient.at_theta0()[1]),
+        recurrences=loop.recurrences(),
+        eigenvectors=partial(read_eigenvectors, loop.session, space, attributes),
+        save=save,
+        save_vectors=save_vectors,
+    )

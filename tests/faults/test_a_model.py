@@ -34,19 +34,34 @@ def _bert(**changes: Any) -> Any:
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, **changes,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        **changes,
+    )
 
 
 def _zamba() -> Any:
     from transformers import ZambaConfig
 
     return ZambaConfig(
-        vocab_size=96, hidden_size=16, attention_hidden_size=32, intermediate_size=24, num_hidden_layers=6,
-        num_attention_heads=2, num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=1, n_mamba_heads=2,
-        mamba_d_state=4, mamba_dt_rank=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=16,
+        attention_hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        n_mamba_heads=2,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+        pad_token_id=0,
+    )
 
 
 def _refused(world: World, settings: dict[str, Any]) -> str:
@@ -77,9 +92,14 @@ def test_weights_that_a_forward_pass_rewrites_are_put_back(ranks: int, tmp_path:
     from transformers import RwkvConfig, RwkvForCausalLM
 
     config = RwkvConfig(
-        vocab_size=96, context_length=64, hidden_size=8, attention_hidden_size=8, intermediate_size=12,
-        num_hidden_layers=4, rescale_every=3,
-    )  # fmt: skip
+        vocab_size=96,
+        context_length=64,
+        hidden_size=8,
+        attention_hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=4,
+        rescale_every=3,
+    )
     _save(config, tmp_path / "model", 0.3)
     right = RwkvForCausalLM.from_pretrained(tmp_path / "model", rescale_every=0, attn_implementation="eager")
     found = _answers(settings_of(tmp_path / "model", tokens_b(tmp_path / "t.npy"), operator__step=1e-4), ranks)

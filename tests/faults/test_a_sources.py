@@ -16,28 +16,9 @@ from hpc_hess.errors import ModelError, StoreError
 from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from tests.support.base_model import (
-    HIGHEST_B,
-    LOSS_B,
-    LOWEST_B,
-    config_b,
-    edit_config,
-    save_b,
-    settings_b,
-    tokens_b,
-)
+from tests.support.base_model import HIGHEST_B, LOSS_B, LOWEST_B, config_b, edit_config, save_b, settings_b, tokens_b
 from tests.support.spawn import run_ranks
-from tests.support.stored_models import (
-    double,
-    go,
-    load,
-    loss_of,
-    own_model,
-    rewrite,
-    save_biased,
-    save_wide,
-    scaled,
-)
+from tests.support.stored_models import double, go, load, loss_of, own_model, rewrite, save_biased, save_wide, scaled
 
 # -- A5: own code ------------------------------------------------------------------------------------------------------
 
@@ -235,8 +216,12 @@ def test_two_ranks_refuse_and_accept_as_one_does(tmp_path: Path) -> None:
     rewrite(tmp_path / "fp8", lambda old: scaled(old, torch.float8_e4m3fn, "_scale"))
     edit_config(tmp_path / "biased", attention_bias=False, mlp_bias=False)
     config_b(num_key_value_heads=3).save_pretrained(tmp_path / "unrunnable")
-    expected = {"fp8": "stored as float8_e4m3fn", "biased": "does not take", "unrunnable": "cannot compute a forward pass",
-                "good": f"{LOSS_B:.5f}"}  # fmt: skip
+    expected = {
+        "fp8": "stored as float8_e4m3fn",
+        "biased": "does not take",
+        "unrunnable": "cannot compute a forward pass",
+        "good": f"{LOSS_B:.5f}",
+    }
     for name, text in expected.items():
         answers = run_ranks(loaded_on_ranks, 2, settings_b(tmp_path / name, tokens, tmp_path / "run"))
         assert all(text in answer for answer, _ in answers), (name, answers)

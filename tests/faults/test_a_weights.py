@@ -14,33 +14,24 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
-from tests.support.base_model import (
-    LOSS_B,
-    config_b,
-    edit_config,
-    model_b,
-    save_b,
-)
-from tests.support.stored_models import (
-    dense_loss,
-    findings,
-    go,
-    load,
-    loss_of,
-    reference,
-    rewrite,
-    save_biased,
-    scaled,
-)
+from tests.support.base_model import LOSS_B, config_b, edit_config, model_b, save_b
+from tests.support.stored_models import dense_loss, findings, go, load, loss_of, reference, rewrite, save_biased, scaled
 
 # -- A1: quantised without declaration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("dtype", "suffix"),
-    [(torch.float8_e4m3fn, "_scale"), (torch.float8_e5m2, "_scale_inv"), (torch.int8, "_scale"), (torch.uint8, ".absmax"),
-     (torch.int64, "_scale"), (torch.bfloat16, "_scale"), (torch.float32, "_scale_inv")],
-)  # fmt: skip
+    [
+        (torch.float8_e4m3fn, "_scale"),
+        (torch.float8_e5m2, "_scale_inv"),
+        (torch.int8, "_scale"),
+        (torch.uint8, ".absmax"),
+        (torch.int64, "_scale"),
+        (torch.bfloat16, "_scale"),
+        (torch.float32, "_scale_inv"),
+    ],
+)
 def test_a1_quantised_weights_are_refused_by_name(dtype: torch.dtype, suffix: str, tmp_path: Path) -> None:
     save_b(tmp_path)
     rewrite(tmp_path, lambda old: scaled(old, dtype, suffix))
@@ -59,9 +50,14 @@ def test_a1_before_anything_is_computed(tmp_path: Path, world: World) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("qweight", "qzeros", "scales", "g_idx"), ("weight_packed", "weight_scale", "weight_shape"),
-     ("weight_blocks", "weight_scales"), ("weight.absmax", "weight.quant_state.bitsandbytes__nf4"), ("SCB",)],
-)  # fmt: skip
+    [
+        ("qweight", "qzeros", "scales", "g_idx"),
+        ("weight_packed", "weight_scale", "weight_shape"),
+        ("weight_blocks", "weight_scales"),
+        ("weight.absmax", "weight.quant_state.bitsandbytes__nf4"),
+        ("SCB",),
+    ],
+)
 def test_a1_packed_weights_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     save_b(tmp_path)
 
@@ -209,11 +205,27 @@ def test_one_parameter_stored_under_two_names_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["global_step5/x.pt", "tiny.gguf", "__0_0.distcp", "tf_model.h5", "model.safetensors.incomplete", "pytorch_model.bin",
-     "model.safetensors.index.json", "pytorch_model.bin.index.json", "checkpoint-10/model.safetensors", "flax_model.msgpack",
-     "onnx/model.onnx", "model.ckpt.data-00000-of-00001", "consolidated.00.pth", "adapter_model.safetensors",
-     ".cache/huggingface/download/abc.1234.incomplete", "model.safetensors.gz", "weights.tar.gz", "model.safetensors.part1"],
-)  # fmt: skip
+    [
+        "global_step5/x.pt",
+        "tiny.gguf",
+        "__0_0.distcp",
+        "tf_model.h5",
+        "model.safetensors.incomplete",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "checkpoint-10/model.safetensors",
+        "flax_model.msgpack",
+        "onnx/model.onnx",
+        "model.ckpt.data-00000-of-00001",
+        "consolidated.00.pth",
+        "adapter_model.safetensors",
+        ".cache/huggingface/download/abc.1234.incomplete",
+        "model.safetensors.gz",
+        "weights.tar.gz",
+        "model.safetensors.part1",
+    ],
+)
 def test_a3_no_random_weights_where_weights_lie(name: str, tmp_path: Path) -> None:
     config_b().save_pretrained(tmp_path)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -223,8 +235,13 @@ def test_a3_no_random_weights_where_weights_lie(name: str, tmp_path: Path) -> No
     assert Path(name).parts[0].split(".")[0] in str(caught.value) or "index of safetensors" in str(caught.value)
 
 
-@pytest.mark.parametrize("names", [["tokenizer.json", "tokens.npy", "README.md", "training_args.bin", "modeling_x.py"],
-                                   ["earlier/krylov.h5", "earlier/x.h5", "sketches.h5"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["tokenizer.json", "tokens.npy", "README.md", "training_args.bin", "modeling_x.py"],
+        ["earlier/krylov.h5", "earlier/x.h5", "sketches.h5"],
+    ],
+)
 def test_a3_random_weights_are_said(
     names: list[str], tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,8 +294,13 @@ def mixtures(path: Path) -> dict[str, Callable[[], None]]:
     def consolidated() -> None:
         save_file({"tok_embeddings.weight": torch.ones(3)}, path / "consolidated.safetensors")
 
-    return {"shards": lambda: None, "single": single, "other shards": other_shards, "explicit": explicit,
-            "consolidated": consolidated}  # fmt: skip
+    return {
+        "shards": lambda: None,
+        "single": single,
+        "other shards": other_shards,
+        "explicit": explicit,
+        "consolidated": consolidated,
+    }
 
 
 @pytest.mark.parametrize("name", ["shards", "single", "other shards", "explicit", "consolidated"])

@@ -28,8 +28,12 @@ def dense(model: nn.Module, loss: Any, batch: Any) -> np.ndarray:
     gradients = torch.autograd.grad(loss(model, batch), parameters, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradients])
     rows = [torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True) for entry in flat]
-    return torch.stack([torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1)
-                                   for r, p in zip(row, parameters, strict=True)]) for row in rows]).numpy()  # fmt: skip
+    return torch.stack(
+        [
+            torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(row, parameters, strict=True)])
+            for row in rows
+        ]
+    ).numpy()
 
 
 def mean_square(module: nn.Module, batch: Any) -> torch.Tensor:
@@ -168,8 +172,9 @@ def test_half_precision_classifiers_are_taken_apart() -> None:
     expected = parts.gauss_newton @ v
     half = hpc_hess.decompose(model.bfloat16(), [(x.bfloat16(), classes)], 3)
     assert np.linalg.norm(half.gauss_newton @ v - expected) < 0.05 * np.linalg.norm(expected)
-    assert hpc_hess.gradient_sketches(model, [(x.bfloat16(), classes)], lambda m, b: cross_entropy(m(b[0]), b[1]),
-                                      dimension=16).shape == (1, 16)  # fmt: skip
+    assert hpc_hess.gradient_sketches(
+        model, [(x.bfloat16(), classes)], lambda m, b: cross_entropy(m(b[0]), b[1]), dimension=16
+    ).shape == (1, 16)
 
 
 # -- B7 ------------------------------------------------------------------------------------------------------------------
@@ -188,9 +193,19 @@ def threefold(method: Any = "exact") -> tuple[Any, np.ndarray]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("count", "which"),
-    [(3, "largest"), (4, "smallest"), (5, "magnitude"), (2, "both"), (6, "both"), (12, "largest"), (11, "smallest"),
-     (12, "both"), (7, "both"), (1, "largest")],
-)  # fmt: skip
+    [
+        (3, "largest"),
+        (4, "smallest"),
+        (5, "magnitude"),
+        (2, "both"),
+        (6, "both"),
+        (12, "largest"),
+        (11, "smallest"),
+        (12, "both"),
+        (7, "both"),
+        (1, "largest"),
+    ],
+)
 def test_every_copy_of_an_eigenvalue_is_found(count: int, which: Any, method: Any) -> None:
     operator, values = threefold(method)
     pairs = hpc_hess.eigenpairs(operator, count, which=which, tolerance=1e-6)

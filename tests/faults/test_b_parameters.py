@@ -142,20 +142,42 @@ def _marian() -> Any:
     from transformers import MarianConfig
 
     return MarianConfig(
-        vocab_size=96, decoder_vocab_size=96, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=96,
+        decoder_vocab_size=96,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
 
 
 def _ernie() -> Any:
     from transformers import Ernie4_5_MoeConfig
 
     return Ernie4_5_MoeConfig(
-        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        moe_num_experts=4, moe_k=2, moe_intermediate_size=12, moe_layer_start_index=1,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=12,
+        moe_layer_start_index=1,
+    )
 
 
 @pytest.mark.parametrize(("config", "frozen"), [(_marian, "embed_positions"), (_ernie, "e_score_correction_bias")])
@@ -177,13 +199,32 @@ def test_what_an_architecture_freezes_is_not_counted(config: Any, frozen: str, t
 def _bart(path: Path) -> dict[str, Any]:
     from transformers import BartConfig
 
-    _save(BartConfig(
-        vocab_size=96, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    ), path / "model")  # fmt: skip
-    return {"model": path / "model", "tokens": tokens_b(path / "t.npy"), "model__attention": "eager",
-            "parameters__include": ["*encoder_attn*"], "lanczos__steps": 3, "lanczos__probes": 2}  # fmt: skip
+    _save(
+        BartConfig(
+            vocab_size=96,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        ),
+        path / "model",
+    )
+    return {
+        "model": path / "model",
+        "tokens": tokens_b(path / "t.npy"),
+        "model__attention": "eager",
+        "parameters__include": ["*encoder_attn*"],
+        "lanczos__steps": 3,
+        "lanczos__probes": 2,
+    }
 
 
 def test_a_run_of_parameters_that_the_loss_does_not_reach(tmp_path: Path, world: World) -> None:
@@ -208,18 +249,36 @@ def _gemma3(path: Path) -> Any:
     from transformers import Gemma3Config
 
     text = {
-        "vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "query_pre_attn_scalar": 8,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 8,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "query_pre_attn_scalar": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "sliding_window": 8,
+    }
     vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 16,
         "patch_size": 8,
-    }  # fmt: skip
+    }
     config = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90, boi_token_index=91,
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=90,
+        boi_token_index=91,
         eoi_token_index=92,
-    )  # fmt: skip
+    )
     return _save(config, path)
 
 
@@ -238,11 +297,24 @@ def test_studies_of_a_composite_model_and_its_unreached_parameters(tmp_path: Pat
     """D16: class groups and heads are those of the text configuration."""
     _gemma3(tmp_path / "model")
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(3, 90, 30))
-    run(make_config(settings_b(
-        tmp_path / "model", tmp_path / "t.npy", tmp_path / "out", model__attention="eager", operator__method="exact",
-        operator__kind="gauss_newton", lanczos__steps=3, analysis__class_groups=2, analysis__class_steps=2,
-        analysis__block_diagonal=["head"], analysis__block_steps=2,
-    )), world)  # fmt: skip
+    run(
+        make_config(
+            settings_b(
+                tmp_path / "model",
+                tmp_path / "t.npy",
+                tmp_path / "out",
+                model__attention="eager",
+                operator__method="exact",
+                operator__kind="gauss_newton",
+                lanczos__steps=3,
+                analysis__class_groups=2,
+                analysis__class_steps=2,
+                analysis__block_diagonal=["head"],
+                analysis__block_steps=2,
+            )
+        ),
+        world,
+    )
     result = result_of(tmp_path / "out")
     assert {"class_structure", "block_diagonal"} <= set(result["studies"])
     [finding] = [f for f in result["intake"] if f["check"] == "model.reached"]
@@ -257,12 +329,25 @@ def _phi3(path: Path) -> Any:
     from transformers import Phi3Config
 
     config = Phi3Config(
-        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, original_max_position_embeddings=16, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
-                         "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 16},
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 16,
+        },
+    )
     return _save(config, path)
 
 
@@ -302,9 +387,13 @@ def _loss_alone(model: Any) -> float:
 def test_rows_of_a_model_that_minds_padding_come_one_by_one(ranks: int, tmp_path: Path) -> None:
     model = _phi3(tmp_path / "model")
     settings = settings_of(
-        tmp_path / "model", tokens_b(tmp_path / "t.npy"), data__micro_batch=4, data__sequence_length=32,
-        model__master_dtype="float32", model__compute_dtype="float32",
-    )  # fmt: skip
+        tmp_path / "model",
+        tokens_b(tmp_path / "t.npy"),
+        data__micro_batch=4,
+        data__sequence_length=32,
+        model__master_dtype="float32",
+        model__compute_dtype="float32",
+    )
     found = [_padded_rows(World.alone(), settings)] if ranks == 1 else run_ranks(_padded_rows, ranks, settings)
     for loss, intake in found:
         assert loss == pytest.approx(_loss_alone(model), rel=1e-6)
@@ -332,10 +421,22 @@ def undecided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     path = tmp_path_factory.mktemp("phimoe")
     config = PhimoeConfig(
-        vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.01, sliding_window=None,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_jitter_noise=0.01,
+        sliding_window=None,
+    )
     model = fill_b(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -343,8 +444,14 @@ def undecided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 parameter.copy_(parameter[:1] + 3e-4 * torch.randn_like(parameter))
     model.save_pretrained(path / "model")
     np.save(path / "t.npy", np.random.default_rng(0).integers(3, 96, 48))
-    return {"model": path / "model", "tokens": path / "t.npy", "model__attention": "eager", "data__sequence_length": 12,
-            "data__sequences": 4, "lanczos__steps": 12}  # fmt: skip
+    return {
+        "model": path / "model",
+        "tokens": path / "t.npy",
+        "model__attention": "eager",
+        "data__sequence_length": 12,
+        "data__sequences": 4,
+        "lanczos__steps": 12,
+    }
 
 
 @pytest.mark.parametrize("checked", [True, False])

@@ -24,8 +24,7 @@ def product(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor], v: torc
     parameters = list(dict(sorted(model.named_parameters())).values())
     gradients = torch.autograd.grad(loss(model), parameters, create_graph=True)
     row = torch.autograd.grad(torch.cat([g.reshape(-1) for g in gradients]) @ v, parameters, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1)
-                      for r, p in zip(row, parameters, strict=True)])  # fmt: skip
+    return torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(row, parameters, strict=True)])
 
 
 def token_loss(model: nn.Module, targets: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -90,10 +89,21 @@ def test_token_types_reach_a_model_that_has_them() -> None:
 
 def test_any_form_of_token_ids_is_used() -> None:
     model, ids = model_b(), ids_b()
-    for batches in ([ids], ids, [ids.numpy()], ids.numpy(), ids.tolist(), [ids.tolist()], list(ids),
-                    [{"input_ids": row} for row in ids.tolist()], [ids.int()], [list(ids)], [(ids,)],
-                    [{"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "labels": None}],
-                    ({"input_ids": row[None]} for row in ids)):  # fmt: skip
+    for batches in (
+        [ids],
+        ids,
+        [ids.numpy()],
+        ids.numpy(),
+        ids.tolist(),
+        [ids.tolist()],
+        list(ids),
+        [{"input_ids": row} for row in ids.tolist()],
+        [ids.int()],
+        [list(ids)],
+        [(ids,)],
+        [{"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "labels": None}],
+        ({"input_ids": row[None]} for row in ids),
+    ):
         operator = hpc_hess.hessian(model, batches, method="exact", include=["model.norm.weight"])
         reference = hpc_hess.hessian(model, [{"input_ids": ids}], method="exact", include=["model.norm.weight"])
         v = torch.ones(operator.shape[0])
@@ -111,12 +121,19 @@ WRONG_BATCHES: list[tuple[Any, str]] = [
     ([{"input_ids": IDS, "labels": torch.ones(3, dtype=torch.int64)}], "'labels' of batch 0 has shape"),
     ([{"input_ids": IDS, "labels": IDS - 97}], "which is no token"),
     ([IDS + 10], "hold token 10[0-5], and the model's vocabulary has 96"),
-    ([IDS.float()], "float32 of shape"), ([IDS[None]], "rows by tokens"), (["text"], "batch 0 is a str"),
-    ([[[1, 2, 3], [4, 5]]], "rows of different lengths"), ([(IDS, IDS)], "batch 0 is a tuple"),
-    ({"input_ids": IDS}, "one dictionary: put it into a list"), (None, "batches is None"), (3, "batches is a int"),
-    ([None], "batch 0 is None"), ([], "there are no batches"), (iter(()), "there are no batches"),
+    ([IDS.float()], "float32 of shape"),
+    ([IDS[None]], "rows by tokens"),
+    (["text"], "batch 0 is a str"),
+    ([[[1, 2, 3], [4, 5]]], "rows of different lengths"),
+    ([(IDS, IDS)], "batch 0 is a tuple"),
+    ({"input_ids": IDS}, "one dictionary: put it into a list"),
+    (None, "batches is None"),
+    (3, "batches is a int"),
+    ([None], "batch 0 is None"),
+    ([], "there are no batches"),
+    (iter(()), "there are no batches"),
     ([IDS[:, :1]], "predict no token"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("number", range(len(WRONG_BATCHES)))
@@ -154,9 +171,12 @@ def test_any_iterable_of_batches_is_drawn_once(method: Any) -> None:
             buffer[0].copy_(x[4 * k : 4 * k + 4]), buffer[1].copy_(y[4 * k : 4 * k + 4])
             yield buffer
 
-    for batches in (DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True), generator(),
-                    ((x[k:k + 6], y[k:k + 6]) for k in (0, 6)),
-                    {"a": (x, y)}.values()):  # fmt: skip
+    for batches in (
+        DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True),
+        generator(),
+        ((x[k : k + 6], y[k : k + 6]) for k in (0, 6)),
+        {"a": (x, y)}.values(),
+    ):
         operator = hpc_hess.hessian(model, batches, mean_square, method=method)
         for _ in range(2):
             assert close(operator @ v, reference @ v, method)
@@ -189,15 +209,21 @@ def test_one_batch_or_single_examples_are_not_batches() -> None:
 # -- C8 ------------------------------------------------------------------------------------------------------------------
 
 WRONG_LOSSES: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda mean: float(mean.detach()), "returns a float"), (lambda mean: None, "returns None"),
-    (lambda mean: [mean], "returns a list"), (lambda mean: mean.repeat(3), r"returns a tensor of shape \[3\]"),
-    (lambda mean: mean.detach(), "cut off from the parameters"), (lambda mean: (mean, 1.0, 2.0), "returns 3 things"),
+    (lambda mean: float(mean.detach()), "returns a float"),
+    (lambda mean: None, "returns None"),
+    (lambda mean: [mean], "returns a list"),
+    (lambda mean: mean.repeat(3), r"returns a tensor of shape \[3\]"),
+    (lambda mean: mean.detach(), "cut off from the parameters"),
+    (lambda mean: (mean, 1.0, 2.0), "returns 3 things"),
     (lambda mean: {"loss": mean}, "returns a dict: return its loss"),
     (lambda mean: (mean, torch.ones(2)), "weight that is not a number"),
-    (lambda mean: (mean, -1.0), "weight -1.0"), (lambda mean: (mean, float("inf")), "weight inf"),
-    (lambda mean: mean * float("nan"), "is nan"), (lambda mean: mean.to(torch.complex128), "complex128"),
-    (lambda mean: mean.data.numpy().copy(), "returns a ndarray"), (lambda mean: mean.missing, "AttributeError"),
-]  # fmt: skip
+    (lambda mean: (mean, -1.0), "weight -1.0"),
+    (lambda mean: (mean, float("inf")), "weight inf"),
+    (lambda mean: mean * float("nan"), "is nan"),
+    (lambda mean: mean.to(torch.complex128), "complex128"),
+    (lambda mean: mean.data.numpy().copy(), "returns a ndarray"),
+    (lambda mean: mean.missing, "AttributeError"),
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -229,11 +255,16 @@ def test_a_model_output_is_not_a_loss() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "count", "words"),
-    [(torch.zeros(12), 2, "float32"), (torch.zeros(12, 2, dtype=torch.int64), 2, "one-hot"),
-     (torch.zeros(12, 1), 2, "shape"),
-     (torch.full((12,), 2), 2, "class numbers outside 0 to 1"), (torch.zeros(12, dtype=torch.int64), 3, "num_classes = 3"),
-     (torch.full((12,), -1), 2, "outside"), (torch.zeros(12, dtype=torch.int64), 1, "num_classes = 1")],
-)  # fmt: skip
+    [
+        (torch.zeros(12), 2, "float32"),
+        (torch.zeros(12, 2, dtype=torch.int64), 2, "one-hot"),
+        (torch.zeros(12, 1), 2, "shape"),
+        (torch.full((12,), 2), 2, "class numbers outside 0 to 1"),
+        (torch.zeros(12, dtype=torch.int64), 3, "num_classes = 3"),
+        (torch.full((12,), -1), 2, "outside"),
+        (torch.zeros(12, dtype=torch.int64), 1, "num_classes = 1"),
+    ],
+)
 def test_targets_of_decompose_are_class_numbers(targets: torch.Tensor, count: int, words: str) -> None:
     model, x, _ = regression()
     with pytest.raises(HpcHessError, match=words):
@@ -258,17 +289,27 @@ def test_products_come_in_floating_point(method: Any) -> None:
     size = operator.shape[0]
     expected = operator @ np.eye(size)[0]
     assert np.abs(expected).max() > 0.1
-    for v in (np.eye(size, dtype=int)[0], np.eye(size, dtype=bool)[0], np.eye(size, dtype=np.float16)[0],
-              [1, *[0] * (size - 1)], np.eye(size)[:, ::-1][0][::-1], np.eye(size, dtype=np.uint16)[0]):  # fmt: skip
+    for v in (
+        np.eye(size, dtype=int)[0],
+        np.eye(size, dtype=bool)[0],
+        np.eye(size, dtype=np.float16)[0],
+        [1, *[0] * (size - 1)],
+        np.eye(size)[:, ::-1][0][::-1],
+        np.eye(size, dtype=np.uint16)[0],
+    ):
         found = operator @ v
         assert isinstance(found, np.ndarray)
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
     for dtype in (torch.int64, torch.bfloat16):
         assert (operator @ torch.eye(size, dtype=dtype)[0]).dtype == torch.float64
-    for v, error, words in ((np.ones(size) * 1j, ConfigError, "complex"), (np.ones(size - 1), ConfigError, "acts on"),
-                            (np.full(size, np.nan), NumericsError, "not finite"), ("abc", ConfigError, "not on a str"),
-                            (None, ConfigError, "not on a NoneType")):  # fmt: skip
+    for v, error, words in (
+        (np.ones(size) * 1j, ConfigError, "complex"),
+        (np.ones(size - 1), ConfigError, "acts on"),
+        (np.full(size, np.nan), NumericsError, "not finite"),
+        ("abc", ConfigError, "not on a str"),
+        (None, ConfigError, "not on a NoneType"),
+    ):
         with pytest.raises(error, match=words):
             operator @ v
 
@@ -304,13 +345,20 @@ def test_b_from_bare_ids_has_its_eigenvalue() -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda s: s.density(width=-1.0), lambda s: s.density(axis="symlog", linear=0.0), lambda s: s.density(width="x"),
-        lambda s: s.cumulative("x"), lambda s: s.cumulative([0.0, np.nan]), lambda s: s.cumulative([[0.0]]),
-        lambda s: s.cumulative([0.0], risk=0.0), lambda s: s.mass(above=5.0, below=1.0),
-        lambda s: s.mass(above=1.0, below=1.0), lambda s: s.mass(above=np.nan), lambda s: s.mass(below=0.0, risk=1.0),
+        lambda s: s.density(width=-1.0),
+        lambda s: s.density(axis="symlog", linear=0.0),
+        lambda s: s.density(width="x"),
+        lambda s: s.cumulative("x"),
+        lambda s: s.cumulative([0.0, np.nan]),
+        lambda s: s.cumulative([[0.0]]),
+        lambda s: s.cumulative([0.0], risk=0.0),
+        lambda s: s.mass(above=5.0, below=1.0),
+        lambda s: s.mass(above=1.0, below=1.0),
+        lambda s: s.mass(above=np.nan),
+        lambda s: s.mass(below=0.0, risk=1.0),
         lambda s: s.wasserstein_bound(risk=-0.1),
     ],
-)  # fmt: skip
+)
 def test_questions_that_have_no_answer_are_refused(ask: Callable[[hpc_hess.Spectrum], Any]) -> None:
     model = nn.Linear(3, 1, bias=False).double()
     inputs = torch.arange(12, dtype=torch.float64).reshape(4, 3)

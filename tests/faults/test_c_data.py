@@ -39,9 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(model: Path, source: str, **data: Any) -> Samples:
-    config = make_config({
-        "model": {"source": str(model)}, "data": {"source": source, "sequence_length": 10, "sequences": 4, **data}
-    })  # fmt: skip
+    config = make_config(
+        {"model": {"source": str(model)}, "data": {"source": source, "sequence_length": 10, "sequences": 4, **data}}
+    )
     return load_samples(config.data, config.model, resolve_source(config.model))
 
 

@@ -101,10 +101,18 @@ def test_decompose_leaves_no_wrapper_on_a_vision_transformer() -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
-    model = ViTForImageClassification(ViTConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, image_size=4, patch_size=2,
-        num_channels=1, num_labels=4,
-    )).double()  # fmt: skip
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=8,
+            image_size=4,
+            patch_size=2,
+            num_channels=1,
+            num_labels=4,
+        )
+    ).double()
     before = state(model)
     x, classes = torch.randn(6, 1, 4, 4).double(), torch.arange(6) % 4
     parts = hpc_hess.decompose(model, [(x, classes)], 4)
@@ -296,12 +304,19 @@ def operator() -> Any:
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("trace", {"method": "foo"}, "method = 'foo' is not one of: xtrace, hutch"), ("trace", {"products": 1}, "products = 1"),
-    ("trace", {"products": 2.5}, "products = 2.5"), ("diagonal", {"method": "foo"}, "not one of: xdiag, hutchinson"),
-    ("diagonal", {"products": 0}, "products = 0"), ("slq", {"steps": 0}, "steps = 0"), ("slq", {"probes": 0}, "probes = 0"),
-    ("slq", {"seed": -1}, "seed = -1"), ("slq", {"distribution": "uniform"}, "rademacher, gaussian"),
-    ("slq", {"reorthogonalise": "partial"}, "full, none"), ("slq", {"reorthogonalise": 0}, "reorthogonalise = 0"),
-    ("eigenpairs", {"count": 0}, "count = 0"), ("eigenpairs", {"count": 1, "which": "top"}, "which = 'top' is not one of"),
+    ("trace", {"method": "foo"}, "method = 'foo' is not one of: xtrace, hutch"),
+    ("trace", {"products": 1}, "products = 1"),
+    ("trace", {"products": 2.5}, "products = 2.5"),
+    ("diagonal", {"method": "foo"}, "not one of: xdiag, hutchinson"),
+    ("diagonal", {"products": 0}, "products = 0"),
+    ("slq", {"steps": 0}, "steps = 0"),
+    ("slq", {"probes": 0}, "probes = 0"),
+    ("slq", {"seed": -1}, "seed = -1"),
+    ("slq", {"distribution": "uniform"}, "rademacher, gaussian"),
+    ("slq", {"reorthogonalise": "partial"}, "full, none"),
+    ("slq", {"reorthogonalise": 0}, "reorthogonalise = 0"),
+    ("eigenpairs", {"count": 0}, "count = 0"),
+    ("eigenpairs", {"count": 1, "which": "top"}, "which = 'top' is not one of"),
     ("eigenpairs", {"count": 1, "tolerance": float("nan")}, "tolerance = nan"),
     ("eigenpairs", {"count": True}, "count = True"),
     ("eigenpairs", {"count": 1, "most_products": 0}, "most_products = 0"),
@@ -313,7 +328,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sub_block", {"selections": ["*"], "columns": 0}, "columns = 0"),
     ("sketched", {"dimension": 16, "kind": "foo"}, "kind = 'foo'"),
     ("sketched", {"dimension": 16, "preconditioner": "foo"}, "preconditioner = 'foo'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("number", range(len(WRONG)))
@@ -327,9 +342,14 @@ def test_arguments_of_hessian_and_of_a_density(operator: Any) -> None:
     with pytest.raises(ConfigError, match="axis = 'foo' is not one of: linear, symlog, log, chebyshev"):
         hpc_hess.slq(operator, steps=3).density(axis="foo")  # type: ignore[arg-type]
     model, batch = nn.Linear(3, 2).double(), (torch.randn(5, 3).double(), torch.randn(5, 2).double())
-    for arguments, words in (({"scheme": "backward"}, "forward, central, fourth"), ({"step": 0.0}, "step = 0.0"),
-                             ({"step": float("nan")}, "step = nan"), ({"loss": 3}, "loss is a int"),
-                             ({"kind": "foo"}, "kind = 'foo'"), ({"include": [3]}, "include")):  # fmt: skip
+    for arguments, words in (
+        ({"scheme": "backward"}, "forward, central, fourth"),
+        ({"step": 0.0}, "step = 0.0"),
+        ({"step": float("nan")}, "step = nan"),
+        ({"loss": 3}, "loss is a int"),
+        ({"kind": "foo"}, "kind = 'foo'"),
+        ({"include": [3]}, "include"),
+    ):
         with pytest.raises(ConfigError, match=words):
             hpc_hess.hessian(model, [batch], **{"loss": mean_square, **arguments})  # type: ignore[arg-type]
     one = hpc_hess.hessian(model, [batch], mean_square, include="weight")  # one pattern, not six letters

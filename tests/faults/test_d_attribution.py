@@ -78,16 +78,14 @@ def test_sketches_of_a_batch_that_is_not_finite_are_refused() -> None:
 
     model, x = torch.nn.Linear(3, 1), torch.full((2, 3), float("nan"))
     with pytest.raises(NumericsError, match="batch 1 is not finite"):
-        hpc_hess.gradient_sketches(
-            model, [torch.ones(2, 3), x], lambda m, b: m(b).square().mean(), dimension=16
-        )  # fmt: skip
+        hpc_hess.gradient_sketches(model, [torch.ones(2, 3), x], lambda m, b: m(b).square().mean(), dimension=16)
 
 
 def test_ids_lead_back_to_lines(built: Path, world: World) -> None:
     rows = _answer(built, world, text="ab ba")["top"]
     assert {row["place"]: row["text"].replace(" ", "") for row in rows} == {
         f"lines.txt, line {k + 1}": line.replace(" ", "") for k, line in enumerate(LINES) if len(line) > 1
-    }  # fmt: skip
+    }
 
 
 def test_all_of_a_query_is_asked_about_and_tokens_weigh_alike(built: Path, world: World) -> None:
@@ -102,7 +100,7 @@ def test_all_of_a_query_is_asked_about_and_tokens_weigh_alike(built: Path, world
 
 def test_an_answer_says_how_far_its_dimension_can_be_trusted(
     built: Path, world: World, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     settings = _settings(built, built / "run")
     settings["run"]["report"] = True
     assert query(make_config(settings), world, Query(text="ab ba", top=4)) == 0
@@ -125,8 +123,9 @@ def test_two_queries_at_once_answer_their_own(built: Path, tmp_path: Path) -> No
     config = write_config(tmp_path / "c.toml", _settings(built, built / "run"))
     command = [sys.executable, "-m", "hpc_hess", "attribute", "query", str(config), "--text"]
     texts = ["ab ba ab", "bb aa"]
-    started = [subprocess.Popen([*command, text], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-               for text in texts]  # fmt: skip
+    started = [
+        subprocess.Popen([*command, text], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) for text in texts
+    ]
     for text, process in zip(texts, started, strict=True):
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0

@@ -63,12 +63,17 @@ def test_every_command_prints_in_ascii(place: tuple[Path, Path]) -> None:
         ["attribute", "query", config, "--data", f"tokens:{out.parent / 'tokens.npy'}", *sketched],
         ["sketch-check", config, "--kinds", "affd", "--bits", "4", "--queries", "1", "--set", f"run.out={out}-k"],
         ["scaling", "fit", out, "--out", f"{out}-laws"],
-    ]  # fmt: skip
+    ]
     words = json.dumps([[*map(str, each)] for each in commands])
     done = subprocess.run(
-        [sys.executable, "-c", ONE_BY_ONE, words], cwd=ROOT, env=environment(**ASCII), timeout=500,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-c", ONE_BY_ONE, words],
+        cwd=ROOT,
+        env=environment(**ASCII),
+        timeout=500,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.stdout.isascii()
     *printed, rest = re.split(r"\nended with (-?\d+)\n", done.stdout.decode())
     said, codes = printed[::2], [int(code) for code in printed[1::2]]

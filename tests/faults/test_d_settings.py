@@ -38,9 +38,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(place: Path, out: Path, **changes: Any) -> Config:
     options: dict[str, Any] = {
-        "model__master_dtype": "float64", "model__compute_dtype": "float64", "operator__method": "exact",
-        "lanczos__steps": 6, "lanczos__lock_step": 1, "run__grace_s": 0.0, "data__micro_batch": 3,
-    }  # fmt: skip
+        "model__master_dtype": "float64",
+        "model__compute_dtype": "float64",
+        "operator__method": "exact",
+        "lanczos__steps": 6,
+        "lanczos__lock_step": 1,
+        "run__grace_s": 0.0,
+        "data__micro_batch": 3,
+    }
     return make_config(settings_b(place / "model", place / "tokens.npy", out, **(options | changes)))
 
 
@@ -75,8 +80,10 @@ def test_a_finer_tolerance_is_searched_for(place: Path, world: World, tmp_path: 
     assert found(out)["products"] < straight["products"]
     assert run(search(place, out, 1e-6), world) == 0
     assert found(out) == straight
-    for changes, words in (((1e-2, 300), r"studies.eigenpairs.tolerance = 1e-06, finer than 0.01"),
-                           ((1e-6, 5), r"a search of \d+ products, more than studies.eigenpairs.mo\w+ = 5")):  # fmt: skip
+    for changes, words in (
+        ((1e-2, 300), r"studies.eigenpairs.tolerance = 1e-06, finer than 0.01"),
+        ((1e-6, 5), r"a search of \d+ products, more than studies.eigenpairs.mo\w+ = 5"),
+    ):
         before = {path: path.read_bytes() for path in (out / "config.toml", out / "result.json")}
         with pytest.raises(StoreError, match=words):
             run(search(place, out, *changes), world)
@@ -131,8 +138,13 @@ def test_an_unfinished_study_follows_the_probes(place: Path, world: World, tmp_p
 
 def test_what_is_compared_with_the_whole_follows_the_probes(place: Path, world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options: dict[str, Any] = {"operator__kind": "gauss_newton", "analysis__class_groups": 2, "analysis__class_steps": 3,
-                               "lanczos__steps": 3, "lanczos__seed": 1}  # fmt: skip
+    options: dict[str, Any] = {
+        "operator__kind": "gauss_newton",
+        "analysis__class_groups": 2,
+        "analysis__class_steps": 3,
+        "lanczos__steps": 3,
+        "lanczos__seed": 1,
+    }
     assert run(settings(place, out, **options), world) == 0
     code, added = go(world, settings(place, out, **options, lanczos__probes=4))
     assert code == 0
@@ -144,8 +156,16 @@ def test_what_is_compared_with_the_whole_follows_the_probes(place: Path, world: 
 
 
 def test_the_spectra_of_blocks_follow_the_probes_and_the_pairs(place: Path, world: World, tmp_path: Path) -> None:
-    out, options = tmp_path / "run", {"analysis__block_diagonal": ["layer"], "analysis__block_spectrum": "layer",
-                                      "analysis__block_steps": 2, "lanczos__steps": 3, "analysis__columns": 4}  # fmt: skip
+    out, options = (
+        tmp_path / "run",
+        {
+            "analysis__block_diagonal": ["layer"],
+            "analysis__block_spectrum": "layer",
+            "analysis__block_steps": 2,
+            "lanczos__steps": 3,
+            "analysis__columns": 4,
+        },
+    )
     assert run(settings(place, out, **options), world) == 0
     first = result_of(out)["studies"]["block_diagonal"]
     assert run(settings(place, out, **options, lanczos__probes=2), world) == 0
@@ -188,8 +208,12 @@ def test_a_sub_block_that_does_not_fit_is_refused_before_the_first_gradient(
 def test_columns_are_rows_of_a_store(place: Path, world: World, tmp_path: Path) -> None:
     """Stopped within, on other ranks, with another number of columns at a time."""
     out, straight, text = tmp_path / "run", tmp_path / "straight", "model.layers.1.self_attn.k_proj.weight[0, :]"
-    options: dict[str, Any] = {"analysis__sub_block": [text, NORMS], "lanczos__steps": 2, "analysis__columns": 5,
-                               "data__micro_batch": 1}  # fmt: skip
+    options: dict[str, Any] = {
+        "analysis__sub_block": [text, NORMS],
+        "lanczos__steps": 2,
+        "analysis__columns": 5,
+        "data__micro_batch": 1,
+    }
     assert run(settings(place, straight, **options), world) == 0
     assert go(world, settings(place, out, **options), 16)[0] == 75
     with read_store(out / "studies" / "sub_block" / "pieces") as view:

@@ -62,12 +62,17 @@ def speed() -> Iterator[None]:
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
     """A run of seconds in double precision, over a few of the parameters."""
     only = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
-    return make_config({
-        "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "parameters": {"include": only}, "operator": {"step": 1e-3, "check": False},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
-        "lanczos": {"steps": 4}, "run": {"out": str(out), "report": False},
-    }, list(overrides))  # fmt: skip
+    return make_config(
+        {
+            "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
+            "parameters": {"include": only},
+            "operator": {"step": 1e-3, "check": False},
+            "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
+            "lanczos": {"steps": 4},
+            "run": {"out": str(out), "report": False},
+        },
+        list(overrides),
+    )
 
 
 def result_of(out: Path) -> dict[str, Any]:
@@ -124,17 +129,24 @@ def test_every_resume_is_the_unbroken_process() -> None:
     assert tried == 432
 
 
-@pytest.mark.parametrize(("rule", "steps", "alpha", "beta"), [
-    ('"none"', 2, None, 8.48607073), ("4", 4, -3.203595893601005, 7.1346697374252015),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "steps", "alpha", "beta"), [('"none"', 2, None, 8.48607073), ("4", 4, -3.203595893601005, 7.1346697374252015)]
+)
 def test_a_run_that_was_stopped_before_its_last_step(
     world: World, tmp_path: Path, rule: str, steps: int, alpha: float | None, beta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(TOY.parents[2])
-    config = load_config(TOY, [
-        f"lanczos.steps={steps}", f"lanczos.reorthogonalise={rule}", "lanczos.probes=1", "run.report=false",
-        f"run.out={tmp_path / 'run'}", "operator.check=false",
-    ])  # fmt: skip
+    config = load_config(
+        TOY,
+        [
+            f"lanczos.steps={steps}",
+            f"lanczos.reorthogonalise={rule}",
+            "lanczos.probes=1",
+            "run.report=false",
+            f"run.out={tmp_path / 'run'}",
+            "operator.check=false",
+        ],
+    )
     assert stopped_after(config, world, steps - 1) == 75
     assert run(config, world) == 0
     probe = result_of(tmp_path / "run")["probes"][0]
@@ -145,8 +157,12 @@ def test_a_run_that_was_stopped_before_its_last_step(
 def test_a_study_of_scaling_counts_the_vectors_of_a_step(finished: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path)
     text = (out / "config.toml").read_text()
-    for rule, counts, rows in (('"full"', [1, 2, 3, 4], 4), ('"none"', [0, 0, 0, 0], 3), ("1", [1, 2, 2, 2], 3),
-                               ("3", [1, 2, 3, 3], 4)):  # fmt: skip
+    for rule, counts, rows in (
+        ('"full"', [1, 2, 3, 4], 4),
+        ('"none"', [0, 0, 0, 0], 3),
+        ("1", [1, 2, 2, 2], 3),
+        ("3", [1, 2, 3, 3], 4),
+    ):
         (out / "config.toml").write_text(text.replace('reorthogonalise = "full"', f"reorthogonalise = {rule}"))
         found = measured(out)
         assert ([count for count, _, _ in found.steps], found.rows) == (counts, rows)
@@ -187,9 +203,16 @@ def test_more_classes_than_there_are(world: World, toy: Path, tmp_path: Path) ->
     """Every token that occurs is a class: there are no others, and their mean, which would be zero, is not computed."""
     out = tmp_path / "run"
     config = settings(
-        toy, out, "operator.kind=gauss_newton", "operator.method=exact", "operator.step=auto", "data.sequences=2",
-        "lanczos.steps=3", "analysis.class_groups=40", "analysis.class_steps=3",
-    )  # fmt: skip
+        toy,
+        out,
+        "operator.kind=gauss_newton",
+        "operator.method=exact",
+        "operator.step=auto",
+        "data.sequences=2",
+        "lanczos.steps=3",
+        "analysis.class_groups=40",
+        "analysis.class_steps=3",
+    )
     assert run(config, world) == 0
     found = result_of(out)["studies"]["class_structure"]
     ids = np.load(toy / "tokens.npy")[:24].reshape(2, 12)[:, 1:]
@@ -296,9 +319,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_the_remedy_in_the_sentence_helps(
-    world: World, toy: Path, tmp_path: Path, finished: Path, name: str
-) -> None:
+def test_the_remedy_in_the_sentence_helps(world: World, toy: Path, tmp_path: Path, finished: Path, name: str) -> None:
     out = copied(finished, tmp_path)
     before = result_of(out)
     (out / "result.json").unlink()  # else there is nothing to compute
@@ -369,9 +390,7 @@ def test_a_full_disk_is_said_on_all_ranks(small_disk: Path) -> None:
     assert (small_disk / "run" / "events.jsonl").read_bytes().endswith(b"\n")
 
 
-def test_a_step_whose_event_finds_no_room_is_not_lost(
-    world: World, toy: Path, tmp_path: Path, small_disk: Path
-) -> None:
+def test_a_step_whose_event_finds_no_room_is_not_lost(world: World, toy: Path, tmp_path: Path, small_disk: Path) -> None:
     out, fillers = small_disk / "run", []
 
     def append(path: Path, lines: list[str]) -> None:
@@ -423,12 +442,18 @@ def other_name(out: Path) -> None:
 
 
 SPOILT: dict[str, Callable[[Path], object]] = {
-    **{f"no {name}": without(name) for name in ("layout/name", "probes/0", "probes/0/basis", "probes/0/checksum",
-                                                "commit", "extra", "attributes")},
-    "a group": group_instead, "no rows": attribute("rows", None), "text": attribute("rows", "many"),
-    "more rows": attribute("rows", 9), "another name": other_name,
-    "no version": attribute("format_version", None), "version in words": attribute("format_version", "two"),
-}  # fmt: skip
+    **{
+        f"no {name}": without(name)
+        for name in ("layout/name", "probes/0", "probes/0/basis", "probes/0/checksum", "commit", "extra", "attributes")
+    },
+    "a group": group_instead,
+    "no rows": attribute("rows", None),
+    "text": attribute("rows", "many"),
+    "more rows": attribute("rows", 9),
+    "another name": other_name,
+    "no version": attribute("format_version", None),
+    "version in words": attribute("format_version", "two"),
+}
 
 
 @pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "of an earlier version"])
@@ -490,9 +515,7 @@ def test_result_and_report_are_written_under_the_lock(world: World, toy: Path, t
     assert subprocess.run([sys.executable, "-S", "-c", TRY, str(out / NAME)], check=False).returncode == 0
 
 
-def test_a_job_that_waited_finds_what_the_other_one_left(
-    world: World, toy: Path, tmp_path: Path, finished: Path
-) -> None:
+def test_a_job_that_waited_finds_what_the_other_one_left(world: World, toy: Path, tmp_path: Path, finished: Path) -> None:
     out = tmp_path / "run"
     original = RunLock.acquire.__func__  # type: ignore[attr-defined]
 
@@ -546,8 +569,11 @@ class Calls:
             self.made.append(f"remove {path.name}")
             remove(path)
 
-        self._patches = [mock.patch("os.fsync", named), mock.patch("os.replace", renamed),
-                         mock.patch.object(studies, "remove", removed)]  # fmt: skip
+        self._patches = [
+            mock.patch("os.fsync", named),
+            mock.patch("os.replace", renamed),
+            mock.patch.object(studies, "remove", removed),
+        ]
         for patch in self._patches:
             patch.start()
         return self

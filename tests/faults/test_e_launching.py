@@ -26,34 +26,43 @@ from hpc_hess.session.problem import own_code_in_turn
 from tests.support.base_model import config_b
 from tests.support.gpus import PretendedGPUs
 from tests.support.launcher_environments import BATCH_SHELL, HYDRA, OPEN_MPI, SRUN, TORCHRUN
-from tests.support.launching import (
-    LAUNCHERS,
-    LONG,
-    ROOT,
-    TOY,
-    alive,
-    complete,
-    environment,
-    steps_done,
-    wait_until,
-)
+from tests.support.launching import LAUNCHERS, LONG, ROOT, TOY, alive, complete, environment, steps_done, wait_until
 from tests.support.spawn import run_ranks
 
 # as mpiexec.hydra -n 4 -ppn 2 of MPICH 4.0.2 sets them inside a batch script of Slurm 22.05: its proxies are a step of srun
 HYDRA_IN_SLURM = {
-    **BATCH_SHELL, "PMI_FD": "5", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", "SLURM_STEPID": "0", "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_TASKS_PER_NODE": "1(x2)",
-}  # fmt: skip
+    **BATCH_SHELL,
+    "PMI_FD": "5",
+    "PMI_SIZE": "4",
+    "MPI_LOCALNRANKS": "2",
+    "SLURM_STEPID": "0",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_TASKS_PER_NODE": "1(x2)",
+}
 PALS = {
-    "PMI_RANK": "5", "PMI_SIZE": "8", "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "4",
+    "PMI_RANK": "5",
+    "PMI_SIZE": "8",
+    "PALS_RANKID": "5",
+    "PALS_LOCAL_RANKID": "1",
+    "PALS_LOCAL_SIZE": "4",
     "PALS_NODEID": "1",
-}  # fmt: skip
+}
 # as srun --ntasks-per-node=4 --pty bash sets them, and as a step that is started from there inherits them
 PTY = {
-    **SRUN, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PTY_PORT": "41271", "SLURM_JOB_NAME": "bash",
-}  # fmt: skip
+    **SRUN,
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_PTY_PORT": "41271",
+    "SLURM_JOB_NAME": "bash",
+}
 ONE_TASK = {**PTY, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -80,14 +89,29 @@ def test_srun_with_a_pmi_of_its_own_stays_srun() -> None:
     [
         (PALS, Launch("pals", 5, 8, 1, 4, 1, 2)),
         ({**PALS, "PMI_RANK": "4", "PALS_LOCAL_RANKID": "0", "PALS_NODEID": "1"}, Launch("pals", 4, 8, 0, 4, 1, 2)),
-        ({"JSM_NAMESPACE_RANK": "7", "JSM_NAMESPACE_SIZE": "12", "JSM_NAMESPACE_LOCAL_RANK": "1",
-          "JSM_NAMESPACE_LOCAL_SIZE": "6", "PMIX_RANK": "7"}, Launch("jsrun", 7, 12, 1, 6, 1, 2)),
-        ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1",
-          "MV2_COMM_WORLD_LOCAL_SIZE": "2"}, Launch("mpirun_rsh", 1, 2, 1, 2, 0, 1)),
+        (
+            {
+                "JSM_NAMESPACE_RANK": "7",
+                "JSM_NAMESPACE_SIZE": "12",
+                "JSM_NAMESPACE_LOCAL_RANK": "1",
+                "JSM_NAMESPACE_LOCAL_SIZE": "6",
+                "PMIX_RANK": "7",
+            },
+            Launch("jsrun", 7, 12, 1, 6, 1, 2),
+        ),
+        (
+            {
+                "MV2_COMM_WORLD_RANK": "1",
+                "MV2_COMM_WORLD_SIZE": "2",
+                "MV2_COMM_WORLD_LOCAL_RANK": "1",
+                "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            Launch("mpirun_rsh", 1, 2, 1, 2, 0, 1),
+        ),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", **TORCH}, Launch("env", 3, 4, 1, 2, 1, 2)),  # exported by a wrapper
     ],
     ids=["PALS", "PALS, first of a node", "jsrun", "mpirun_rsh", "a wrapper's"],
-)  # fmt: skip
+)
 def test_other_launchers(env: dict[str, str], expected: Launch) -> None:
     assert detect(env) == expected
 
@@ -116,8 +140,16 @@ def test_variables_of_an_unknown_launcher_never_mean_alone(env: dict[str, str], 
 
 def test_processes_started_from_one_task_of_a_step() -> None:
     """accelerate and deepspeed set torch's variables only; srun started one of them on each node, or a shell in a step."""
-    assert detect({**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1",
-                   "SLURM_LOCALID": "0", **TORCH}) == Launch("env", 3, 4, 1, 2, 1, 2)  # fmt: skip
+    assert detect(
+        {
+            **SRUN,
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+            "SLURM_PROCID": "1",
+            "SLURM_LOCALID": "0",
+            **TORCH,
+        }
+    ) == Launch("env", 3, 4, 1, 2, 1, 2)
     assert detect({**ONE_TASK, **TORCH}) == Launch("env", 3, 4, 1, 2, 1, 2)
     assert detect({**SRUN, **TORCH}).launcher == "srun"  # as many: exported for torch by the task itself
     assert detect({**SRUN, "WORLD_SIZE": "8", "RANK": "0"}).launcher == "srun"  # not complete
@@ -167,13 +199,17 @@ def test_one_task_runs_alone() -> None:
 @pytest.mark.parametrize(
     ("env", "asked"),
     [
-        (ONE_TASK, False), ({**ONE_TASK, "PMIX_RANK": "0"}, False),
+        (ONE_TASK, False),
+        ({**ONE_TASK, "PMIX_RANK": "0"}, False),
         ({k: v for k, v in SRUN.items() if k != "PMIX_RANK"}, False),
-        ({**HYDRA, "PMI_SIZE": "1", "PMI_RANK": "0"}, False), (TORCHRUN, False), (SRUN, True), (OPEN_MPI, True),
+        ({**HYDRA, "PMI_SIZE": "1", "PMI_RANK": "0"}, False),
+        (TORCHRUN, False),
+        (SRUN, True),
+        (OPEN_MPI, True),
         ({**{k: v for k, v in SRUN.items() if k != "PMIX_RANK"}, "PMI_RANK": "3", "PMI_SIZE": "4"}, True),
     ],
     ids=["one task", "one task, pmix", "no PMI", "hydra, one", "torchrun", "pmix", "mpirun", "pmi2"],
-)  # fmt: skip
+)
 def test_mpi_is_asked_only_where_it_was_started(env: dict[str, str], asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class AskedError(Exception):
         pass
@@ -252,9 +288,13 @@ def host_has(monkeypatch: pytest.MonkeyPatch, address: str, route: str) -> None:
 
 @pytest.mark.parametrize(
     ("address", "route", "expected"),
-    [("10.0.0.7", "10.9.9.9", "10.0.0.7"), ("127.0.1.1", "10.9.9.9", "10.9.9.9"), ("", "10.9.9.9", "10.9.9.9"),
-     ("127.0.0.1", "fd00::7", "fd00::7")],
-)  # fmt: skip
+    [
+        ("10.0.0.7", "10.9.9.9", "10.0.0.7"),
+        ("127.0.1.1", "10.9.9.9", "10.9.9.9"),
+        ("", "10.9.9.9", "10.9.9.9"),
+        ("127.0.0.1", "fd00::7", "fd00::7"),
+    ],
+)
 def test_rank_0_tells_an_address_that_others_reach(
     address: str, route: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,10 +360,27 @@ entry()
 def test_a_name_that_does_not_resolve_ends_every_rank(script: str, tmp_path: Path) -> None:
     """MPI is running by then: no rank may wait in its end for one that is gone."""
     (tmp_path / "rank.py").write_text(NO_NAME)
-    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--quiet", "-n", "2", sys.executable,
-               tmp_path / "rank.py", TOY, tmp_path / "run"]  # fmt: skip
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    command = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "--quiet",
+        "-n",
+        "2",
+        sys.executable,
+        tmp_path / "rank.py",
+        TOY,
+        tmp_path / "run",
+    ]
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("no address that other nodes can reach: export MASTER_ADDR") == 1, done.stderr
 
@@ -464,8 +521,15 @@ def ranks_of(out: Path) -> list[psutil.Process]:
 def start_alone(out: Path) -> subprocess.Popen[bytes]:
     """launch/torchrun.sh without a pipe that would tell the ranks of its end."""
     command = ["bash", "launch/torchrun.sh", "-n", "2", TOY, *LONG, "--set", f"run.out={out}"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.slow
@@ -516,7 +580,7 @@ def test_who_the_launcher_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen_by(*rank, **variables).strip() == "None"
     # started by a shell that is gone before the rank looks
     script = f"(sleep 0.5; {sys.executable} -c '{CHILD}') & exit"
-    output = seen_by("sh", "-c", f"env OMPI_COMM_WORLD_RANK=0 sh -c \"{script}\"")
+    output = seen_by("sh", "-c", f'env OMPI_COMM_WORLD_RANK=0 sh -c "{script}"')
     assert "number=0," in output or f"number={psutil.Process().ppid()}" in output
     assert is_gone(SimpleNamespace(number=0, started=""))  # type: ignore[arg-type]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
@@ -534,5 +598,3 @@ def test_a_run_without_launcher_outlives_its_shell(tmp_path: Path) -> None:
     (run,) = alive(out)
     os.kill(run, signal.SIGTERM)
     wait_until(lambda: not alive(out), "the run has ended", 60)
-
-

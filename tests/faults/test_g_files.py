@@ -95,9 +95,10 @@ def test_an_index_that_makes_no_sense_is_named(text: str, outside: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", b"\xff" * 64],
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", b"\xff" * 64],
     ids=["empty", "pointer", "noise"],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_named(content: bytes, outside: Path) -> None:
     (outside / "model" / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors is not a valid safetensors file"):

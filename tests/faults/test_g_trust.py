@@ -106,10 +106,31 @@ class Pair(NamedTuple):
 
 
 VALUES: list[Any] = [
-    None, True, -3, 2**80, 0.1, float("inf"), "", "\u201c\udcff", b"", b"\x00\xff", [], [1, [2.5, None]], (), (1, (2,)),
-    {1, 2}, frozenset({"a"}), {}, {"a": 1, 2: (3,), (4, 5): [6]}, defaultdict(list, {"x": [1]}), Path("/a/b"),
-    Pair(1, [Pair(2, b"3")]), Launch("env", 1, 2, 1, 2, 0, 1), DataError, (LaunchError, "text"),
-]  # fmt: skip
+    None,
+    True,
+    -3,
+    2**80,
+    0.1,
+    float("inf"),
+    "",
+    "\u201c\udcff",
+    b"",
+    b"\x00\xff",
+    [],
+    [1, [2.5, None]],
+    (),
+    (1, (2,)),
+    {1, 2},
+    frozenset({"a"}),
+    {},
+    {"a": 1, 2: (3,), (4, 5): [6]},
+    defaultdict(list, {"x": [1]}),
+    Path("/a/b"),
+    Pair(1, [Pair(2, b"3")]),
+    Launch("env", 1, 2, 1, 2, 0, 1),
+    DataError,
+    (LaunchError, "text"),
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)

@@ -83,8 +83,10 @@ def test_only_known_eigenvalues_stand_in() -> None:
     q = Ritz(np.array([-4.0, 1.0, 3.0, 6.0, 10.0]), np.full(5, 0.2), np.array([0.001, 0.002, 2.0, 0.01, 0.001]))
     np.testing.assert_array_equal(known_top(q), [10.0, 6.0])  # 3 has not converged: what is below it has an unknown number
     assert stand_in(known_top(q), np.array([20.0, 12.0, 7.0, 5.0])) == {
-        "scale": pytest.approx(2), "top_error": pytest.approx(0), "top_count": 2
-    }  # fmt: skip
+        "scale": pytest.approx(2),
+        "top_error": pytest.approx(0),
+        "top_count": 2,
+    }
     none = Ritz(q.values, q.weights, np.full(5, 5.0))
     assert len(known_top(none)) == 0
     assert stand_in(known_top(none), np.array([20.0]))["top_count"] == 0

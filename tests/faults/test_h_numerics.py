@@ -53,16 +53,12 @@ def b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ],
     ids=["central", "forward", "bfloat16"],
 )
-def test_intervals_of_the_extremes_hold(
-    world: World, b: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
-) -> None:  # fmt: skip
+def test_intervals_of_the_extremes_hold(world: World, b: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     assert run(make_config(settings_b(*b, tmp_path / "run", **changes)), world) == 0
     result = result_of(tmp_path / "run")
     assert result["errors"]["ritz_ends"].keys() == {"lowest", "highest"}
     for end, name, right in ((0, "lambda_min", LOWEST_B), (-1, "lambda_max", HIGHEST_B)):
-        errors = [
-            probe["ritz_errors"][end] for probe in result["probes"] if probe["ritz_values"][end] == result[name]
-        ]
+        errors = [probe["ritz_errors"][end] for probe in result["probes"] if probe["ritz_values"][end] == result[name]]
         assert abs(result[name] - right) <= max(errors)
     lowest, highest = (result["errors"]["ritz_ends"][name] for name in ("lowest", "highest"))
     assert lowest["theta"] < 0 < highest["theta"]
@@ -116,8 +112,13 @@ def test_the_interval_of_the_trace_holds_for_any_number_of_probes(probes: int, s
 
 def _result(**errors: Any) -> dict[str, Any]:
     probe = {"ritz_values": [-1.0, 10.0], "ritz_weights": [0.5, 0.5], "ritz_residuals": [0.0, 0.0]}
-    return {"operator": {"name": "hessian", "dtype": "float32"}, "probes": [probe], "lambda_max": 10.0, "lambda_min": -1.0,
-            "errors": {"hvp_relative": 1e-4, "hvp_absolute": 1e-3, **errors}}  # fmt: skip
+    return {
+        "operator": {"name": "hessian", "dtype": "float32"},
+        "probes": [probe],
+        "lambda_max": 10.0,
+        "lambda_min": -1.0,
+        "errors": {"hvp_relative": 1e-4, "hvp_absolute": 1e-3, **errors},
+    }
 
 
 def test_asymmetry_beyond_the_products_error_is_a_caution() -> None:
@@ -149,9 +150,11 @@ def test_the_lower_end_of_a_positive_matrix_is_no_caution() -> None:
 # -- D11: a Hessian that is zero ---------------------------------------------------------------------------------------
 
 ZERO = {
-    "model__master_dtype": "float64", "model__compute_dtype": "float64", "parameters__include": ["model.layers.*"],
+    "model__master_dtype": "float64",
+    "model__compute_dtype": "float64",
+    "parameters__include": ["model.layers.*"],
     "lanczos__steps": 5,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +169,7 @@ def zero(b: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["finite_difference", "exact"])
-def test_a_hessian_that_is_zero_has_a_spectrum(
-    world: World, zero: tuple[Path, Path], tmp_path: Path, method: str
-) -> None:  # fmt: skip
+def test_a_hessian_that_is_zero_has_a_spectrum(world: World, zero: tuple[Path, Path], tmp_path: Path, method: str) -> None:
     studies = {"analysis__eigenpairs": 1, "analysis__trace": "hutch++", "analysis__diagonal": "xdiag"}
     settings = settings_b(*zero, tmp_path / "run", operator__method=method, **ZERO, **studies)
     assert run(make_config(settings), world) == 0
@@ -192,16 +193,23 @@ def test_check_of_a_hessian_that_is_zero(world: World, zero: tuple[Path, Path], 
 def test_a_step_over_a_kink_is_refused(world: World, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = config_b(vocab_size=24, hidden_size=8, intermediate_size=12, head_dim=4, rms_norm_eps=1e-6,
-                      tie_word_embeddings=True)  # fmt: skip
+    config = config_b(
+        vocab_size=24, hidden_size=8, intermediate_size=12, head_dim=4, rms_norm_eps=1e-6, tie_word_embeddings=True
+    )
     model = fill_b(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), spread=0.3)
     model.model.embed_tokens.weight.data[5] = 0.0  # an untrained, reserved token
     model.save_pretrained(tmp_path / "model")
     ids = np.random.default_rng(0).integers(6, 24, (4, 12))
     ids[1, 4] = 5
     np.save(tmp_path / "ids.npy", ids)
-    settings = settings_b(tmp_path / "model", tmp_path / "ids.npy", tmp_path / "run",
-                          data__sequence_length=12, data__sequences=4, lanczos__steps=30)  # fmt: skip
+    settings = settings_b(
+        tmp_path / "model",
+        tmp_path / "ids.npy",
+        tmp_path / "run",
+        data__sequence_length=12,
+        data__sequences=4,
+        lanczos__steps=30,
+    )
     with pytest.raises(NumericsError, match="differs from the exact one by .* set operator.method"):
         run(make_config(settings), world)
     settings["operator"], settings["run"] = {"method": "exact"}, {"out": str(tmp_path / "exact"), "report": False}
@@ -209,5 +217,3 @@ def test_a_step_over_a_kink_is_refused(world: World, tmp_path: Path) -> None:
     _, values = extremes(model, torch.from_numpy(ids))
     result = result_of(tmp_path / "exact")
     assert [result["lambda_min"], result["lambda_max"]] == pytest.approx(values, rel=1e-3)
-
-

@@ -44,8 +44,12 @@ def _gradient(model: ShardedModel, gradient: Gradient) -> None:
 
 
 FORWARDS: list[Callable[[ShardedModel, Gradient], None]] = [
-    _forward_measuring, _forward_without_a_graph, _forward_without_backward, _class_weights, _gradient,
-]  # fmt: skip
+    _forward_measuring,
+    _forward_without_a_graph,
+    _forward_without_backward,
+    _class_weights,
+    _gradient,
+]
 
 
 def _write(model: ShardedModel, target: torch.Tensor) -> None:

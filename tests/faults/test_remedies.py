@@ -31,12 +31,31 @@ _SCRIPT = re.compile(r"\b((?:launch|slurm|docs|benchmarks)/[\w./-]+\.(?:sh|md|to
 _EXTRA = re.compile(r"hpc-hess\[(\w+)\]")
 # what the sentences of other programs name: their own options
 _FOREIGN = {
-    "--no-deps", "--local-dir", "--mpi", "--mpi=pmix", "--include", "--output-dir", "--signal", "--test", "--nodes",
-    "--ntasks", "--ntasks-per-node", "--pty", "--export", "--revision", "--nproc-per-node", "--no-binary", "--overlap",
-}  # fmt: skip
+    "--no-deps",
+    "--local-dir",
+    "--mpi",
+    "--mpi=pmix",
+    "--include",
+    "--output-dir",
+    "--signal",
+    "--test",
+    "--nodes",
+    "--ntasks",
+    "--ntasks-per-node",
+    "--pty",
+    "--export",
+    "--revision",
+    "--nproc-per-node",
+    "--no-binary",
+    "--overlap",
+}
 _NOT_SETTINGS = {  # files, parameters, attributes in Python, checks of the intake
-    "model.safetensors", "model.layers", "operator.intake", "operator.notes", *CHECKS,
-}  # fmt: skip
+    "model.safetensors",
+    "model.layers",
+    "operator.intake",
+    "operator.notes",
+    *CHECKS,
+}
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -56,10 +75,12 @@ def texts() -> Iterator[Text]:
     for path in sorted((ROOT / "hpc_hess").rglob("*.py")):
         tree = ast.parse(path.read_text())
         docstrings = {
-            id(node.body[0].value) for node in ast.walk(tree)
+            id(node.body[0].value)
+            for node in ast.walk(tree)
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and node.body and isinstance(node.body[0], ast.Expr)
-        }  # fmt: skip
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
         joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
         inside = {id(inner) for node in joined for inner in ast.walk(node) if inner is not node}
         for node in ast.walk(tree):

@@ -229,9 +229,10 @@ def test_clean_an_unfinished_run(
 def test_clean_a_finished_run(
     place: Path, world: World, tmp_path: Path, whole: list[dict[str, Any]], driver: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, keeping = tmp_path / "run", {
-        "store__keep_basis": True, "analysis__eigenpairs": 1, "analysis__diagonal": "hutchinson", "analysis__samples": 6,
-    }  # fmt: skip
+    out, keeping = (
+        tmp_path / "run",
+        {"store__keep_basis": True, "analysis__eigenpairs": 1, "analysis__diagonal": "hutchinson", "analysis__samples": 6},
+    )
     assert run(settings(place, out, **keeping), world) == 0
     pairs = result_of(out)["eigenpairs"]["pairs"]
     (out / "studies" / "diagonal" / "pieces").mkdir()

@@ -26,12 +26,21 @@ RANKS = (1, 2)
 _LEFT_OUT = ("timing", "memory", "hardware", "versions", "world_size", "cautions", "digest")  # of a run, not of its matrix
 _LAYER = '["model.layers.1.self_attn.*", "model.layers.1.input_layernorm.weight", "model.norm.weight"]'
 _STUDIES = [
-    "analysis.eigenpairs=1", "analysis.most_products=14", "analysis.trace=hutch++", "analysis.diagonal=hutchinson",
-    "analysis.samples=6", "analysis.deflated_steps=3", "analysis.inverse=minres", "analysis.inverse_products=4",
-    'analysis.block_diagonal=["layer", "tensor", "head", "row"]', "analysis.block_samples=2",
-    "analysis.block_spectrum=layer", "analysis.block_steps=3", "analysis.columns=3",
+    "analysis.eigenpairs=1",
+    "analysis.most_products=14",
+    "analysis.trace=hutch++",
+    "analysis.diagonal=hutchinson",
+    "analysis.samples=6",
+    "analysis.deflated_steps=3",
+    "analysis.inverse=minres",
+    "analysis.inverse_products=4",
+    'analysis.block_diagonal=["layer", "tensor", "head", "row"]',
+    "analysis.block_samples=2",
+    "analysis.block_spectrum=layer",
+    "analysis.block_steps=3",
+    "analysis.columns=3",
     'analysis.sub_block=["model.norm.weight[:4]"]',
-]  # fmt: skip
+]
 _ALWAYS = ["data.sequences=3", "run.report=false", "store.keep_basis=true"]
 _SHORT = ["lanczos.steps=3", "lanczos.probes=1"]
 _EXACT = "operator.method=exact"
@@ -40,15 +49,22 @@ CASES: dict[str, list[str]] = {
     "differences": [f"parameters.include={_LAYER}", "lanczos.steps=4", *_STUDIES],
     "exact": [f"parameters.include={_LAYER}", _EXACT, "lanczos.steps=4", *_STUDIES],
     "gauss_newton": [
-        f"parameters.include={_LAYER}", _EXACT, "operator.kind=gauss_newton", *_SHORT, "analysis.class_groups=2",
-        "analysis.class_steps=4", "analysis.trace=xtrace", "analysis.diagonal=xdiag", "analysis.samples=6",
+        f"parameters.include={_LAYER}",
+        _EXACT,
+        "operator.kind=gauss_newton",
+        *_SHORT,
+        "analysis.class_groups=2",
+        "analysis.class_steps=4",
+        "analysis.trace=xtrace",
+        "analysis.diagonal=xdiag",
+        "analysis.samples=6",
     ],
     "residual": [_EXACT, "operator.kind=residual", *_SHORT],
     "fisher": [_EXACT, "operator.kind=fisher", *_SHORT, "analysis.trace=hutchinson", "analysis.samples=6"],
     "perplexity": ["operator.kind=perplexity", *_SHORT, "lanczos.reorthogonalise=2"],
     "forward": ["operator.scheme=forward", *_SHORT],
     "sketched": [_EXACT, "operator.sketched=true", "sketch.dimension=256", *_SHORT],
-}  # fmt: skip
+}
 
 
 def machine() -> dict[str, str]:

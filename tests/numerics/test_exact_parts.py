@@ -12,17 +12,7 @@ from hpc_hess.errors import ModelError, NumericsError
 from hpc_hess.model.sharded.loss import CallableObjective, shifted_targets
 from hpc_hess.model.sharded.precision import survives
 from hpc_hess.model.sharded.shard import whole_model
-from tests.support.exact_case import (
-    ToyBlock,
-    ToyLM,
-    case,
-    error,
-    micro_batches,
-    objective,
-    reference,
-    vectors,
-    widened,
-)
+from tests.support.exact_case import ToyBlock, ToyLM, case, error, micro_batches, objective, reference, vectors, widened
 from tests.support.toys import toy_model
 
 
@@ -65,11 +55,15 @@ def test_hessian_is_gauss_newton_plus_residual(name: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(way="reverse"), Settings(lock_step=False), Settings(keep_state=True), Settings(boundaries_on_host=True),
-        Settings(logit_budget=2000, projections="all"), Settings(projections="none"),
+        Settings(way="reverse"),
+        Settings(lock_step=False),
+        Settings(keep_state=True),
+        Settings(boundaries_on_host=True),
+        Settings(logit_budget=2000, projections="all"),
+        Settings(projections="none"),
     ],
     ids=["reverse", "one by one", "keep state", "host", "chunks, all products", "no product"],
-)  # fmt: skip
+)
 def test_settings_change_no_number(settings: Settings) -> None:
     model, loss = case("gemma3")
     vs = vectors(model, 3)
@@ -79,9 +73,7 @@ def test_settings_change_no_number(settings: Settings) -> None:
         assert max(error(f, e.data) for f, e in zip(found, expected, strict=True)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "include", [["model.layers.1.*"], ["lm_head*"], ["*embed*"], ["*layers.0.mlp*", "model.norm*"]]
-)
+@pytest.mark.parametrize("include", [["model.layers.1.*"], ["lm_head*"], ["*embed*"], ["*layers.0.mlp*", "model.norm*"]])
 def test_frozen_parameters_are_constants(include: list[str]) -> None:
     model, loss = case("llama_untied", include=include)
     u, v = vectors(model, 2)

@@ -89,9 +89,12 @@ def curvlinops_product(name: str, v: torch.Tensor, rows: int = 3) -> torch.Tenso
     parameters = list(dict(sorted(model.named_parameters())).values())
     batch = (data.input_ids, data.labels[:, 1:].flatten())
     operator = curvlinops.HessianLinearOperator(
-        _Logits(model, data.attention_mask), nn.CrossEntropyLoss(ignore_index=-100), parameters, [batch],
+        _Logits(model, data.attention_mask),
+        nn.CrossEntropyLoss(ignore_index=-100),
+        parameters,
+        [batch],
         check_deterministic=False,
-    )  # fmt: skip
+    )
     return operator @ v
 
 
@@ -182,10 +185,21 @@ def test_the_realised_step_is_what_is_divided_by(scheme: Scheme) -> None:
 # -- eigenvalues against the dense Hessian ---------------------------------------------------------------------------
 
 _SMALLER = {
-    "vocab_size": 20, "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 1, "head_dim": 4, "n_embd": 8,
-    "n_layer": 1, "ffn_dim": 10, "word_embed_proj_dim": 8, "moe_intermediate_size": 6,
-    "shared_expert_intermediate_size": 6, "query_pre_attn_scalar": 4, "max_position_embeddings": 16, "n_positions": 16,
-}  # fmt: skip
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "intermediate_size": 10,
+    "num_hidden_layers": 1,
+    "head_dim": 4,
+    "n_embd": 8,
+    "n_layer": 1,
+    "ffn_dim": 10,
+    "word_embed_proj_dim": 8,
+    "moe_intermediate_size": 6,
+    "shared_expert_intermediate_size": 6,
+    "query_pre_attn_scalar": 4,
+    "max_position_embeddings": 16,
+    "n_positions": 16,
+}
 
 
 def _smaller_config(name: str) -> Any:

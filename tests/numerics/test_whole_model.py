@@ -19,17 +19,7 @@ from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.model.sharded.shard import whole_model as wrap
 from hpc_hess.parallel.world import World
-from tests.support.exact_case import (
-    ToyBlock,
-    ToyLM,
-    case,
-    error,
-    micro_batches,
-    objective,
-    reference,
-    vectors,
-    widened,
-)
+from tests.support.exact_case import ToyBlock, ToyLM, case, error, micro_batches, objective, reference, vectors, widened
 from tests.support.odd_models import (
     Between,
     Detached,
@@ -242,9 +232,9 @@ def _outcome(world: World, kind: type[nn.Module], whole: bool) -> str:
     length = 6 if world.rank == 0 else 4 if kind is Varying else 5
     loss = objective([_cut(batch, length) for batch in micro_batches(3, 6)], 10)
     try:
-        operator = exact_or_whole(ExactHessian, model, loss, plain=plain) if whole else ExactHessian(
-            model, loss, plain=plain
-        )  # fmt: skip
+        operator = (
+            exact_or_whole(ExactHessian, model, loss, plain=plain) if whole else ExactHessian(model, loss, plain=plain)
+        )
     except HpcHessError as caught:
         world.barrier("all have failed together")
         return f"{type(caught).__name__}: {caught}"

@@ -45,7 +45,7 @@ POINTS = np.linspace(-31.3, 61.7, 47)  # none of them an eigenvalue
 ROUNDING = {
     "x": 10 * TOLERANCE,  # it is no better than asked for
     "wasserstein": 0.01,  # Ritz values of two probes at one eigenvalue differ by rounding, and the bound is taken there
-}  # fmt: skip
+}
 
 
 def spectrum() -> torch.Tensor:
@@ -113,13 +113,20 @@ def slq(operator: FunctionOperator) -> Found:
     smooth, shares = density(quadratures, points=400, width=1.0), cumulative(recurrences, POINTS, SIZE)
     negative, tiny = mass(recurrences, SIZE, below=-0.01), mass(recurrences, SIZE, above=-0.5, below=0.5)
     return {
-        **pair(quadrature_trace(quadratures, SIZE)), "grid": list(smooth.grid), "density": list(smooth.mean),
-        "band_low": list(smooth.band(SIZE)[0]), "band_high": list(smooth.band(SIZE)[1]),
-        "low": list(shares.low), "share": list(shares.mean), "high": list(shares.high),
-        "negative": [negative.low, negative.mean, negative.high], "tiny": [tiny.low, tiny.mean, tiny.high],
+        **pair(quadrature_trace(quadratures, SIZE)),
+        "grid": list(smooth.grid),
+        "density": list(smooth.mean),
+        "band_low": list(smooth.band(SIZE)[0]),
+        "band_high": list(smooth.band(SIZE)[1]),
+        "low": list(shares.low),
+        "share": list(shares.mean),
+        "high": list(shares.high),
+        "negative": [negative.low, negative.mean, negative.high],
+        "tiny": [tiny.low, tiny.mean, tiny.high],
         "wasserstein": wasserstein_a_posteriori(recurrences, SIZE),
-        "nodes": [x for q in quadratures for x in q.values], "weights": [x / PROBES for q in quadratures for x in q.weights],
-    }  # fmt: skip
+        "nodes": [x for q in quadratures for x in q.values],
+        "weights": [x / PROBES for q in quadratures for x in q.weights],
+    }
 
 
 def extreme_pairs(operator: FunctionOperator) -> Found:

@@ -20,13 +20,7 @@ from hpc_hess.parallel.world import World
 from tests.support.sharded import from_global
 from tests.support.spawn import run_ranks
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "embed": (37, 20),
-    "experts": (3, 12, 16),
-    "norm": (5,),
-    "scalar": (),
-    "w": (41, 11),
-}
+SHAPES: dict[str, tuple[int, ...]] = {"embed": (37, 20), "experts": (3, 12, 16), "norm": (5,), "scalar": (), "w": (41, 11)}
 STEPS = 12
 
 
@@ -72,9 +66,12 @@ def _counted(count: dict[str, int], name: str, function: Callable[..., Any]) -> 
 
 
 CASES: list[tuple[torch.dtype, int | str, str]] = [
-    (torch.float64, "full", "rademacher"), (torch.float64, "full", "gaussian"), (torch.float64, 4, "rademacher"),
-    (torch.float64, "none", "rademacher"), (torch.float32, "full", "rademacher"),
-]  # fmt: skip
+    (torch.float64, "full", "rademacher"),
+    (torch.float64, "full", "gaussian"),
+    (torch.float64, 4, "rademacher"),
+    (torch.float64, "none", "rademacher"),
+    (torch.float32, "full", "rademacher"),
+]
 
 
 def _run(world: World, case: tuple[torch.dtype, int | str, str]) -> tuple[list[float], list[float]]:
@@ -144,9 +141,7 @@ def test_one_process_finds_the_prescribed_spectrum() -> None:
     """The operator the ranks share is the one it is said to be."""
     state = lanczos(World.alone(), torch.float64, "full")
     space = state.operator.space
-    matrix = torch.stack(
-        [state.operator.matvec(space.wrap(row)).data for row in torch.eye(space.size, dtype=torch.float64)]
-    )
+    matrix = torch.stack([state.operator.matvec(space.wrap(row)).data for row in torch.eye(space.size, dtype=torch.float64)])
     torch.testing.assert_close(matrix, matrix.T, atol=1e-12, rtol=0)
     values = torch.linalg.eigvalsh(matrix)
     torch.testing.assert_close(values, spectrum(space.size).sort().values, atol=1e-11, rtol=0)

@@ -56,11 +56,16 @@ SUBSET = {"include": ["*mlp*", "*norm*"], "exclude": ["*down_proj*"]}
 EVERY = [Case(name) for name in TOYS]
 FEW = [
     *(Case(name, torch.float32) for name in ("llama", "gpt2", "mixtral")),
-    Case("mixtral", rows=1), Case("llama", rows=2),  # more ranks than rows
-    Case("llama", micro_batch=2), Case("gpt_oss", micro_batch=3),
-    Case("llama", checkpointing=True), Case("mixtral", checkpointing=True, hessian=True),
-    Case("llama", options=SUBSET, hessian=True), Case("qwen2_moe", options=SUBSET), Case("gpt_oss", hessian=True),
-]  # fmt: skip
+    Case("mixtral", rows=1),
+    Case("llama", rows=2),  # more ranks than rows
+    Case("llama", micro_batch=2),
+    Case("gpt_oss", micro_batch=3),
+    Case("llama", checkpointing=True),
+    Case("mixtral", checkpointing=True, hessian=True),
+    Case("llama", options=SUBSET, hessian=True),
+    Case("qwen2_moe", options=SUBSET),
+    Case("gpt_oss", hessian=True),
+]
 # what two ranks and three do differently: divide evenly or not, and which experts change their dimension
 CASES = {1: FEW[:3], 2: [*(Case(name) for name in ("gemma", "opt", *MOE)), *FEW], 3: [*EVERY, *FEW[:4]]}
 REPLICATED = [Case("llama", hessian=True), Case("qwen2_moe"), Case("mixtral", micro_batch=2), Case("gpt2", rows=3)]

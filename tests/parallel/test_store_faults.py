@@ -34,9 +34,7 @@ def test_one_job_at_a_time_and_a_dead_one_leaves_no_lock(tmp_path):
     for rank in range(2):
         wait_for(tmp_path / str(rank), processes)
     try:
-        with pytest.raises(
-            StoreError, match=rf"another job is using .*/run \(host .*pid {processes[0].pid}, .*2 ranks"
-        ):
+        with pytest.raises(StoreError, match=rf"another job is using .*/run \(host .*pid {processes[0].pid}, .*2 ranks"):
             RunLock.acquire(run_dir, ALONE, wait_s=0.2)
         os.kill(processes[1].pid, signal.SIGSTOP)  # a rank that outlives the first one and might still write
         os.kill(processes[0].pid, signal.SIGKILL)

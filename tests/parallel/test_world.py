@@ -47,9 +47,7 @@ def _agreement(world: World) -> dict[str, Any]:
     got["none"] = _outcome(lambda: body({}))
     got["one"] = _outcome(lambda: body({1: DataError("rank 1 has no data")}))
     got["two"] = _outcome(lambda: body({1: NumericsError("NaN on 1"), 2: ConfigError("bad key on 2")}))
-    got["direct"] = _outcome(
-        lambda: world.raise_together(ConfigError("the last") if rank == 2 else None, "raise_together")
-    )
+    got["direct"] = _outcome(lambda: world.raise_together(ConfigError("the last") if rank == 2 else None, "raise_together"))
     got["mesh"] = _outcome(lambda: world.make_mesh(2))
     world.make_mesh(3)
     got["place"] = (world.replica, world.shard_rank, world.shard_size, world.num_replicas)

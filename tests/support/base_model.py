@@ -24,10 +24,20 @@ def config_b(**changes: Any) -> Any:
     from transformers import LlamaConfig
 
     settings: dict[str, Any] = {
-        "vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": False,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_cache": False,
+    }
     return LlamaConfig(**{**settings, **changes})
 
 
@@ -100,9 +110,15 @@ def result_of(out: Path) -> dict[str, Any]:
 def command(*arguments: str | Path, timeout_s: float = 240, **variables: str) -> tuple[int, str]:
     """Run ``python -m hpc_hess ARGUMENTS`` as one process; return (exit code, everything it printed)."""
     done = subprocess.run(
-        [sys.executable, "-m", "hpc_hess", *map(str, arguments)], cwd=ROOT, env=environment(**variables),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "hpc_hess", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout_s,
+        check=False,
+    )
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 

@@ -12,9 +12,14 @@ from hpc_hess.parallel.world import World
 
 # q_proj: 3 heads of 2 rows; o_proj: 3 heads of 2 columns, sharded on its second dimension
 SHAPES: dict[str, tuple[int, ...]] = {
-    "embed.weight": (5, 2), "layers.0.norm.weight": (3,), "layers.0.attn.q_proj.weight": (6, 2), "scale": (),
-    "layers.1.attn.o_proj.weight": (3, 6), "layers.1.mlp.weight": (4, 3), "layers.1.norm.weight": (1,),
-}  # fmt: skip
+    "embed.weight": (5, 2),
+    "layers.0.norm.weight": (3,),
+    "layers.0.attn.q_proj.weight": (6, 2),
+    "scale": (),
+    "layers.1.attn.o_proj.weight": (3, 6),
+    "layers.1.mlp.weight": (4, 3),
+    "layers.1.norm.weight": (1,),
+}
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values())
 
 

@@ -26,11 +26,16 @@ def dense_hessian(module: nn.Module, objective: Objective, batch: int = 64) -> t
         count = min(batch, size - first)
         picks = torch.zeros(count, size, dtype=flat.dtype)
         picks[:, first : first + count] = torch.eye(count, dtype=flat.dtype)
-        rows = torch.autograd.grad(
-            flat, parameters, picks, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )  # fmt: skip
-        blocks.append(torch.cat([(torch.zeros(count, p.numel(), dtype=p.dtype) if r is None else r.reshape(count, -1))
-                                 for r, p in zip(rows, parameters, strict=True)], 1))  # fmt: skip
+        rows = torch.autograd.grad(flat, parameters, picks, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        blocks.append(
+            torch.cat(
+                [
+                    (torch.zeros(count, p.numel(), dtype=p.dtype) if r is None else r.reshape(count, -1))
+                    for r, p in zip(rows, parameters, strict=True)
+                ],
+                1,
+            )
+        )
     return torch.cat(blocks)
 
 
@@ -41,8 +46,7 @@ def hessian_product(module: nn.Module, objective: Objective, v: torch.Tensor) ->
     gradients = torch.autograd.grad(total, parameters, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradients])
     row = torch.autograd.grad(flat @ v, parameters, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1)
-                      for r, p in zip(row, parameters, strict=True)])  # fmt: skip
+    return torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(row, parameters, strict=True)])
 
 
 def matrix_of(operator: LinearOperator, batch: int = 64) -> np.ndarray:

@@ -15,8 +15,15 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 TOY = "launch/configs/toy.toml"
-SETTINGS = ["operator.method=exact", 'parameters.include=["*norm.weight"]', "lanczos.steps=4", "lanczos.probes=1",
-            "lanczos.reorthogonalise=2", "analysis.eigenpairs=1", "analysis.most_products=8"]  # fmt: skip
+SETTINGS = [
+    "operator.method=exact",
+    'parameters.include=["*norm.weight"]',
+    "lanczos.steps=4",
+    "lanczos.probes=1",
+    "lanczos.reorthogonalise=2",
+    "analysis.eigenpairs=1",
+    "analysis.most_products=8",
+]
 _PLACES = ("/proc", "/sys", "/dev/shm")
 _OF_OS = ("memfd_create", "posix_fadvise", "posix_fallocate", "pidfd_open", "copy_file_range", "splice", "eventfd")
 _OF_C = ("fallocate", "posix_fallocate", "mallopt", "malloc_trim", "prctl")

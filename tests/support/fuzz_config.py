@@ -20,13 +20,62 @@ from hpc_hess.registry.studies import STUDIES
 from hpc_hess.registry.table import load
 from tests.support.trying import Ended, try_apart
 
-_NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e308, 2**31, 2**32, 2**63 - 1, float("inf"),
-                       float("-inf"), float("nan")]  # fmt: skip
+_NUMBERS: list[Any] = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    0.0,
+    -0.0,
+    0.5,
+    -1.5,
+    1e-300,
+    1e308,
+    2**31,
+    2**32,
+    2**63 - 1,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+]
 _TEXTS = [
-    "", " ", "auto", "full", "none", "never", "must", "both", "x" * 300, "\u00e9\u4e2d\U0001f600", "a\nb", "../..", "/", "~",
-    "%s", "{}", "tokens:", "text:", "tokens:/nowhere.npy", "datasets:", "00:00:00", "99:99:99", "1-00:00:01",
-    "9" * 30 + ":00:00", "float16", "bfloat16", "float64", "cuda", "exact", "*", "[", "\\", "model.*[", "null",
-]  # fmt: skip
+    "",
+    " ",
+    "auto",
+    "full",
+    "none",
+    "never",
+    "must",
+    "both",
+    "x" * 300,
+    "\u00e9\u4e2d\U0001f600",
+    "a\nb",
+    "../..",
+    "/",
+    "~",
+    "%s",
+    "{}",
+    "tokens:",
+    "text:",
+    "tokens:/nowhere.npy",
+    "datasets:",
+    "00:00:00",
+    "99:99:99",
+    "1-00:00:01",
+    "9" * 30 + ":00:00",
+    "float16",
+    "bfloat16",
+    "float64",
+    "cuda",
+    "exact",
+    "*",
+    "[",
+    "\\",
+    "model.*[",
+    "null",
+]
 _LISTS: list[Any] = [[], [""], ["*"], [1], [[]], ["a", 2], ["layer", "head"], ["model.norm.weight[0]"], ["x[1:2, :]"], ["["]]
 _OTHERS: list[Any] = [True, False, {}, {"a": 1}, {"step": {"a": 1}}]
 VALUES = [*_NUMBERS, *_TEXTS, *_LISTS, *_OTHERS]
@@ -42,8 +91,9 @@ class Case(NamedTuple):
 _DEFAULTS: dict[str, dict[str, Any]] = {name: table().model_dump() for name, table in sections().items()}
 _DEFAULTS["analysis"] = {  # what the studies' keys were called
     former: settings.model_fields[key].default
-    for settings in (load(spec.settings) for spec in STUDIES.values()) for key, former in settings.former.items()
-}  # fmt: skip
+    for settings in (load(spec.settings) for spec in STUDIES.values())
+    for key, former in settings.former.items()
+}
 _KEYS = [(section, key) for section, values in _DEFAULTS.items() for key in values]
 
 
@@ -109,8 +159,19 @@ def _option(rng: random.Random) -> str:
     section, key = rng.choice(_KEYS)
     value = _value(rng, section, key)
     text = rng.choice([json.dumps(value), str(value), f"{value!r}"])
-    return rng.choice([f"{section}.{key}={text}"] * 6 + [f"{section}={text}", f"{key}={text}", f"{section}.{key}", text,
-                       f"{section}.{key}.x={text}", f"{section}.{key}={text}\n", f".{key}={text}", ""])  # fmt: skip
+    return rng.choice(
+        [f"{section}.{key}={text}"] * 6
+        + [
+            f"{section}={text}",
+            f"{key}={text}",
+            f"{section}.{key}",
+            text,
+            f"{section}.{key}.x={text}",
+            f"{section}.{key}={text}\n",
+            f".{key}={text}",
+            "",
+        ]
+    )
 
 
 def cases(base: dict[str, Any], seed: int, count: int) -> Iterator[Case]:
@@ -130,11 +191,14 @@ def cases(base: dict[str, Any], seed: int, count: int) -> Iterator[Case]:
 def toy_base(folder: Path) -> dict[str, Any]:
     """A configuration that runs in a second, on the toy in ``folder``; what it says is often mutated."""
     return {
-        "model": {"source": str(folder / "model")}, "parameters": {"include": ["model.norm.weight"]},
+        "model": {"source": str(folder / "model")},
+        "parameters": {"include": ["model.norm.weight"]},
         "data": {"source": f"tokens:{folder / 'tokens.npy'}", "sequence_length": 12, "sequences": 2},
-        "operator": {"method": "exact", "check": False}, "lanczos": {"steps": 2, "probes": 1},
-        "parallel": {"device": "cpu"}, "run": {"out": str(folder / "run"), "report": False},
-    }  # fmt: skip
+        "operator": {"method": "exact", "check": False},
+        "lanczos": {"steps": 2, "probes": 1},
+        "parallel": {"device": "cpu"},
+        "run": {"out": str(folder / "run"), "report": False},
+    }
 
 
 def read(path: Path, case: Case) -> Config | None:
@@ -152,11 +216,16 @@ def read(path: Path, case: Case) -> Config | None:
 def try_run(config: Config, out: Path, world: World, limit_s: float = 60.0) -> Ended:
     """Run what was accepted, in a process and a directory of its own: for so many steps and sequences as are few."""
     few = {
-        "lanczos": {"steps": 4, "probes": 3}, "data": {"sequences": 8, "sequence_length": 32},
-        "eigenpairs": {"count": 3, "most_products": 20}, "trace": {"samples": 8}, "diagonal": {"samples": 8},
-        "deflated": {"steps": 8}, "inverse": {"products": 8}, "block_diagonal": {"samples": 4, "steps": 4},
+        "lanczos": {"steps": 4, "probes": 3},
+        "data": {"sequences": 8, "sequence_length": 32},
+        "eigenpairs": {"count": 3, "most_products": 20},
+        "trace": {"samples": 8},
+        "diagonal": {"samples": 8},
+        "deflated": {"steps": 8},
+        "inverse": {"products": 8},
+        "block_diagonal": {"samples": 4, "steps": 4},
         "class_structure": {"steps": 4},
-    }  # fmt: skip
+    }
 
     def limited(name: str, table: Any) -> Any:
         return table.model_copy(update={key: min(getattr(table, key), most) for key, most in few.get(name, {}).items()})

@@ -125,14 +125,23 @@ def bases(folder: Path, world: World) -> list[Base]:
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, size=300))
     found = []
     for name, steps, driver in (("finished", 1000, "files"), ("probe", 6, "mpio"), ("study", 16, "files")):
-        config = make_config({
-            "model": {"source": str(folder / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-            "parameters": {"include": ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]},
-            "operator": {"step": 1e-3, "check": False}, "lanczos": {"steps": 4, "probes": 2},
-            "data": {"source": f"tokens:{folder / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
-            "analysis": {"eigenpairs": 1, "tolerance": 1e-2, "most_products": 5, "trace": "hutchinson", "samples": 6},
-            "store": {"keep_basis": name == "probe"}, "run": {"out": str(folder / name), "report": False},
-        })  # fmt: skip
+        config = make_config(
+            {
+                "model": {"source": str(folder / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
+                "parameters": {"include": ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]},
+                "operator": {"step": 1e-3, "check": False},
+                "lanczos": {"steps": 4, "probes": 2},
+                "data": {
+                    "source": f"tokens:{folder / 'tokens.npy'}",
+                    "sequence_length": 12,
+                    "sequences": 4,
+                    "micro_batch": 4,
+                },
+                "analysis": {"eigenpairs": 1, "tolerance": 1e-2, "most_products": 5, "trace": "hutchinson", "samples": 6},
+                "store": {"keep_basis": name == "probe"},
+                "run": {"out": str(folder / name), "report": False},
+            }
+        )
         # one process can write one file without MPI, but creates rank files unless told
         with mock.patch("hpc_hess.storage.store.choose_driver", lambda *_, driver=driver: driver):
             code = stopped_after(config, world, steps)

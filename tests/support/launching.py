@@ -32,9 +32,15 @@ def launch(script: str, *arguments: str | Path, **variables: str) -> subprocess.
     """Start ``bash launch/SCRIPT ARGUMENTS`` at the repository root, in a process group of its own."""
     command = ["bash", f"launch/{script}", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(**variables), text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment(**variables),
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 @contextmanager

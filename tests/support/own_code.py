@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.support.base_model import config_b, fill_b
 
-SCALED = '''
+SCALED = """
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,7 +38,7 @@ class ScaledForCausalLM(LlamaForCausalLM):
         out = super().forward(*args, **kwargs)
         out.logits = out.logits * self.factor
         return out
-'''
+"""
 
 
 def save_own(
@@ -49,7 +49,8 @@ def save_own(
     text = code.replace("SHAPE", repr(shape))
     (directory / "modeling_own.py").write_text(text)
     values = config_b(**config).to_dict() | {
-        "auto_map": {"AutoModelForCausalLM": f"modeling_own.{name}"}, "architectures": [name],
+        "auto_map": {"AutoModelForCausalLM": f"modeling_own.{name}"},
+        "architectures": [name],
     }
     (directory / "config.json").write_text(json.dumps(values))
     space: dict[str, type] = {}

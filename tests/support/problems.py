@@ -38,9 +38,14 @@ def products(world: World, settings: dict[str, Any]) -> dict[str, Any]:
     by_differences = build_operator(config, problem, loss, gradient, None).matvec(v)
     exact = exact_operator(config, problem)
     return {
-        "loss": loss, "size": problem.space.size, "intake": problem.intake.to_json(), "gradient": send(gradient),
-        "differences": send(by_differences), "exact": send(exact.matvec(v)), "notes": exact.notes,
-    }  # fmt: skip
+        "loss": loss,
+        "size": problem.space.size,
+        "intake": problem.intake.to_json(),
+        "gradient": send(gradient),
+        "differences": send(by_differences),
+        "exact": send(exact.matvec(v)),
+        "notes": exact.notes,
+    }
 
 
 def direction(size: int) -> torch.Tensor:

@@ -56,18 +56,37 @@ def make_result(eigenvalues: np.ndarray, steps: int = 12, probes: int = 1, **mor
         alpha, beta = lanczos(eigenvalues, steps, k)
         q = ritz(alpha, beta)
         quadratures.append(q)
-        entries.append({"seed": 5, "probe": k, "alpha": alpha, "beta": beta, "ritz_values": q.values.tolist(),
-                        "ritz_weights": q.weights.tolist(), "ritz_residuals": q.residuals.tolist()})  # fmt: skip
+        entries.append(
+            {
+                "seed": 5,
+                "probe": k,
+                "alpha": alpha,
+                "beta": beta,
+                "ritz_values": q.values.tolist(),
+                "ritz_weights": q.weights.tolist(),
+                "ritz_residuals": q.residuals.tolist(),
+            }
+        )
     estimate = trace(quadratures, len(eigenvalues))
     return {
-        "format": 1, "num_params": len(eigenvalues), "world_size": 2, "model": {"name": "toy", "kind": "random"},
-        "data": {"tokens": 512, "sequences": 4}, "operator": {"name": "hessian", "scheme": "central"}, "steps": steps,
-        "probes": entries, "lambda_max": max(float(q.values[-1]) for q in quadratures),
+        "format": 1,
+        "num_params": len(eigenvalues),
+        "world_size": 2,
+        "model": {"name": "toy", "kind": "random"},
+        "data": {"tokens": 512, "sequences": 4},
+        "operator": {"name": "hessian", "scheme": "central"},
+        "steps": steps,
+        "probes": entries,
+        "lambda_max": max(float(q.values[-1]) for q in quadratures),
         "lambda_min": min(float(q.values[0]) for q in quadratures),
-        "trace": {"mean": estimate.mean, "stderr": estimate.stderr}, "errors": {"symmetry": 1e-4, "repeat": 0.0},
+        "trace": {"mean": estimate.mean, "stderr": estimate.stderr},
+        "errors": {"symmetry": 1e-4, "repeat": 0.0},
         "timing": {"gradient_s": 6.5, "hvp_s": 13.4, "lanczos_s": 0.31, "checkpoint_s": 0.6},
-        "memory": {"peak_bytes": 3 << 30}, "hardware": {"device": "cpu"}, "versions": {"torch": "2.13.0"}, **more,
-    }  # fmt: skip
+        "memory": {"peak_bytes": 3 << 30},
+        "hardware": {"device": "cpu"},
+        "versions": {"torch": "2.13.0"},
+        **more,
+    }
 
 
 def make_events(result: dict[str, Any]) -> list[dict[str, Any]]:

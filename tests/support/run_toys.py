@@ -13,11 +13,21 @@ from hpc_hess.session.stopping import Stopper
 
 TOY = Path(__file__).parents[2] / "launch" / "configs" / "toy.toml"
 SETTINGS = [
-    "data.sequences=2", "operator.method=exact", 'parameters.include=["*norm.weight"]', "lanczos.steps=6",
-    "analysis.eigenpairs=1", "analysis.tolerance=1e-9", "analysis.most_products=60", "analysis.trace=hutch++",
-    "analysis.diagonal=hutchinson", "analysis.samples=9", "analysis.columns=1", "store.keep_basis=true",
-    'analysis.sub_block=["model.norm.weight[:3]"]', "run.report=false",
-]  # fmt: skip
+    "data.sequences=2",
+    "operator.method=exact",
+    'parameters.include=["*norm.weight"]',
+    "lanczos.steps=6",
+    "analysis.eigenpairs=1",
+    "analysis.tolerance=1e-9",
+    "analysis.most_products=60",
+    "analysis.trace=hutch++",
+    "analysis.diagonal=hutchinson",
+    "analysis.samples=9",
+    "analysis.columns=1",
+    "store.keep_basis=true",
+    'analysis.sub_block=["model.norm.weight[:3]"]',
+    "run.report=false",
+]
 _HALF = 60  # products and steps after which the half-finished one was stopped: in the study of the diagonal
 
 

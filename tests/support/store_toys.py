@@ -68,12 +68,15 @@ def coefficients(probe: int, steps: int) -> tuple[NDArray[np.float64], NDArray[n
 def create(run_dir: Path, world: World, shapes: dict[str, tuple[int, ...]] = SHAPES, **changes: Any) -> Store:
     layout = layout_for(world.shard_size, shapes)
     options: dict[str, Any] = {
-        "driver": "files", "probes": 2, "steps": 6, "rows": 6, "keep_basis": False, "dtype": "float32",
+        "driver": "files",
+        "probes": 2,
+        "steps": 6,
+        "rows": 6,
+        "keep_basis": False,
+        "dtype": "float32",
         "attributes": {"config": {"lanczos": {"steps": 6}}},
-    }  # fmt: skip
-    return Store.create(
-        run_dir, layout=layout, shard=layout.shard(world.shard_rank), world=world, **(options | changes)
-    )
+    }
+    return Store.create(run_dir, layout=layout, shard=layout.shard(world.shard_rank), world=world, **(options | changes))
 
 
 def reopen(run_dir: Path, world: World, shapes: dict[str, tuple[int, ...]] = SHAPES, **changes: Any) -> Store:

@@ -103,8 +103,11 @@ def own_model(path: Path, model_type: str = "mine") -> None:
         "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
     )
     (path / "part.py").write_text("SCALE = 1\n")
-    edit_config(path, model_type=model_type, auto_map={
-        "AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"})  # fmt: skip
+    edit_config(
+        path,
+        model_type=model_type,
+        auto_map={"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"},
+    )
 
 
 def save_wide(path: Path) -> None:

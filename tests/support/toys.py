@@ -22,31 +22,52 @@ def _build(module: str, name: str, **settings: Any) -> Any:
 
 def _llama_like(**settings: Any) -> dict[str, Any]:
     shared = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": MAX_POSITIONS, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": False,
+    }
     return {**shared, **settings}
 
 
 _YARN = {
-    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 2.0, "original_max_position_embeddings": 32,
-    "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
 
 # Three layers, odd sizes where an architecture allows them: uneven shards are the rule here, not the exception.
 TOYS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _build("llama", "LlamaConfig", **_llama_like(tie_word_embeddings=True)),
     "llama_untied": lambda: _build("llama", "LlamaConfig", **_llama_like(num_hidden_layers=3, intermediate_size=25)),
-    "gpt2": lambda: _build(
-        "gpt2", "GPT2Config", n_embd=16, n_layer=2, n_head=2, n_positions=MAX_POSITIONS, resid_pdrop=0.1
-    ),
+    "gpt2": lambda: _build("gpt2", "GPT2Config", n_embd=16, n_layer=2, n_head=2, n_positions=MAX_POSITIONS, resid_pdrop=0.1),
     "gpt_neox": lambda: _build(
-        "gpt_neox", "GPTNeoXConfig", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False,
+        "gpt_neox",
+        "GPTNeoXConfig",
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
     ),
     "opt": lambda: _build(
-        "opt", "OPTConfig", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24,
-        max_position_embeddings=MAX_POSITIONS, word_embed_proj_dim=16,
+        "opt",
+        "OPTConfig",
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=24,
+        max_position_embeddings=MAX_POSITIONS,
+        word_embed_proj_dim=16,
     ),
     "qwen2": lambda: _build("qwen2", "Qwen2Config", **_llama_like()),
     "qwen3": lambda: _build("qwen3", "Qwen3Config", **_llama_like(tie_word_embeddings=True)),
@@ -61,18 +82,19 @@ TOYS: dict[str, Callable[[], Any]] = {
         "mixtral", "MixtralConfig", **_llama_like(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
     ),
     "qwen2_moe": lambda: _build(
-        "qwen2_moe", "Qwen2MoeConfig",
-        **_llama_like(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12,
-                      shared_expert_intermediate_size=20),
+        "qwen2_moe",
+        "Qwen2MoeConfig",
+        **_llama_like(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=20),
     ),
     "qwen3_moe": lambda: _build(
         "qwen3_moe", "Qwen3MoeConfig", **_llama_like(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
     ),
     "gpt_oss": lambda: _build(
-        "gpt_oss", "GptOssConfig", **_llama_like(num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
-                                     rope_parameters=_YARN)
+        "gpt_oss",
+        "GptOssConfig",
+        **_llama_like(num_local_experts=4, num_experts_per_tok=2, sliding_window=8, rope_parameters=_YARN),
     ),
-}  # fmt: skip
+}
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 # Globs of a few of the two-layer Llama's parameters: their Hessian can be taken whole.
 ONLY = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]

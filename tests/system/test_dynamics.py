@@ -40,8 +40,10 @@ def settings(toy: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 2},
-        "operator": {"method": "exact"}, "lanczos": {"steps": 6}, "run": {"grace_s": 0.0, "report": False},
-    }  # fmt: skip
+        "operator": {"method": "exact"},
+        "lanczos": {"steps": 6},
+        "run": {"grace_s": 0.0, "report": False},
+    }
     return make_config(values, list(overrides))
 
 
@@ -126,10 +128,12 @@ def test_the_first_checkpoint_is_the_model(world: World, toy: Path, trained: Pat
 
 def saved_and_read(world: World, toy: Path, source: Path, out: Path) -> list[str]:
     """Names of parameters that differ after a model was written and read again, on these ranks."""
-    config = make_config({
-        "model": {"source": str(source), "attention": "eager"},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
-    })  # fmt: skip
+    config = make_config(
+        {
+            "model": {"source": str(source), "attention": "eager"},
+            "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
+        }
+    )
     world.make_mesh(1)
     model = load_problem(config, world, Progress(0)).model
     model.write_parameters(model.read_parameters().mul_(-1.0))  # zeros become -0.0
@@ -170,8 +174,25 @@ def start_training(toy: Path, out: Path) -> subprocess.Popen[bytes]:
     """200 steps of AdamW in a process of its own."""
     config = out.with_suffix(".toml")
     config.write_text(settings(toy).to_toml())
-    command = [sys.executable, "-m", "hpc_hess", "finetune", str(config), "--steps", "200", "--batch", "3", "--out", out,
-               "--learning-rate", "1e-3", "--optimizer", "adamw", "--save-at", "40"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "hpc_hess",
+        "finetune",
+        str(config),
+        "--steps",
+        "200",
+        "--batch",
+        "3",
+        "--out",
+        out,
+        "--learning-rate",
+        "1e-3",
+        "--optimizer",
+        "adamw",
+        "--save-at",
+        "40",
+    ]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -30,11 +30,13 @@ pytestmark = pytest.mark.slow
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "parameters": {"include": ONLY}, "operator": {"method": "exact"},
+        "parameters": {"include": ONLY},
+        "operator": {"method": "exact"},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 2},
-        "lanczos": {"steps": 40}, "analysis": {"eigenpairs": 3, "tolerance": 1e-7},
+        "lanczos": {"steps": 40},
+        "analysis": {"eigenpairs": 3, "tolerance": 1e-7},
         "run": {"out": str(out), "grace_s": 0.0, "report": False},
-    }  # fmt: skip
+    }
     return make_config(values, list(overrides))
 
 

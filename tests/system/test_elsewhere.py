@@ -21,9 +21,14 @@ NOTE = "not on Linux: disk space is neither reserved ahead nor given back row by
 
 def _complete(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=500,
-    )  # fmt: skip
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
 
 
 def _numbers(out: Path) -> dict[str, Any]:

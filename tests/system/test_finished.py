@@ -15,11 +15,17 @@ from hpc_hess.parallel.world import World
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
-    return make_config({
-        "model": {"source": str(toy / "model")}, "parameters": {"include": ["model.norm.weight"]},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
-        "lanczos": {"steps": 3}, "studies": {"trace": {"method": "hutchinson", "samples": 6}}, "run": {"out": str(out)},
-    }, list(overrides))  # fmt: skip
+    return make_config(
+        {
+            "model": {"source": str(toy / "model")},
+            "parameters": {"include": ["model.norm.weight"]},
+            "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
+            "lanczos": {"steps": 3},
+            "studies": {"trace": {"method": "hutchinson", "samples": 6}},
+            "run": {"out": str(out)},
+        },
+        list(overrides),
+    )
 
 
 @pytest.fixture

@@ -92,10 +92,13 @@ def other_hdf5(run_dir: Path, probe: int, step: int) -> tuple[str, list]:
         "store_toys.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(run_dir), "files", str(probe), str(step)], cwd=ROOT, text=True,
-        env=clean_environment() | {"PYTHONPATH": os.pathsep.join([str(WHEEL), str(ROOT)])}, capture_output=True,
+        [sys.executable, "-c", program, str(run_dir), "files", str(probe), str(step)],
+        cwd=ROOT,
+        text=True,
+        env=clean_environment() | {"PYTHONPATH": os.pathsep.join([str(WHEEL), str(ROOT)])},
+        capture_output=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     version, state = done.stdout.split("\n")[:2]
     return version, json.loads(state)

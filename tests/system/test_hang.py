@@ -36,8 +36,19 @@ def test_a_rank_that_is_stopped_is_named(tmp_path: Path, script: str) -> None:
     assert re.search(r"rank 1 has not been heard of for \d+ s, then was in '[^']+' for \d+ s", output), output
     assert "Traceback" not in output
     before = steps_done(out)
-    code, output = complete(script, "-n", "3", TOY, "--set", "lanczos.probes=1", "--set", f"run.out={out}",
-                            *LONG, "--set", "run.time_limit=00:00:01")  # fmt: skip
+    code, output = complete(
+        script,
+        "-n",
+        "3",
+        TOY,
+        "--set",
+        "lanczos.probes=1",
+        "--set",
+        f"run.out={out}",
+        *LONG,
+        "--set",
+        "run.time_limit=00:00:01",
+    )
     assert code == 75, output
     assert f"going on with probe 1 after step {before}" in output or f"after step {before - 1}" in output
 

@@ -38,9 +38,13 @@ def toy(out: Path, *overrides: str) -> Config:
     values = [
         f"model.source={ROOT / 'launch/configs/toy_llama/config.json'}",
         f"data.source=tokens:{ROOT / 'launch/data/toy_tokens.npy'}",
-        "data.sequences=2", "operator.method=exact", "lanczos.probes=3", "lanczos.steps=5",
-        "parallel.device=cpu", f"run.out={out}",
-    ]  # fmt: skip
+        "data.sequences=2",
+        "operator.method=exact",
+        "lanczos.probes=3",
+        "lanczos.steps=5",
+        "parallel.device=cpu",
+        f"run.out={out}",
+    ]
     return load_config(ROOT / "launch/configs/toy.toml", [*values, *overrides])
 
 

@@ -54,10 +54,13 @@ def facts(found: Mapping[str, Any]) -> str:
 
 
 VIEW = SimpleNamespace(
-    TITLE="Rayleigh quotients", HEADERS=["Vector", "Quotient"], facts=facts, size=lambda found: None,
+    TITLE="Rayleigh quotients",
+    HEADERS=["Vector", "Quotient"],
+    facts=facts,
+    size=lambda found: None,
     table=lambda found: [[str(k), f"{x:.3g}"] for k, x in enumerate(found["values"])],
     lines=lambda found: [f"quotients from {min(found['values']):.3g} to {max(found['values']):.3g}"],
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -68,12 +71,18 @@ def registered() -> Iterator[None]:
 
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
-    return make_config({
-        "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "parameters": {"include": ["model.norm.weight"]}, "operator": {"method": "exact"}, "lanczos": {"steps": 32},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
-        "store": {"keep_basis": True}, "run": {"out": str(out), "report": False},
-    }, list(overrides))  # fmt: skip
+    return make_config(
+        {
+            "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
+            "parameters": {"include": ["model.norm.weight"]},
+            "operator": {"method": "exact"},
+            "lanczos": {"steps": 32},
+            "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
+            "store": {"keep_basis": True},
+            "run": {"out": str(out), "report": False},
+        },
+        list(overrides),
+    )
 
 
 @pytest.mark.usefixtures("registered")

@@ -48,19 +48,34 @@ def traced_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shape") / "config.json"
-    path.write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 512, "tie_word_embeddings": False,
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "hidden_size": HIDDEN,
+                "intermediate_size": INNER,
+                "num_hidden_layers": LAYERS,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "vocab_size": VOCABULARY,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+            }
+        )
+    )
     return path
 
 
 def settings(source: Path, **sections: Any) -> Config:
-    return make_config({
-        "model": {"source": str(source)}, "data": {"sequences": 8, "sequence_length": LENGTH, "micro_batch": 2},
-        "operator": {"check": False} | sections.pop("operator", {}), **sections,
-    })  # fmt: skip
+    return make_config(
+        {
+            "model": {"source": str(source)},
+            "data": {"sequences": 8, "sequence_length": LENGTH, "micro_batch": 2},
+            "operator": {"check": False} | sections.pop("operator", {}),
+            **sections,
+        }
+    )
 
 
 def flops_of_a_gradient(tokens: int) -> float:
@@ -103,11 +118,20 @@ def test_exact_products_and_probes_in_lock_step(source: Path, ranks: int) -> Non
 @pytest.mark.parametrize("method", ["finite_difference", "exact"])
 def test_a_run_counts_the_operations_that_were_planned(source: Path, tmp_path: Path, method: str) -> None:
     np.save(tmp_path / "tokens.npy", np.arange(8 * LENGTH) % VOCABULARY)
-    config = make_config({
-        "model": {"source": str(source)}, "lanczos": {"steps": 2}, "operator": {"method": method, "check": False},
-        "data": {"source": f"tokens:{tmp_path / 'tokens.npy'}", "sequences": 8, "sequence_length": LENGTH, "micro_batch": 2},
-        "run": {"out": str(tmp_path / "run")},
-    })  # fmt: skip
+    config = make_config(
+        {
+            "model": {"source": str(source)},
+            "lanczos": {"steps": 2},
+            "operator": {"method": method, "check": False},
+            "data": {
+                "source": f"tokens:{tmp_path / 'tokens.npy'}",
+                "sequences": 8,
+                "sequence_length": LENGTH,
+                "micro_batch": 2,
+            },
+            "run": {"out": str(tmp_path / "run")},
+        }
+    )
     world = World.join("cpu", 60.0)
     assert run(config, world) == 0
     world.leave()
@@ -129,10 +153,18 @@ def test_micro_batches_are_counted_and_not_traced(source: Path) -> None:
 
 def test_experts_get_even_shares(tmp_path: Path) -> None:
     shape = {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 256,
-        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 256,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     found = planning.trace(settings(tmp_path / "config.json"), 1, 1)
     weights = 2 * (4 * 64 * 64 + 64 * 8 + 2 * 3 * 64 * 128) + 256 * 64

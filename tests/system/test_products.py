@@ -213,9 +213,7 @@ def checked(config: Any, world: World) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def test_check_of_finite_differences(
-    world: World, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_of_finite_differences(world: World, toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = checked(settings(toys, tmp_path), world)
     assert [v["name"] for v in found["vectors"]] == ["probe", "Ritz vector"]
     for vector in found["vectors"]:

@@ -60,10 +60,15 @@ def test_eigenvalues_match_the_dense_hessian(world: World, toy: Path, tmp_path: 
     only = ["model.layers.0.*layernorm.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
     config = make_config(
         settings(
-            toy, tmp_path / "run", model__master_dtype="float64", model__compute_dtype="float64", lanczos__steps=60,
-            lanczos__probes=1, parameters__include=only,
+            toy,
+            tmp_path / "run",
+            model__master_dtype="float64",
+            model__compute_dtype="float64",
+            lanczos__steps=60,
+            lanczos__probes=1,
+            parameters__include=only,
         )
-    )  # fmt: skip
+    )
     assert run(config, world) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
 
@@ -99,8 +104,22 @@ def test_stable_keys_and_files(world: World, toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(make_config(settings(toy, out, run__report=True)), world) == 0
     result = json.loads((out / "result.json").read_text())
-    assert {"format", "num_params", "world_size", "model", "data", "operator", "steps", "probes", "lambda_max",
-            "lambda_min", "trace", "errors", "timing", "memory"} <= result.keys()  # fmt: skip
+    assert {
+        "format",
+        "num_params",
+        "world_size",
+        "model",
+        "data",
+        "operator",
+        "steps",
+        "probes",
+        "lambda_max",
+        "lambda_min",
+        "trace",
+        "errors",
+        "timing",
+        "memory",
+    } <= result.keys()
     assert {"seed", "alpha", "beta", "ritz_values", "ritz_weights", "ritz_residuals"} <= result["probes"][0].keys()
     assert {"gradient_s", "hvp_s", "lanczos_s", "checkpoint_s"} <= result["timing"].keys()
     assert len(result["probes"]) == 2
@@ -134,7 +153,7 @@ PLACES = {
     "bfloat16": ["lanczos__basis_dtype=bfloat16"],
     "bfloat16 on disk": ["lanczos__basis_dtype=bfloat16", "lanczos__basis_memory=disk"],
     "in lock-step on disk": ["lanczos__basis_memory=disk", "operator__method=exact", "lanczos__lock_step=2"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -213,7 +232,7 @@ BAD: list[tuple[dict[str, Any], type[HpcHessError], str]] = [
     ({"run__resume": "must"}, StoreError, "no run to go on with"),
     ({"store__driver": "mpio"}, StoreError, "mpirun"),
     ({"operator__step": 1e-30}, NumericsError, "operator.step"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "kind", "words"), BAD, ids=lambda x: next(iter(x)) if isinstance(x, dict) else None)

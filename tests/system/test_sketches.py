@@ -46,8 +46,10 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 7, "micro_batch": 4},
-        "operator": {"method": "exact", "check": False}, "sketch": {"dimension": 256}, "run": {"out": str(out)},
-    }  # fmt: skip
+        "operator": {"method": "exact", "check": False},
+        "sketch": {"dimension": 256},
+        "run": {"out": str(out)},
+    }
     return make_config(values, list(overrides))
 
 
@@ -164,9 +166,11 @@ def test_a_query_of_an_example_finds_it(
     attribution.build(config, world)
     np.save(tmp_path / "query.npy", np.load(toy / "tokens.npy")[36:48])  # example 3
     asked = attribution.Query(
-        data=f"tokens:{tmp_path / 'query.npy'}", top=3, precondition=precondition,  # type: ignore[arg-type]
+        data=f"tokens:{tmp_path / 'query.npy'}",
+        top=3,
+        precondition=precondition,  # type: ignore[arg-type]
         damping=10.0 if precondition == "hessian" else None,
-    )  # fmt: skip
+    )
     assert attribution.query(config, world, asked) == 0
     record = json.loads((tmp_path / "attribution.json").read_text())
     assert record["top"][0]["id"] == 3
@@ -270,9 +274,18 @@ def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SEARCH = Search(
-    smallest=1, largest=64, every=10, delta=0.02, share=0.5, baseline_steps=30, baseline_rate=0.02, learning_rate=0.05,
-    batch=8, held_out=6, metric="loss",
-)  # fmt: skip
+    smallest=1,
+    largest=64,
+    every=10,
+    delta=0.02,
+    share=0.5,
+    baseline_steps=30,
+    baseline_rate=0.02,
+    learning_rate=0.05,
+    batch=8,
+    held_out=6,
+    metric="loss",
+)
 
 
 def test_an_intrinsic_dimension_is_found_and_checked(

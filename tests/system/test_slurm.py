@@ -47,9 +47,13 @@ class Cluster:
 
     def call(self, *command: str | Path, timeout_s: float = 120, **variables: str) -> str:
         done = subprocess.run(
-            [*map(str, command)], cwd=ROOT, env=environment(**self.variables, **variables), capture_output=True, text=True,
+            [*map(str, command)],
+            cwd=ROOT,
+            env=environment(**self.variables, **variables),
+            capture_output=True,
+            text=True,
             timeout=timeout_s,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -67,8 +71,9 @@ class Cluster:
     def wait(self, number: str, timeout_s: float = 300) -> dict[str, str]:
         wait_until(
             lambda: self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"),
-            f"job {number} ends", timeout_s,
-        )  # fmt: skip
+            f"job {number} ends",
+            timeout_s,
+        )
         return self.job(number)
 
     def requeued(self, number: str, times: int) -> None:
@@ -115,9 +120,19 @@ def test_srun_with_pmix_writes_parallel_hdf5(cluster: Cluster, reference: dict, 
         pytest.skip("needs an h5py with MPI: launch/setup.sh --mpi")
     out = tmp_path / "run"
     code, output = complete(
-        "srun.sh", "-n", "4", "--nodes", "2", TOY, *SHORT, "--set", "store.driver=mpio", "--set", f"run.out={out}",
+        "srun.sh",
+        "-n",
+        "4",
+        "--nodes",
+        "2",
+        TOY,
+        *SHORT,
+        "--set",
+        "store.driver=mpio",
+        "--set",
+        f"run.out={out}",
         **cluster.variables,
-    )  # fmt: skip
+    )
     assert code == 0, output
     assert result(out)["probes"][0]["alpha"] == reference["probes"][0]["alpha"]
     with h5py.File(out / "krylov.h5") as file:
@@ -128,9 +143,19 @@ def test_srun_with_pmix_writes_parallel_hdf5(cluster: Cluster, reference: dict, 
 def test_exit_codes_come_through_srun(cluster: Cluster, tmp_path: Path) -> None:
     for override, expected in (("lanczos.stepz=4", 2), ("operator.step=1e300", 3), ("run.time_limit=00:00:01", 75)):
         code, output = complete(
-            "srun.sh", "-n", "2", "--nodes", "2", TOY, *SHORT, "--set", f'run.out="{tmp_path / override}"',
-            "--set", override, **cluster.variables,
-        )  # fmt: skip
+            "srun.sh",
+            "-n",
+            "2",
+            "--nodes",
+            "2",
+            TOY,
+            *SHORT,
+            "--set",
+            f'run.out="{tmp_path / override}"',
+            "--set",
+            override,
+            **cluster.variables,
+        )
         assert code == expected, output
         assert output.count("hpc-hess: error") == (expected != 75), output
 
@@ -170,9 +195,19 @@ def test_a_job_that_is_requeued_twice_ends_with_the_same_bits(cluster: Cluster, 
 
 def test_allocations_shorter_than_a_product_get_on(cluster: Cluster, tmp_path: Path) -> None:
     """Products are given up in their middle, requeued, and taken up from their parts."""
-    settings = [word for s in ("data.sequences=128", "data.sequence_length=16", "data.micro_batch=1", "lanczos.probes=1",
-                               "lanczos.steps=3", "operator.check=false", "operator.step=0.01")
-                for word in ("--set", s)]  # fmt: skip
+    settings = [
+        word
+        for s in (
+            "data.sequences=128",
+            "data.sequence_length=16",
+            "data.micro_batch=1",
+            "lanczos.probes=1",
+            "lanczos.steps=3",
+            "operator.check=false",
+            "operator.step=0.01",
+        )
+        for word in ("--set", s)
+    ]
     straight, out = tmp_path / "straight" / "run", tmp_path / "parts" / "run"
     for folder in (straight.parent, out.parent):
         folder.mkdir()

@@ -24,9 +24,10 @@ from tests.support.store_toys import advance, check_state, committed, create, re
 KILLS = int(os.environ.get("SOAK_KILLS", "4"))
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
-    pytest.mark.mpi, pytest.mark.slow,
+    pytest.mark.mpi,
+    pytest.mark.slow,
     pytest.mark.skipif(not h5py.get_config().mpi, reason="needs an h5py built with MPI: launch/setup.sh --mpi"),
-]  # fmt: skip
+]
 
 
 def command(ranks: int, *args: object) -> list[str]:
@@ -41,9 +42,7 @@ def environment() -> dict[str, str]:
 
 
 def mpirun(ranks: int, *args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command(ranks, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def state_of(done: subprocess.CompletedProcess) -> list:
@@ -137,9 +136,12 @@ def test_killed_at_random_instants(tmp_path):
             shutil.rmtree(run, ignore_errors=True)
         before, last = committed(run), holder(run)
         process = subprocess.Popen(
-            command(2, run, "mpio", 9, 9, "pairs"), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+            command(2, run, "mpio", 9, 9, "pairs"),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
         deadline = time.monotonic() + 60
         while holder(run) in ("", last):
             assert process.poll() is None

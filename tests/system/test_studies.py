@@ -33,21 +33,34 @@ HEAD_DIM = 8  # of the toy
 
 
 STUDIES: dict[str, Any] = {
-    "eigenpairs": 2, "tolerance": 1e-9, "trace": "hutch++", "diagonal": "hutchinson", "samples": 21, "deflated_steps": 8,
-    "inverse": "minres", "inverse_tolerance": 1e-8, "inverse_products": 60, "columns": 2,
-    "block_diagonal": ["layer", "tensor", "head", "row"], "block_samples": 4, "block_spectrum": "layer", "block_steps": 6,
+    "eigenpairs": 2,
+    "tolerance": 1e-9,
+    "trace": "hutch++",
+    "diagonal": "hutchinson",
+    "samples": 21,
+    "deflated_steps": 8,
+    "inverse": "minres",
+    "inverse_tolerance": 1e-8,
+    "inverse_products": 60,
+    "columns": 2,
+    "block_diagonal": ["layer", "tensor", "head", "row"],
+    "block_samples": 4,
+    "block_spectrum": "layer",
+    "block_steps": 6,
     "sub_block": ["model.layers.1.self_attn.q_proj.weight[3, :]", "model.norm.weight[:4]"],
-}  # fmt: skip
+}
 
 
 def settings(toy: Path, out: Path, *overrides: str, **analysis: Any) -> Config:
     values: dict[str, Any] = {
         "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "parameters": {"include": INCLUDE}, "operator": {"method": "exact"},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4,
-                 "micro_batch": 4},
-        "lanczos": {"steps": 12}, "analysis": analysis or STUDIES, "run": {"out": str(out), "grace_s": 0.0, "report": False},
-    }  # fmt: skip
+        "parameters": {"include": INCLUDE},
+        "operator": {"method": "exact"},
+        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4, "micro_batch": 4},
+        "lanczos": {"steps": 12},
+        "analysis": analysis or STUDIES,
+        "run": {"out": str(out), "grace_s": 0.0, "report": False},
+    }
     return make_config(values, list(overrides))
 
 
@@ -186,8 +199,10 @@ def test_block_spectra(operator: api.Operator, dense: Float, whole: Path) -> Non
 def test_the_matrix_of_chosen_entries(operator: api.Operator, dense: Float, whole: Path) -> None:
     study = found(whole, "sub_block")
     offsets = {p.name: p.file_offset for p in operator.layout.parameters}
-    entries = [*(offsets["model.layers.1.self_attn.q_proj.weight"] + 3 * 16 + np.arange(16)),
-               *(offsets["model.norm.weight"] + np.arange(4))]  # fmt: skip
+    entries = [
+        *(offsets["model.layers.1.self_attn.q_proj.weight"] + 3 * 16 + np.arange(16)),
+        *(offsets["model.norm.weight"] + np.arange(4)),
+    ]
     matrix = np.load(whole / study["file"])
     np.testing.assert_allclose(matrix, dense[np.ix_(entries, entries)], atol=1e-12)
     np.testing.assert_allclose(api.sub_block(operator, STUDIES["sub_block"]), matrix, atol=1e-12)
@@ -197,8 +212,15 @@ def test_the_matrix_of_chosen_entries(operator: api.Operator, dense: Float, whol
 
 def test_the_report_shows_them(whole: Path) -> None:
     page = write_report(whole).read_text()
-    for text in ("Outliers taken out", "Hutch++", "The diagonal, layer by layer", "The inverse on the gradient",
-                 "Block-diagonal approximations", "Blocks on their own", "The exact matrix of chosen"):  # fmt: skip
+    for text in (
+        "Outliers taken out",
+        "Hutch++",
+        "The diagonal, layer by layer",
+        "The inverse on the gradient",
+        "Block-diagonal approximations",
+        "Blocks on their own",
+        "The exact matrix of chosen",
+    ):
         assert text in page
     for name in ("deflated", "diagonal", "inverse", "block_diagonal", "layers", "sub_block"):
         assert (whole / "figures" / f"{name}.png").stat().st_size > 5_000
@@ -230,9 +252,7 @@ def test_on_two_and_three_ranks(toy: Path, tmp_path: Path, whole: Path) -> None:
         assert run_ranks(on_ranks, ranks, settings(toy, out, **pairs, **analysis), timeout_s=400) == [0] * ranks
         for study in ("trace", "diagonal", "inverse") if ranks == 3 else ("block_diagonal", "sub_block"):
             close(found(out, study), found(whole, study))
-    assert np.allclose(
-        row(out, "studies/inverse/x", 0), row(whole, "studies/inverse/x", 0), rtol=1e-6, atol=1e-9
-    )
+    assert np.allclose(row(out, "studies/inverse/x", 0), row(whole, "studies/inverse/x", 0), rtol=1e-6, atol=1e-9)
 
 
 def close(mine: Any, theirs: Any) -> None:
@@ -256,8 +276,15 @@ def test_the_classes_of_a_language_model(world: World, toy: Path, tmp_path: Path
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "classes"
-    config = settings(toy, out, "operator.kind=gauss_newton", "lanczos.steps=40", f"parameters.include={json.dumps(ONLY)}",
-                      class_groups=2, class_steps=120)
+    config = settings(
+        toy,
+        out,
+        "operator.kind=gauss_newton",
+        "lanczos.steps=40",
+        f"parameters.include={json.dumps(ONLY)}",
+        class_groups=2,
+        class_steps=120,
+    )
     assert run(config, world) == 0
     study = found(out, "class_structure")
     module = AutoModelForCausalLM.from_pretrained(toy / "model", dtype=torch.float64, attn_implementation="eager")

@@ -59,8 +59,9 @@ def bin_(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file_that_git_has_of_the_package(wheel: Path) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "hpc_hess"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout.split()  # fmt: skip
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "hpc_hess"], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout.split()
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in listed if (ROOT / name).exists()} - names == set()
 

@@ -28,9 +28,11 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
     values = {
         "model": {"source": str(toy / "model")},
         "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 5},
-        "lanczos": {"steps": 3}, "store": {"checkpoint_every": 2, "keep_basis": True},
-        "operator": {"check": False}, "run": {"out": str(out), "grace_s": 0.0, "report": False},
-    }  # fmt: skip
+        "lanczos": {"steps": 3},
+        "store": {"checkpoint_every": 2, "keep_basis": True},
+        "operator": {"check": False},
+        "run": {"out": str(out), "grace_s": 0.0, "report": False},
+    }
     return make_config(values, list(overrides))
 
 
@@ -38,19 +40,20 @@ def numbers(out: Path) -> list[Any]:
     """Return alpha, beta and the basis, as bytes."""
     with read_store(out) as view:
         assert view.verify() == []
-        return [
-            [p.alpha.tobytes(), p.beta.tobytes(), *(p.basis[row].tobytes() for row in p.rows)] for p in view.probes
-        ]
+        return [[p.alpha.tobytes(), p.beta.tobytes(), *(p.basis[row].tobytes() for row in p.rows)] for p in view.probes]
 
 
 PRODUCTS = {
-    "central": [], "forward": ["operator.scheme=forward"], "fourth": ["operator.scheme=fourth"],
-    "one step for all": ["operator.step=1e-2"], "perplexity": ["operator.kind=perplexity"],
+    "central": [],
+    "forward": ["operator.scheme=forward"],
+    "fourth": ["operator.scheme=fourth"],
+    "one step for all": ["operator.step=1e-2"],
+    "perplexity": ["operator.kind=perplexity"],
     "every micro-batch": ["store.checkpoint_every=1"],
     "exact": ["operator.method=exact"],
     "exact, in lock-step": ["operator.method=exact", "lanczos.probes=2"],
     "gauss_newton": ["operator.method=exact", "operator.kind=gauss_newton"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

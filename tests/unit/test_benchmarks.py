@@ -15,8 +15,20 @@ from benchmarks.processes import FailedError, apart, module, run
 
 ROOT = Path(__file__).resolve().parents[2]
 # what others are made of, and what another program starts in an environment of its own
-PARTS = {"__init__", "frame", "llamas", "peer_eigsh", "peer_products", "processes", "regimes_curves", "regimes_figures",
-         "regimes_formats", "results_page", "tables", "tiny_models"}  # fmt: skip
+PARTS = {
+    "__init__",
+    "frame",
+    "llamas",
+    "peer_eigsh",
+    "peer_products",
+    "processes",
+    "regimes_curves",
+    "regimes_figures",
+    "regimes_formats",
+    "results_page",
+    "tables",
+    "tiny_models",
+}
 NAMES = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - PARTS)
 PAGE = (ROOT / "benchmarks" / "README.md").read_text()
 
@@ -48,19 +60,27 @@ def test_each_command_of_the_page_is_understood(line: str) -> None:
 
 
 def test_nothing_starts_processes_in_its_own_way() -> None:
-    users = [name for name in NAMES if re.search(r"subprocess|multiprocessing|ProcessPool|Popen\(", (
-        ROOT / "benchmarks" / f"{name}.py").read_text())]  # fmt: skip
+    users = [
+        name
+        for name in NAMES
+        if re.search(r"subprocess|multiprocessing|ProcessPool|Popen\(", (ROOT / "benchmarks" / f"{name}.py").read_text())
+    ]
     assert not users
 
 
 @benchmark("A toy", asked={"a / b": "<= 2", "time*": "< 1 %", "spread": "small"}, note="Words.")
 def toy(
-    table: Table, place: Annotated[Path, "of an environment"], steps: Annotated[int, "how many"] = 3, fast: bool = False,
-    kinds: tuple[str, ...] = ("a", "b"), more: Annotated[tuple[str, ...], Option(flag="--set")] = (),
-    scheme: Literal["central", "forward"] = "central", limit: float | None = None,
+    table: Table,
+    place: Annotated[Path, "of an environment"],
+    steps: Annotated[int, "how many"] = 3,
+    fast: bool = False,
+    kinds: tuple[str, ...] = ("a", "b"),
+    more: Annotated[tuple[str, ...], Option(flag="--set")] = (),
+    scheme: Literal["central", "forward"] = "central",
+    limit: float | None = None,
     only: Literal["this", "that"] | None = None,
     names: Annotated[tuple[str, ...], Option("of models", positional=True)] = (),
-) -> int:  # fmt: skip
+) -> int:
     table.settings["given"] = [place.name, steps, fast, kinds, more, scheme, limit, only, names]
     table.measured("a / b", 1.23456)
     table.measured("time of it", "2 % of all")
@@ -78,9 +98,11 @@ def test_the_frame_writes_what_was_asked_and_measured(tmp_path: Path) -> None:
     toy(["--place", "/anywhere/python", "--write-to", str(tmp_path)])
     found, page = written(tmp_path)
     assert [list(row.values()) for row in found["rows"]] == [
-        ["a / b", "<= 2", 1.23456, "yes"], ["time of it", "< 1 %", "2 % of all", "no"], ["spread", "small", 3.0],
+        ["a / b", "<= 2", 1.23456, "yes"],
+        ["time of it", "< 1 %", "2 % of all", "no"],
+        ["spread", "small", 3.0],
         ["a pair", "", 1, 2],
-    ]  # fmt: skip
+    ]
     assert "| a / b | <= 2 | 1.23 | yes |" in page
     assert found["settings"]["steps"] == 3
     assert found["note"] == "Words."
@@ -91,8 +113,25 @@ def test_the_frame_writes_what_was_asked_and_measured(tmp_path: Path) -> None:
 
 
 def test_settings_come_from_the_command_line_and_are_repeated(tmp_path: Path) -> None:
-    words = ["x y", "--steps", "7", "--fast", "--kinds", "c", "d", "--set", "p=1", "--set", "q=2", "--scheme", "forward",
-             "--limit", "0.5", "--only", "that"]  # fmt: skip
+    words = [
+        "x y",
+        "--steps",
+        "7",
+        "--fast",
+        "--kinds",
+        "c",
+        "d",
+        "--set",
+        "p=1",
+        "--set",
+        "q=2",
+        "--scheme",
+        "forward",
+        "--limit",
+        "0.5",
+        "--only",
+        "that",
+    ]
     with pytest.raises(SystemExit) as ended:
         toy([*words, "--place", "P", "--write-to", str(tmp_path)])
     assert ended.value.code == 1  # what the function returned
@@ -101,8 +140,10 @@ def test_settings_come_from_the_command_line_and_are_repeated(tmp_path: Path) ->
     assert "--place PLACE --steps 7 --fast --kinds c d --set p=1 q=2 --scheme forward --limit 0.5 --only that 'x y'`" in page
 
 
-@pytest.mark.parametrize("words", [[], ["--place", "P", "--steps", "many"], ["--place", "P", "--scheme", "fourth"],
-                                   ["--place", "P", "--only", "those"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--place", "P", "--steps", "many"], ["--place", "P", "--scheme", "fourth"], ["--place", "P", "--only", "those"]],
+)
 def test_wrong_settings_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         toy(words)
@@ -139,10 +180,21 @@ def test_a_benchmark_may_write_two_tables(tmp_path: Path) -> None:
     assert rows == {"test_benchmarks": [{"row": 1}], "other": [{"row": 2}]}
 
 
-@pytest.mark.parametrize(("measured", "limit", "met"), [
-    (1.0, "<= 1", True), (1.1, "<= 1", False), (1.0, "< 1", False), ("0.8 %", "<= 1.5 %", True), (3, ">= 0.6", True),
-    (2.0, "about 2", None), ("none", "<= 1", None), ("", "<= 1", None), (None, "<= 1", None), (1e-9, "<= 1e-5", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("measured", "limit", "met"),
+    [
+        (1.0, "<= 1", True),
+        (1.1, "<= 1", False),
+        (1.0, "< 1", False),
+        ("0.8 %", "<= 1.5 %", True),
+        (3, ">= 0.6", True),
+        (2.0, "about 2", None),
+        ("none", "<= 1", None),
+        ("", "<= 1", None),
+        (None, "<= 1", None),
+        (1e-9, "<= 1e-5", True),
+    ],
+)
 def test_limits(measured: object, limit: str, met: bool | None) -> None:
     assert meets(measured, limit) is met
 

@@ -34,8 +34,10 @@ def pairs(blocks: list[Block]) -> list[tuple[int, int]]:
     """(place here, place in the row) of every entry, in the order in which blocks move them."""
     return [
         (b.local + k * b.length + i, b.start + k * b.stride + i)
-        for b in blocks for k in range(b.count) for i in range(b.length)
-    ]  # fmt: skip
+        for b in blocks
+        for k in range(b.count)
+        for i in range(b.length)
+    ]
 
 
 @settings(deadline=None)
@@ -93,8 +95,12 @@ def test_shared(mine: Intervals, theirs: Intervals) -> None:
 
 
 @settings(deadline=None)
-@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), before=st.integers(1, 6), after=st.integers(1, 6),
-       dim=st.integers(0, 2))  # fmt: skip
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    before=st.integers(1, 6),
+    after=st.integers(1, 6),
+    dim=st.integers(0, 2),
+)
 def test_rows_go_to_other_ranks(shape: list[int], before: int, after: int, dim: int) -> None:
     """A vector written on some ranks and read on others is the same."""
     table = {"a": tuple(shape), "b": (3,)}

@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from hpc_hess.errors import ConfigError
-from hpc_hess.linalg.blockwise import (
-    block_product,
-    block_samples,
-    block_spectra,
-    compare_exact,
-    compare_sampled,
-)
+from hpc_hess.linalg.blockwise import block_product, block_samples, block_spectra, compare_exact, compare_sampled
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.keeping import KeepNothing
 from hpc_hess.parallel.basis import Basis

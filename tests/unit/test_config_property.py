@@ -18,17 +18,26 @@ DEFAULTS: dict[str, dict[str, Any]] = Config().model_dump()
 KEYS = sorted((section, key) for section, values in DEFAULTS.items() for key in values)
 
 scalars = st.one_of(
-    st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8), st.datetimes(), st.dates(),
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.text(max_size=8),
+    st.datetimes(),
+    st.dates(),
     st.sampled_from(["auto", "full", "none", "exact", "bfloat16", "float64", "00:00:00", "1-00:00:01", "layer", "must"]),
-)  # fmt: skip
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner,
-                                                                                             max_size=2))  # fmt: skip
+)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+)
 # one of each key's own kind too, or most would be refused for their types
 near = st.sampled_from(KEYS).flatmap(
     lambda place: st.tuples(st.just(place), anything | st.sampled_from([DEFAULTS[place[0]][place[1]], 1, 2, 7, 0.5, True]))
 )
-options = st.one_of(st.text(max_size=12), near.map(lambda c: f"{c[0][0]}.{c[0][1]}={c[1]}"), near.map(
-    lambda c: f"{c[0][0]}.{c[0][1]}={c[1]!r}"))  # fmt: skip
+options = st.one_of(
+    st.text(max_size=12),
+    near.map(lambda c: f"{c[0][0]}.{c[0][1]}={c[1]}"),
+    near.map(lambda c: f"{c[0][0]}.{c[0][1]}={c[1]!r}"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +64,11 @@ def read(file: Path, text: bytes, overrides: list[str]) -> Config | None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(changes=st.lists(near, max_size=4), tables=st.dictionaries(st.text(max_size=6), anything, max_size=1),
-       overrides=st.lists(options, max_size=2))  # fmt: skip
+@given(
+    changes=st.lists(near, max_size=4),
+    tables=st.dictionaries(st.text(max_size=6), anything, max_size=1),
+    overrides=st.lists(options, max_size=2),
+)
 def test_keys_that_were_changed(
     file: Path, changes: list[tuple[tuple[str, str], Any]], tables: dict[str, Any], overrides: list[str]
 ) -> None:

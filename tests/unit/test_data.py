@@ -122,8 +122,9 @@ def test_datasets_directory(tmp_path: Path, toy: Source, tokenizer: str) -> None
     text = datasets.Dataset.from_dict({"text": ["the cat sat", "on a mat"]})
     text.save_to_disk(str(tmp_path / "text"))
     assert load(f"datasets:{tmp_path / 'text'}", toy, tokenizer).input_ids.tolist() == [
-        [1, 4, 5, 6, 2, 1], [7, 8, 9, 0, 0, 0],
-    ]  # fmt: skip
+        [1, 4, 5, 6, 2, 1],
+        [7, 8, 9, 0, 0, 0],
+    ]
     datasets.DatasetDict({"train": text}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(DataError, match=r"splits \['train'\]: set data.source = 'datasets:.*train'"):
         load(f"datasets:{tmp_path / 'splits'}", toy, tokenizer)
@@ -142,9 +143,7 @@ def ragged(toy: Source, tmp_path: Path, lengths: list[int]) -> Samples:
 
 
 @pytest.mark.parametrize(("size", "micro_batch"), [(1, 1), (1, 3), (2, 2), (3, 2), (4, 1), (7, 2), (9, 4)])
-def test_every_sample_once_and_equal_shapes_on_all_ranks(
-    tmp_path: Path, toy: Source, size: int, micro_batch: int
-) -> None:
+def test_every_sample_once_and_equal_shapes_on_all_ranks(tmp_path: Path, toy: Source, size: int, micro_batch: int) -> None:
     samples = ragged(toy, tmp_path, [12, 3, 7, 2, 9, 12, 5])
     ranks = [micro_batches(samples, rank, size, micro_batch) for rank in range(size)]
     assert len({tuple(tuple(b.input_ids.shape) for b in batches) for batches in ranks}) == 1

@@ -12,14 +12,7 @@ from torch import nn
 from hpc_hess.api.classifiers import Batch, decompose
 from hpc_hess.config import make_config
 from hpc_hess.console.progress import Progress
-from hpc_hess.curvature.decomposition import (
-    Difference,
-    Pullback,
-    class_means,
-    cross_class,
-    most_frequent,
-    weights,
-)
+from hpc_hess.curvature.decomposition import Difference, Pullback, class_means, cross_class, most_frequent, weights
 from hpc_hess.errors import DataError
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.model.sharded.gradient import Gradient
@@ -123,12 +116,14 @@ def test_the_most_frequent_tokens() -> None:
 
 def language_model(world: World, toy: Path) -> dict[str, list[float]]:
     """A toy Llama: quadratic forms of every part with one vector, eigenvalues, and G's own."""
-    config = make_config({
-        "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
-        "parameters": {"include": ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]},
-        "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
-        "operator": {"method": "exact", "kind": "gauss_newton"},
-    })  # fmt: skip
+    config = make_config(
+        {
+            "model": {"source": str(toy / "model"), "master_dtype": "float64", "compute_dtype": "float64"},
+            "parameters": {"include": ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]},
+            "data": {"source": f"tokens:{toy / 'tokens.npy'}", "sequence_length": 12, "sequences": 4},
+            "operator": {"method": "exact", "kind": "gauss_newton"},
+        }
+    )
     world.make_mesh(1)
     problem = load_problem(config, world, Progress(0))
     space, objective = problem.model.space, problem.objective
@@ -148,9 +143,11 @@ def language_model(world: World, toy: Path) -> dict[str, list[float]]:
     v.scale_(1 / v.norm())
     forms = [v.dot(part.matvec(v)) for part in (g, means.a1, means.a2, cross, within)]
     return {
-        "forms": forms, "a1": means.a1.eigenvalues().tolist(), "pairs": pairs.flatten().tolist(),
+        "forms": forms,
+        "a1": means.a1.eigenvalues().tolist(),
+        "pairs": pairs.flatten().tolist(),
         "sum": [g.matvec(v).axpy_(-1.0, _sum(means, cross, within, v)).norm()],
-    }  # fmt: skip
+    }
 
 
 def _sum(means, cross, within, v):  # type: ignore[no-untyped-def]

@@ -116,8 +116,9 @@ def test_a_gpu_that_is_here() -> None:
 MAKERS = re.compile(r"cuda|nccl|xpu|xccl|cublas|cudnn|nvidia|rocm|torch\.accelerator|get_device_module", re.IGNORECASE)
 LINUX = re.compile(
     r"/proc\b|/sys/|/dev/(shm|pts|tty)|fallocate|fadvise|memfd|sched_|mallopt|malloc_trim|ctypes|CDLL|prctl|PDEATHSIG|"
-    r"getrusage|cgroup|THP_|sys\.platform|linux|darwin", re.IGNORECASE,
-)  # fmt: skip
+    r"getrusage|cgroup|THP_|sys\.platform|linux|darwin",
+    re.IGNORECASE,
+)
 # module -> words that it may hold beside the one where they belong
 MAKERS_TOO = {
     "config/sections.py": {"cuda", "xpu", "nvidia"},  # values that people write, and what they mean

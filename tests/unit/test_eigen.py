@@ -78,8 +78,15 @@ def test_no_more_products_than_arpack(which: Which) -> None:
         begin = operator.num_products
         start = probes.draw(operator.space, seed=0, probe=0, distribution="gaussian")
         code = {"largest": "LA", "smallest": "SA", "both": "BE", "magnitude": "LM"}[which]
-        found = eigsh(for_scipy(operator), num_wanted, which=code, ncv=size, tol=tolerance, v0=start.data.numpy(),
-                      return_eigenvectors=False)  # fmt: skip
+        found = eigsh(
+            for_scipy(operator),
+            num_wanted,
+            which=code,
+            ncv=size,
+            tol=tolerance,
+            v0=start.data.numpy(),
+            return_eigenvectors=False,
+        )
         arpack_products = operator.num_products - begin
         # ARPACK's tolerance is relative to each Ritz value; ours to the largest
         scale = float(np.abs(found).min() / np.abs(spectrum.numpy()).max())

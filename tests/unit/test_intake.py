@@ -22,8 +22,10 @@ def test_findings_are_shown_and_kept() -> None:
     intake = Intake(shown.append)
     intake.add(passed("data.source", "3 rows"), noted("model.frozen", "2 left"), unchecked("model.causal", "no pass"))
     assert shown == [
-        "intake: data.source: 3 rows", "intake: model.frozen: note: 2 left", "intake: model.causal: not checked: no pass",
-    ]  # fmt: skip
+        "intake: data.source: 3 rows",
+        "intake: model.frozen: note: 2 left",
+        "intake: model.causal: not checked: no pass",
+    ]
     assert [finding["verdict"] for finding in intake.to_json()] == ["passed", "noted", "not checked"]
 
 

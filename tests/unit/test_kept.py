@@ -76,13 +76,25 @@ def opened(space: VectorSpace, path: Path, rows: int = 3) -> tuple[Kept, Store]:
     if (path / "krylov.h5").exists():
         store = Store.open(path, **place)
     else:
-        store = Store.create(path, **place, probes=1, steps=1, rows=rows, attributes={}, keep_basis=True,
-                             dtype=space.dtype, extra_bytes=EXTRA_BYTES)  # fmt: skip
+        store = Store.create(
+            path,
+            **place,
+            probes=1,
+            steps=1,
+            rows=rows,
+            attributes={},
+            keep_basis=True,
+            dtype=space.dtype,
+            extra_bytes=EXTRA_BYTES,
+        )
     operator = SimpleNamespace(to_state=dict, from_state=lambda state: None)
     loop: Any = SimpleNamespace(
-        space=space, world=space.world, operator=operator, ready=lambda: operator,
+        space=space,
+        world=space.world,
+        operator=operator,
+        ready=lambda: operator,
         progress=SimpleNamespace(note=lambda text: None),
-    )  # fmt: skip
+    )
     return Kept("study", loop, store), store
 
 

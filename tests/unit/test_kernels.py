@@ -11,9 +11,7 @@ from hpc_hess.parallel import kernels
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 
-def _data(
-    rows: int, size: int, row_dtype: torch.dtype, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def _data(rows: int, size: int, row_dtype: torch.dtype, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     generator = torch.Generator().manual_seed(rows + size)
     v = torch.randn(rows, size, generator=generator, dtype=torch.float64).to(row_dtype)
     w = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)

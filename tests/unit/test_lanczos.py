@@ -19,11 +19,7 @@ from tests.support.known_spectra import make_space, with_spectrum
 
 
 def run(
-    operator: LinearOperator,
-    steps: int,
-    reorthogonalise: int | str = "full",
-    seed: int = 1,
-    capacity: int | None = None,
+    operator: LinearOperator, steps: int, reorthogonalise: int | str = "full", seed: int = 1, capacity: int | None = None
 ) -> Lanczos:
     space = operator.space
     basis = Basis(space, capacity or basis_rows(reorthogonalise, steps))
@@ -125,9 +121,7 @@ def test_a_ring_has_what_it_says_a_resume_needs() -> None:
         first.start(operator.space.wrap(normals(1, 0, 0, operator.space.size, dtype=torch.float64)))
         for _ in range(7):
             first.step()
-        again = Lanczos(
-            operator, Basis(operator.space, basis_rows(mode, 12)), 12, mode, list(first.alpha), list(first.beta)
-        )
+        again = Lanczos(operator, Basis(operator.space, basis_rows(mode, 12)), 12, mode, list(first.alpha), list(first.beta))
         again.basis.rows.fill_(torch.nan)  # what is not needed may hold anything
         for j in again.rows_needed():
             again.basis[j] = first.basis[j]

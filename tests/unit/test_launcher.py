@@ -44,25 +44,42 @@ def test_mpirun_and_torchrun_inside_a_batch_job() -> None:
 
 @pytest.mark.parametrize(
     ("tasks", "sizes"),
-    [("2", [2]), ("2(x3)", [2, 2, 2]), ("2(x3),1", [2, 2, 2, 1]), ("3,2", [3, 2]), ("1,4(x2),3", [1, 4, 4, 3]),
-     ("16(x64)", [16] * 64)],
-)  # fmt: skip
+    [
+        ("2", [2]),
+        ("2(x3)", [2, 2, 2]),
+        ("2(x3),1", [2, 2, 2, 1]),
+        ("3,2", [3, 2]),
+        ("1,4(x2),3", [1, 4, 4, 3]),
+        ("16(x64)", [16] * 64),
+    ],
+)
 def test_tasks_per_node(tasks: str, sizes: list[int]) -> None:
     rank = 0
     for node, size in enumerate(sizes):
         for local in range(size):
             env = {
-                **SRUN, "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_STEP_NUM_TASKS": str(sum(sizes)),
-                "SLURM_STEP_NUM_NODES": str(len(sizes)), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local),
+                **SRUN,
+                "SLURM_STEP_TASKS_PER_NODE": tasks,
+                "SLURM_STEP_NUM_TASKS": str(sum(sizes)),
+                "SLURM_STEP_NUM_NODES": str(len(sizes)),
+                "SLURM_NODEID": str(node),
+                "SLURM_LOCALID": str(local),
                 "SLURM_PROCID": str(rank),
-            }  # fmt: skip
+            }
             assert detect(env) == Launch("srun", rank, sum(sizes), local, size, node, len(sizes))
             rank += 1
 
 
 def test_one_task_step() -> None:
-    env = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
-           "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    env = {
+        **SRUN,
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
     assert detect(env) == Launch("srun", 0, 1, 0, 1, 0, 1)
 
 
@@ -89,9 +106,7 @@ def test_contradictions_are_one_sentence(env: dict[str, str], change: dict[str, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("env", "key"), [(TORCHRUN, "RANK"), (OPEN_MPI, "OMPI_COMM_WORLD_RANK"), (SRUN, "SLURM_PROCID")]
-)
+@pytest.mark.parametrize(("env", "key"), [(TORCHRUN, "RANK"), (OPEN_MPI, "OMPI_COMM_WORLD_RANK"), (SRUN, "SLURM_PROCID")])
 def test_a_missing_variable_is_no_reason_to_run_alone(env: dict[str, str], key: str) -> None:
     """Ranks that each think they are alone would write the same run."""
     with pytest.raises(LaunchError, match=f"but not {key}"):

@@ -144,12 +144,7 @@ def _dense_120b() -> dict[str, tuple[int, ...]]:
     hidden, inner, vocab, layers = 10240, 36864, 128256, 92
     shapes: dict[str, tuple[int, ...]] = {"embed": (vocab, hidden), "head": (vocab, hidden), "norm": (hidden,)}
     for i in range(layers):
-        for name, shape in {
-            "q": (hidden, hidden),
-            "k": (1280, hidden),
-            "v": (1280, hidden),
-            "o": (hidden, hidden),
-        }.items():
+        for name, shape in {"q": (hidden, hidden), "k": (1280, hidden), "v": (1280, hidden), "o": (hidden, hidden)}.items():
             shapes[f"layers.{i}.{name}"] = shape
         for name in ("gate", "up"):
             shapes[f"layers.{i}.{name}"] = (inner, hidden)
@@ -179,7 +174,5 @@ def test_120_billion_parameters_in_seconds(dims: int) -> None:
     assert total == layout.num_params
     assert time.process_time() - began < 15
     # the last entry of the model is the last entry of the last shard that has rows of the last parameter
-    ends = [
-        int((s + n).max()) for s, n in (layout.shard(i).global_intervals for i in range(num_shards - 12, num_shards))
-    ]
+    ends = [int((s + n).max()) for s, n in (layout.shard(i).global_intervals for i in range(num_shards - 12, num_shards))]
     assert max(ends) == layout.num_params

@@ -12,14 +12,7 @@ import torch
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.density import density, density_chebyshev, density_log, papyan_width
 from hpc_hess.linalg.lanczos import Lanczos
-from hpc_hess.linalg.measure import (
-    Radau,
-    cumulative,
-    mass,
-    sampling_error,
-    wasserstein_a_posteriori,
-    wasserstein_a_priori,
-)
+from hpc_hess.linalg.measure import Radau, cumulative, mass, sampling_error, wasserstein_a_posteriori, wasserstein_a_priori
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.basis import Basis

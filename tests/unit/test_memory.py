@@ -17,13 +17,21 @@ def group(folder: Path, *files: tuple[str, str]) -> None:
 
 
 def version_2(folder: Path, limit: str, used: int, droppable: int) -> None:
-    group(folder, ("memory.max", limit), ("memory.current", str(used)),
-          ("memory.stat", f"anon 5\ninactive_file {droppable}\nactive_file 9\n"))  # fmt: skip
+    group(
+        folder,
+        ("memory.max", limit),
+        ("memory.current", str(used)),
+        ("memory.stat", f"anon 5\ninactive_file {droppable}\nactive_file 9\n"),
+    )
 
 
 def version_1(folder: Path, limit: int, used: int, droppable: int) -> None:
-    group(folder, ("memory.limit_in_bytes", str(limit)), ("memory.usage_in_bytes", str(used)),
-          ("memory.stat", f"inactive_file 1\ntotal_inactive_file {droppable}\n"))  # fmt: skip
+    group(
+        folder,
+        ("memory.limit_in_bytes", str(limit)),
+        ("memory.usage_in_bytes", str(used)),
+        ("memory.stat", f"inactive_file 1\ntotal_inactive_file {droppable}\n"),
+    )
 
 
 def left(root: Path, own: str) -> list[int]:

@@ -39,8 +39,9 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    dead = [f"{path}#{anchor}" for path, anchor in links(page)
-            if not path.exists() or (anchor and anchor not in anchors(path))]  # fmt: skip
+    dead = [
+        f"{path}#{anchor}" for path, anchor in links(page) if not path.exists() or (anchor and anchor not in anchors(path))
+    ]
     assert not dead, dead
 
 
@@ -87,8 +88,11 @@ def test_the_python_of_the_pages_names_what_exists() -> None:
     import hpc_hess
 
     text = "".join(block for page in PAGES for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)
-             and isinstance(node.value, ast.Name) and node.value.id == "hpc_hess"]  # fmt: skip
+    calls = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hpc_hess"
+    ]
     assert {node.attr for node in calls} >= {*hpc_hess.__all__} - {"Spectrum"}
     for node in calls:
         assert callable(getattr(hpc_hess, node.attr))

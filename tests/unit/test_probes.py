@@ -59,8 +59,10 @@ def test_pinned_first_entries() -> None:
     assert signs(2026, 3, 10**11, 12).tolist() == [_sign(2026, 3, 10**11 + k) for k in range(12)]
     torch.testing.assert_close(
         normals(0, 0, 0, 4, dtype=torch.float64),
-        torch.tensor([_normal(0, 0, i) for i in range(4)], dtype=torch.float64), rtol=1e-14, atol=1e-14,
-    )  # fmt: skip
+        torch.tensor([_normal(0, 0, i) for i in range(4)], dtype=torch.float64),
+        rtol=1e-14,
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 127, 128, 2**32 - 5, 2**39 - 3, 10**11 + 77, 2**40 + 1])
@@ -69,9 +71,7 @@ def test_entries_follow_the_documented_rule(seed: int, start: int) -> None:
     """Also where the block index needs more than 32 bits (signs: index 2^39) and the seed's high word counts."""
     assert signs(seed, 2, start, 20).tolist() == [_sign(seed, 2, start + k) for k in range(20)]
     expected = [_normal(seed, 2, start + k) for k in range(20)]
-    np.testing.assert_allclose(
-        normals(seed, 2, start, 20, dtype=torch.float64).numpy(), expected, rtol=1e-13, atol=1e-14
-    )
+    np.testing.assert_allclose(normals(seed, 2, start, 20, dtype=torch.float64).numpy(), expected, rtol=1e-13, atol=1e-14)
     # float32: a uniform within 2^-25 of 1 is rounded, which moves the smallest radii by up to 2^-12
     np.testing.assert_allclose(normals(seed, 2, start, 20).numpy(), expected, rtol=1e-5, atol=3e-4)
 

@@ -288,9 +288,12 @@ COUNT = DataSpec("count", "count:N", "token ids that count", count, path="", is_
 
 def test_a_run_takes_registered_sources(tmp_path: Path, world: World) -> None:
     values = {
-        "model": {"source": "mine:16"}, "data": {"source": "count:24", "sequence_length": 12, "sequences": 2},
-        "operator": {"method": "exact"}, "lanczos": {"steps": 2}, "run": {"out": str(tmp_path), "report": False},
-    }  # fmt: skip
+        "model": {"source": "mine:16"},
+        "data": {"source": "count:24", "sequence_length": 12, "sequences": 2},
+        "operator": {"method": "exact"},
+        "lanczos": {"steps": 2},
+        "run": {"out": str(tmp_path), "report": False},
+    }
     with MODELS.registered(MINE), DATA.registered(COUNT):
         assert run(make_config(values), world) == 0
         assert "mine:WIDTH (a Llama of one layer)" in markdown()

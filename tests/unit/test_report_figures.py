@@ -55,8 +55,7 @@ def test_the_same_run_gives_the_same_files_and_what_is_missing_is_not_drawn(tmp_
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "linear"),
-    [(-1396, 893, 1e-3), (-1e12, 1e12, 1e5), (0.5, 60, 0.05), (1.8, 2.2, 0.2), (-3e-8, 0, 1e-13)],
+    ("low", "high", "linear"), [(-1396, 893, 1e-3), (-1e12, 1e12, 1e5), (0.5, 60, 0.05), (1.8, 2.2, 0.2), (-3e-8, 0, 1e-13)]
 )
 def test_symlog_ticks_are_ordered_apart_and_inside(low, high, linear):
     ticks = decade_ticks(low, high, linear)

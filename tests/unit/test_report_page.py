@@ -59,19 +59,8 @@ def test_page_shows_numbers_figures_and_settings_and_needs_no_network(tmp_path):
     result = make_result(llm_like(), 12, 2)
     page, html = page_of(tmp_path, result, {"lanczos": {"steps": 12}})
     assert "Hessian spectrum of toy" in page.text
-    assert (
-        "The largest eigenvalue in magnitude is negative (\u22121396; 1.6 times the largest positive one)" in page.text
-    )
-    for expected in (
-        "893",
-        "\u22121396",
-        "12 steps",
-        "2 probes",
-        "3 GiB",
-        "2.13.0",
-        "torchrun --nproc-per-node 2",
-        "steps",
-    ):
+    assert "The largest eigenvalue in magnitude is negative (\u22121396; 1.6 times the largest positive one)" in page.text
+    for expected in ("893", "\u22121396", "12 steps", "2 probes", "3 GiB", "2.13.0", "torchrun --nproc-per-node 2", "steps"):
         assert expected in page.text, expected
     assert "± " + number(result["trace"]["stderr"], 2) in page.text
     assert len(page.images) == 6
@@ -84,7 +73,12 @@ def test_page_shows_numbers_figures_and_settings_and_needs_no_network(tmp_path):
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "result.json", "config.toml", "events.jsonl", "figures", "report.html"}  # fmt: skip
+        "result.json",
+        "config.toml",
+        "events.jsonl",
+        "figures",
+        "report.html",
+    }
 
 
 def test_one_probe_has_no_error_estimate(tmp_path):
@@ -124,13 +118,7 @@ def test_odd_values_are_shown_not_fatal(tmp_path):
     }
     result = make_result(llm_like(), 4, errors=errors, timing={"hvp_s": 5000.0}, memory=None, world_size=1)
     page, _ = page_of(tmp_path, result)
-    for expected in (
-        "not measured",
-        "Step not realised, worst",
-        "… (20 in all)",
-        "1 h 23 min",
-        "python -m hpc_hess run",
-    ):
+    for expected in ("not measured", "Step not realised, worst", "… (20 in all)", "1 h 23 min", "python -m hpc_hess run"):
         assert expected in page.text, expected
 
 
@@ -185,10 +173,24 @@ def test_warnings_name_what_a_reader_should_know():
 
 def test_words():
     assert [number(x) for x in (None, -1396.04, 0.00012346, 3, 2.0, 123456, float("nan"))] == [
-        "n/a", "-1396", "0.0001235", "3", "2", "123,456", "nan"]  # fmt: skip
+        "n/a",
+        "-1396",
+        "0.0001235",
+        "3",
+        "2",
+        "123,456",
+        "nan",
+    ]
     assert [number(x, 2) for x in (130.4, -1396.0, 2.5e7, 0.13)] == ["130", "-1396", "2.5e+07", "0.13"]
     assert [duration(x) for x in (None, 0.0123, 5.0, 99.96, 245.4, 11220, 187200)] == [
-        "n/a", "12.3 ms", "5 s", "1 min 40 s", "4 min 05 s", "3 h 07 min", "2 d 04 h"]  # fmt: skip
+        "n/a",
+        "12.3 ms",
+        "5 s",
+        "1 min 40 s",
+        "4 min 05 s",
+        "3 h 07 min",
+        "2 d 04 h",
+    ]
     assert [size(x) for x in (None, 512, 1536, 3 << 30, 1 << 50)] == ["n/a", "512 B", "1.5 KiB", "3 GiB", "1 PiB"]
     assert count(134_515_008) == "134,515,008 (134.5 M)"
     assert trace_text({"mean": 2.5, "stderr": 0.125}) == "2.5 ± 0.12 (standard error over probes)"

@@ -103,10 +103,7 @@ def test_a_stream_without_greek_gets_words():
         progress.note("λ ≤ 3 → 4")
         progress.step(probes=[0], step=1, hvp_s=1.0, ritz_min=-1.0, ritz_max=1.0)
     stream.flush()
-    assert raw.getvalue().decode().splitlines() == [
-        "lambda <= 3 ? 4",
-        "probe 1 step 1 (1/1) | Hv 1 s | lambda in [-1, 1]",
-    ]
+    assert raw.getvalue().decode().splitlines() == ["lambda <= 3 ? 4", "probe 1 step 1 (1/1) | Hv 1 s | lambda in [-1, 1]"]
 
 
 def test_a_terminal_gets_a_bar_and_notes_stay():

@@ -23,9 +23,7 @@ def test_summary_names_the_extremes_the_trace_and_the_report(tmp_path):
     assert lines[1].startswith("lambda max   893  (")
     assert lines[2].startswith("lambda min   -1396  (")
     assert "±" in lines[3]
-    assert any(
-        line.startswith("per step     product 13.4 s, Lanczos 310 ms, checkpoint 600 ms (one gra") for line in lines
-    )
+    assert any(line.startswith("per step     product 13.4 s, Lanczos 310 ms, checkpoint 600 ms (one gra") for line in lines)
     assert any("at most 3 GiB a rank, 2 ranks" in line for line in lines)
     assert lines[-2] == f"report       {tmp_path / 'report.html'}"
     assert lines[-1] == "no cautions"
@@ -74,17 +72,28 @@ def test_inspect_shows_a_group_whose_member_ended_early(tmp_path):
     layout, world = Layout({"b": (7,)}, 1), World.alone()
     alpha, beta = (np.array(part) for part in lanczos(llm_like(), 5, 0))
     with Store.create(
-        tmp_path, layout=layout, shard=layout.shard(0), world=world, driver="files", probes=3, steps=12, rows=12, width=2,
+        tmp_path,
+        layout=layout,
+        shard=layout.shard(0),
+        world=world,
+        driver="files",
+        probes=3,
+        steps=12,
+        rows=12,
+        width=2,
         attributes={},
-    ) as store:  # fmt: skip
+    ) as store:
         for probe in (0, 1):
             store.write_row(probe, 3, np.ones(7, np.float32))
         store.commit(0, [Member(alpha, beta, rows=[3]), Member(alpha[:2], beta[:2], rows=[3], ended=True)])
     text = inspect_text(tmp_path)
     for expected in (
-        "unfinished: 7 of 36 steps", "probe 1      5 of 12 steps; Ritz", "probe 2      2 of 12 steps, ended early; Ritz",
-        "probe 3      not begun", "2 bases, reused by each group: 12 rows of float32",
-    ):  # fmt: skip
+        "unfinished: 7 of 36 steps",
+        "probe 1      5 of 12 steps; Ritz",
+        "probe 2      2 of 12 steps, ended early; Ritz",
+        "probe 3      not begun",
+        "2 bases, reused by each group: 12 rows of float32",
+    ):
         assert expected in text, expected
     stream = io.StringIO()
     assert inspect_run(tmp_path, verify=True, stream=stream) == 0

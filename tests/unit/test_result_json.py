@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from hpc_hess.studies.block_diagonal import view
 from hpc_hess.studies.quadrature.result import to_json
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: (
-    st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)))  # fmt: skip
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+)
 
 
 def nulled(value: Any) -> Any:
@@ -40,12 +42,21 @@ def test_numpy_numbers_and_tuples_too() -> None:
 
 @pytest.mark.parametrize("unknown", [None, float("nan")])  # of an old run directory
 def test_a_standard_error_that_is_not_known_is_said_to_be(unknown: float | None) -> None:
-    row = {"direction": "random", "blocks": "row", "relative_error": 0.5, "relative_error_stderr": unknown, "cosine": 0.8,
-           "cosine_stderr": unknown, "num_products": 2}  # fmt: skip
+    row = {
+        "direction": "random",
+        "blocks": "row",
+        "relative_error": 0.5,
+        "relative_error_stderr": unknown,
+        "cosine": 0.8,
+        "cosine_stderr": unknown,
+        "num_products": 2,
+    }
     known = {**row, "blocks": "layer", "relative_error_stderr": 0.01, "cosine_stderr": 0.0}
     found = {"products": [known, row], "counts": {"layer": 2, "row": 40}}
-    assert [line[3:5] for line in view.table(found)] == [["0.500 ± 0.01", "0.800"],
-                                                         ["0.500 ± not known", "0.800 ± not known"]]  # fmt: skip
+    assert [line[3:5] for line in view.table(found)] == [
+        ["0.500 ± 0.01", "0.800"],
+        ["0.500 ± not known", "0.800 ± not known"],
+    ]
     figure = Figure()
     caption = view.draw(figure, found, {})
     assert "no standard error is known" in caption

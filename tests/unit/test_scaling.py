@@ -32,19 +32,25 @@ def test_points_of_a_study(tmp_path: Path) -> None:
     path.write_text(STUDY)
     found = points(read_study(path))
     assert [p.name for p in found] == [
-        "000_1-ranks_source-small", "001_1-ranks_source-b.gguf", "002_2-ranks_source-small", "003_2-ranks_source-b.gguf",
-    ]  # fmt: skip
+        "000_1-ranks_source-small",
+        "001_1-ranks_source-b.gguf",
+        "002_2-ranks_source-small",
+        "003_2-ranks_source-b.gguf",
+    ]
     assert found[2].ranks == 2
     assert found[2].overrides == [
-        "lanczos.steps=6", 'model.source="a/small/config.json"', "data.sequences=6",
+        "lanczos.steps=6",
+        'model.source="a/small/config.json"',
+        "data.sequences=6",
         'run.out="runs/study/002_2-ranks_source-small"',
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("config = ", "is not TOML"), ('config = "a"\nout = "b"', "sweep: field required"),
+        ("config = ", "is not TOML"),
+        ('config = "a"\nout = "b"', "sweep: field required"),
         ('config = "a"\nout = "b"\nnodes = 3\n[sweep]\nranks = [1]', "nodes: extra inputs are not permitted"),
         ('config = "a"\nout = "b"\n[sweep]\nranks = [0]', "should be numbers of ranks"),
     ],

@@ -18,8 +18,10 @@ from hpc_hess.sketch.transforms import factors, haar, hadamard, spreading
 SIZE = 1999  # odd, and no multiple of any block
 PRECONDITIONERS = ("hadamard", "fft", "haar")
 CASES = [(kind, p) for kind in ("affd", "afjl", "ffd", "fjl") for p in PRECONDITIONERS] + [
-    ("qk", "haar"), ("gaussian", "hadamard"), ("rademacher", "hadamard")
-]  # fmt: skip
+    ("qk", "haar"),
+    ("gaussian", "hadamard"),
+    ("rademacher", "hadamard"),
+]
 
 
 def make(kind: str, preconditioner: str = "hadamard", *, dimension: int = 64, seed: int = 0, size: int = SIZE) -> Sketch:
@@ -89,9 +91,7 @@ def test_seeds_give_other_sketches_and_the_same_seed_the_same(kind: str) -> None
 
 def test_the_definition_of_affd_spelt_out_for_one_block() -> None:
     sketch = make("affd", size=256)
-    first, gaussians, second = (
-        sketch._chain.factors[1], sketch._chain.factors[2], sketch._chain.tail
-    )  # fmt: skip
+    first, gaussians, second = (sketch._chain.factors[1], sketch._chain.factors[2], sketch._chain.tail)
     ones, block = torch.ones(1, 256, dtype=torch.float64), range(1)
     B = sketch._chain.factors[0].forward(ones.clone(), block)[0].diag()
     G = gaussians.forward(ones.clone(), block)[0].diag()

@@ -176,10 +176,18 @@ def write_gguf(path: Path) -> None:
     writer.add_token_merges(["t 0"])
     generator = np.random.default_rng(0)
     shapes = {
-        "token_embd": (VOCAB, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
-        "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32),
-        "blk.0.ffn_down": (32, 64), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "output_norm": (32,),
-    }  # fmt: skip
+        "token_embd": (VOCAB, 32),
+        "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+        "output_norm": (32,),
+    }
     for name, shape in shapes.items():
         values = generator.normal(size=shape).astype(np.float32)
         kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32

@@ -12,10 +12,16 @@ from hpc_hess.session.stopping import Stopper
 
 @pytest.mark.parametrize(
     ("limit", "job_ends_in_s", "fits_s", "late_s"),
-    [("", None, 1e9, None), ("00:10:00", None, 590, 610), ("", 600, 570, 590), ("00:05:00", 600, 290, 310),
-     ("00:20:00", 600, 570, 590), ("", -5, 1e9, None)],
+    [
+        ("", None, 1e9, None),
+        ("00:10:00", None, 590, 610),
+        ("", 600, 570, 590),
+        ("00:05:00", 600, 290, 310),
+        ("00:20:00", 600, 570, 590),
+        ("", -5, 1e9, None),
+    ],
     ids=["none", "run", "job", "run first", "job first", "a job that is gone"],
-)  # fmt: skip
+)
 def test_a_step_must_fit_before_the_first_limit(monkeypatch, limit, job_ends_in_s, fits_s, late_s):
     end = None if job_ends_in_s is None else time.time() + job_ends_in_s
     monkeypatch.setattr(stopping, "job_end_time", lambda env: end)

@@ -84,20 +84,12 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, keep_basis, dtype):
         for k, probe in enumerate(view.probes):
             np.testing.assert_array_equal(probe.alpha, coefficients(k, 6)[0])
             for row in probe.rows:
-                np.testing.assert_array_equal(
-                    probe.basis[row], whole_row(view.schema.num_params, k, row, probe.basis.dtype)
-                )
+                np.testing.assert_array_equal(probe.basis[row], whole_row(view.schema.num_params, k, row, probe.basis.dtype))
         assert [len(p.rows) for p in view.probes] == ([6, 6] if keep_basis else [0, 6])
 
 
 def test_the_reader_shows_layout_attributes_and_probes(tmp_path):
-    attributes = {
-        "config": {"model": {"source": "x" * 100_000}},
-        "model": "fp",
-        "tokens": 3,
-        "scale": 0.5,
-        "none": None,
-    }
+    attributes = {"config": {"model": {"source": "x" * 100_000}}, "model": "fp", "tokens": 3, "scale": 0.5, "none": None}
     store = create(tmp_path, WORLD, attributes=attributes)
     advance(store, (0, 2))
     assert store.attributes == attributes
@@ -218,7 +210,7 @@ def test_a_step_changes_no_byte_outside_its_rows_its_entries_and_its_slot(tmp_pa
             (offset_of(master, "extra", (slot, 0)), slots.extra_bytes),
             (offset_of(master, "commit", (slot, 0)), slots.record_bytes),
         ],
-    }  # fmt: skip
+    }
     assert before.keys() == after.keys() == allowed.keys()
     for path, regions in allowed.items():
         assert before[path].shape == after[path].shape
@@ -369,8 +361,14 @@ def test_a_group_goes_on_where_it_was_stopped(tmp_path, keep_basis):
     """Groups (0, 1), (2, 3), (4): of the first, probe 1 ends early and stays while the other goes on."""
     store = create(tmp_path, WORLD, probes=5, width=2, keep_basis=keep_basis)
     assert store.schema.bases == (5 if keep_basis else 2)
-    for stop, lengths in [((0, 0), (0,) * 5), ((0, 3), (3, 3, 0, 0, 0)), ((0, 5), (5, 4, 0, 0, 0)),
-                          ((2, 0), (6, 4, 0, 0, 0)), ((2, 5), (6, 4, 5, 5, 0)), ((4, 2), (6, 4, 6, 6, 2))]:  # fmt: skip
+    for stop, lengths in [
+        ((0, 0), (0,) * 5),
+        ((0, 3), (3, 3, 0, 0, 0)),
+        ((0, 5), (5, 4, 0, 0, 0)),
+        ((2, 0), (6, 4, 0, 0, 0)),
+        ((2, 5), (6, 4, 5, 5, 0)),
+        ((4, 2), (6, 4, 6, 6, 2)),
+    ]:
         advance(store, stop)
         assert store.state.lengths == lengths
         store.close()
@@ -617,9 +615,20 @@ def test_seventy_billion_entries_fit_in_a_virtual_basis(tmp_path):
     dims = dict.fromkeys(shapes, 1)
     layout = Layout(shapes | {f"layers.{k:02d}.norm": (4095,) for k in range(96)}, 6, dims)
     schema = Schema(
-        run_id="r", driver="files", generation="g", num_shards=6, num_params=layout.num_params, fingerprint="f",
-        dtype="float32", probes=1, width=1, steps=3, rows=3, keep_basis=False, extra_bytes=10,
-    )  # fmt: skip
+        run_id="r",
+        driver="files",
+        generation="g",
+        num_shards=6,
+        num_params=layout.num_params,
+        fingerprint="f",
+        dtype="float32",
+        probes=1,
+        width=1,
+        steps=3,
+        rows=3,
+        keep_basis=False,
+        extra_bytes=10,
+    )
     assert layout.num_params > 70e9
     create_master(tmp_path / "x.h5", schema, layout.parameters, {}, Ledger.empty(schema.slots, 3), layout)
     with h5py.File(tmp_path / "x.h5", "r") as file:

@@ -16,8 +16,13 @@ from hpc_hess.studies.sub_block.compute import Room, describe, heat_map, select,
 from tests.support.cut_matrix import SHAPES, SIZE, make_space, operator_of
 from tests.support.spawn import run_ranks
 
-TEXTS = ["layers.0.attn.q_proj.weight[-1, :]", "layers.1.*[0:2]", "scale", "layers.1.attn.o_proj.weight[1:, 2:4]",
-         "layers.1.mlp.weight[::-2, 1::3]"]  # fmt: skip
+TEXTS = [
+    "layers.0.attn.q_proj.weight[-1, :]",
+    "layers.1.*[0:2]",
+    "scale",
+    "layers.1.attn.o_proj.weight[1:, 2:4]",
+    "layers.1.mlp.weight[::-2, 1::3]",
+]
 
 
 def expected() -> list[int]:
@@ -29,10 +34,12 @@ def expected() -> list[int]:
         position += count
     o_proj, mlp = whole["layers.1.attn.o_proj.weight"], whole["layers.1.mlp.weight"]
     return [
-        *whole["layers.0.attn.q_proj.weight"][-1, :], *sorted({*o_proj.ravel()[:2], *o_proj[1:, 2:4].ravel()}),
-        *sorted({*mlp.ravel()[:2], *mlp[::-2, 1::3].ravel()}), *whole["layers.1.norm.weight"].ravel()[:2],
+        *whole["layers.0.attn.q_proj.weight"][-1, :],
+        *sorted({*o_proj.ravel()[:2], *o_proj[1:, 2:4].ravel()}),
+        *sorted({*mlp.ravel()[:2], *mlp[::-2, 1::3].ravel()}),
+        *whole["layers.1.norm.weight"].ravel()[:2],
         *whole["scale"].ravel(),
-    ]  # fmt: skip
+    ]
 
 
 def not_quite_symmetric() -> np.ndarray:

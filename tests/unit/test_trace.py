@@ -111,18 +111,14 @@ def test_diagonals_over_seeds() -> None:
     truth = matrix.diagonal()
     budget = 60
     plain = [diagonal_hutchinson(operator, most=budget, seed=s) for s in range(20)]
-    exchangeable = [
-        xdiag(operator, Basis(operator.space, 30), Basis(operator.space, 30), budget, seed=s) for s in range(20)
-    ]
+    exchangeable = [xdiag(operator, Basis(operator.space, 30), Basis(operator.space, 30), budget, seed=s) for s in range(20)]
     for runs, most in ((plain, 0.25), (exchangeable, 0.05)):
         mean = torch.stack([run.mean.data for run in runs]).mean(0)
         assert float((mean - truth).norm() / truth.norm()) < most
         z = torch.stack([(run.mean.data - truth) / run.stderr.data for run in runs]).flatten()
         assert 0.85 < float((z.abs() < 2.02).double().mean()) < 0.99
         assert all(run.num_products == budget for run in runs)
-    errors = [
-        np.mean([float((run.mean.data - truth).norm()) for run in runs]) for runs in (plain, exchangeable)
-    ]
+    errors = [np.mean([float((run.mean.data - truth).norm()) for run in runs]) for runs in (plain, exchangeable)]
     assert errors[1] < 0.5 * errors[0]
 
 

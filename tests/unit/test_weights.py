@@ -204,6 +204,7 @@ def test_conversion_that_cannot_be_sliced_is_computed_whole(tmp_path: Path) -> N
         overwrite=True,
     )
     try:
+
         def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             out = {}
             for key, value in tensors.items():
@@ -267,8 +268,13 @@ def test_random_weights_follow_the_initialiser(random_toy) -> None:
     assert abs(float(embedding.std()) / 0.02 - 1) < 0.02
     assert abs(float(embedding.mean())) < 5 * 0.02 / embedding.numel() ** 0.5
     assert abs(float(read["transformer.h.0.mlp.c_proj.weight"].std()) / (0.02 / 2) - 1) < 0.05  # 1 / sqrt(2 layers)
-    flat = torch.cat([read[p.name].flatten() for p in Layout({n: tuple(t.shape) for n, t in read.items()}).parameters
-                      if read[p.name].ndim > 1])  # fmt: skip
+    flat = torch.cat(
+        [
+            read[p.name].flatten()
+            for p in Layout({n: tuple(t.shape) for n, t in read.items()}).parameters
+            if read[p.name].ndim > 1
+        ]
+    )
     assert flat.unique().numel() > 0.99 * flat.numel(), "entries repeat: the index is not global"
     zero_centred, gemma = random_toy("gemma")
     norm = "model.layers.0.input_layernorm.weight"
@@ -305,9 +311,14 @@ def test_a_70b_skeleton_is_quick_and_needs_no_memory(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-    ).save_pretrained(tmp_path)  # fmt: skip
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ).save_pretrained(tmp_path)
     skeleton, reader = skeleton_and_reader(tmp_path)
     count = sum(p.numel() for p in skeleton.parameters())
     assert count == 70_553_706_496

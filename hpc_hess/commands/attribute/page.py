@@ -35,7 +35,8 @@ def answer_text(record: Mapping[str, Any]) -> str:
         lines += ["", f"{title:<12}{'example':>8}  {'score':>10}  {'cosine':>7}  text"]
         lines += [
             f"{'':<12}{row['id']:>8}{'' if is_known(row) else '~':1} {number(row['score'], 3):>10}  {row['cosine']:>7.3f}  "
-            + (f"[{row['place']}] " if row.get("place") else "") + _short(row["text"])
+            + (f"[{row['place']}] " if row.get("place") else "")
+            + _short(row["text"])
             for row in record[key]
         ]
     lines += ["", trust(record)] if "score_error" in record else []
@@ -85,26 +86,46 @@ def write_page(out: Path, record: Mapping[str, Any], scores: NDArray[np.float64]
         left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         right.plot(cosines, scores, ".", ms=3, color="#8a8f96", rasterized=True)
         right.set(xlabel="cosine with the query's gradient", ylabel="score")
-        plots = [drawn(
-            figure, out, "attribution", "Scores of all examples",
-            "Left: how many examples have which score; strokes mark those listed below; grey: scores that the sketch "
-            "does not tell from 0. Right: score against cosine; far "
-            "from a line, long gradients or the preconditioner decide.",
-        )]  # fmt: skip
+        plots = [
+            drawn(
+                figure,
+                out,
+                "attribution",
+                "Scores of all examples",
+                "Left: how many examples have which score; strokes mark those listed below; grey: scores that the sketch "
+                "does not tell from 0. Right: score against cosine; far "
+                "from a line, long gradients or the preconditioner decide.",
+            )
+        ]
     rows = [
-        ("", [f"{sign}{place}", f"{row['id']} {row.get('place', '')}".strip(), minus(number(row["score"], 3)),
-              minus(f"{row['cosine']:.3f}"), number(row["loss"], 4), row["text"]])
-        for sign, key in (("+", "top"), ("\u2212", "bottom")) for place, row in enumerate(record[key], 1)
-    ]  # fmt: skip
+        (
+            "",
+            [
+                f"{sign}{place}",
+                f"{row['id']} {row.get('place', '')}".strip(),
+                minus(number(row["score"], 3)),
+                minus(f"{row['cosine']:.3f}"),
+                number(row["loss"], 4),
+                row["text"],
+            ],
+        )
+        for sign, key in (("+", "top"), ("\u2212", "bottom"))
+        for place, row in enumerate(record[key], 1)
+    ]
     best = record["top"][0]
     return write_comparison(
-        out / PAGE_NAME, title="Attribution", notes=[], plots=plots, text_columns=1,
+        out / PAGE_NAME,
+        title="Attribution",
+        notes=[],
+        plots=plots,
+        text_columns=1,
         story=f"Which of {record['examples']:,} examples speak for this text? Most of all example {best['id']}.",
-        quotation="\n".join(record["query"]), rows=rows,
+        quotation="\n".join(record["query"]),
+        rows=rows,
         columns=["Rank", "Example", "Score", "Cosine", "Loss", "Text"],
         legend=(
             f"Scores: {method(record)}. Positive: a step down this example's gradient lowers the loss of the query. + lists "
             "the largest scores, \u2212 the smallest. Numbers are in attribution.json, all sketches in sketches.h5. "
             + (minus(trust(record)) if "score_error" in record else "")
         ),
-    )  # fmt: skip
+    )

@@ -65,7 +65,6 @@ class Sketcher:
         return found[:, :D], found[:, D].tolist()
 
 
-
 def build(config: Config, world: World) -> int:
     """Sketch the gradient of every example of the data set into OUT/sketches.h5; returns the exit code. Collective: yes.
 
@@ -183,8 +182,10 @@ def query(config: Config, world: World, asked: Query) -> int:
                     samples = load_samples(section, config.model, problem.source)
         progress.phase("gradient of the query")
         sketcher = Sketcher(config, problem, samples)
-        found = [sketcher.round(samples, range(first, min(first + world.size, len(samples))))
-                 for first in range(0, len(samples), world.size)]  # fmt: skip
+        found = [
+            sketcher.round(samples, range(first, min(first + world.size, len(samples))))
+            for first in range(0, len(samples), world.size)
+        ]
         rows = np.concatenate([sketches for sketches, _ in found])
         bad = _first_not_finite(rows, [loss for _, losses in found for loss in losses])
         if bad < len(rows):
@@ -252,7 +253,7 @@ def _read(out: Path) -> _Kept:
 
 def _solved(
     config: Config, problem: Problem, sketch: Sketch, target: np.ndarray, damping: float, asked: Query, progress: Progress
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Solve (Phi A Phi^T + damping I) x = target, A the matrix of the examples that was asked for. Collective: yes."""
     spec = OPERATORS[asked.precondition]
     exact = config.operator.method == "exact" or "finite_difference" not in spec.methods
@@ -261,9 +262,12 @@ def _solved(
     progress.phase(f"{asked.products} products at most with the {spec.matrix} in sketch space")
     loss, gradient = problem.gradient.at_theta0()
     operator = build_operator(
-        config, problem, loss, gradient if needs_gradient(config) else None,
+        config,
+        problem,
+        loss,
+        gradient if needs_gradient(config) else None,
         exact_operator(config, problem) if exact else None,
-    )  # fmt: skip
+    )
     sketched = SketchedOperator(operator, sketch)
     solver = conjugate_gradients if spec.positive else minres
     right = part_of(torch.from_numpy(target), sketched.space)
@@ -298,18 +302,29 @@ def _answer(config: Config, problem: Problem, samples: Samples, asked: Query, ta
 
         def described(place: int) -> dict[str, Any]:
             row = int(kept.ids[place])
-            return {"id": row, "place": problem.samples.places[row] if row < len(problem.samples.places) else "",
-                    "score": float(values[place]), "error": float(spread[place]), "cosine": float(cosines[place]),
-                    "loss": float(kept.losses[place]), "text": tokenizer.text(examples.tokens(row))}  # fmt: skip
+            return {
+                "id": row,
+                "place": problem.samples.places[row] if row < len(problem.samples.places) else "",
+                "score": float(values[place]),
+                "error": float(spread[place]),
+                "cosine": float(cosines[place]),
+                "loss": float(kept.losses[place]),
+                "text": tokenizer.text(examples.tokens(row)),
+            }
 
         record = {
-            "format": 1, "query": [tokenizer.text(row[row >= 0]) for row in _tokens(samples)],
-            "precondition": asked.precondition, "damping": target.damping, "examples": len(kept.ids),
-            "sketch": config.sketch.model_dump(), "model": problem.source.name, "score_error": float(np.median(spread)),
+            "format": 1,
+            "query": [tokenizer.text(row[row >= 0]) for row in _tokens(samples)],
+            "precondition": asked.precondition,
+            "damping": target.damping,
+            "examples": len(kept.ids),
+            "sketch": config.sketch.model_dump(),
+            "model": problem.source.name,
+            "score_error": float(np.median(spread)),
             "told_apart": float((np.abs(values) > 2 * spread).mean()),
             "top": [described(k) for k in influence.top(values, asked.top)],
             "bottom": [described(k) for k in influence.top(-values, min(asked.top, max(0, len(values) - asked.top)))],
-        }  # fmt: skip
+        }
     write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     print(answer_text(record))
     page = f" and {write_page(out, record, values, cosines)}" if config.run.report else ""
@@ -324,6 +339,8 @@ def _tokens(samples: Samples) -> np.ndarray:
 def _identity(config: Config, problem: Problem) -> dict[str, Any]:
     """What a sketch follows from, beside its example."""
     return {
-        "model_fingerprint": problem.source.fingerprint, "parameters": config.parameters.model_dump(),
-        "sketch": config.sketch.model_dump(), "compute_dtype": config.model.compute_dtype,
-    }  # fmt: skip
+        "model_fingerprint": problem.source.fingerprint,
+        "parameters": config.parameters.model_dump(),
+        "sketch": config.sketch.model_dump(),
+        "compute_dtype": config.model.compute_dtype,
+    }

@@ -31,8 +31,10 @@ def check_text(found: Mapping[str, Any]) -> str:
         lines += ["", f"{vector['name']}:", "  scheme     step       error      predicted  gradients"]
         for row in vector["schemes"]:
             predicted = "n/a" if row["predicted"] is None else f"{row['predicted']:.1e}"
-            lines.append(f"  {row['scheme']:<10} {row['step']:<10.2e} {row['error']:<10.1e} {predicted:<10} "
-                         f"{row['gradients']} (+ {row['calibration']} to calibrate)")  # fmt: skip
+            lines.append(
+                f"  {row['scheme']:<10} {row['step']:<10.2e} {row['error']:<10.1e} {predicted:<10} "
+                f"{row['gradients']} (+ {row['calibration']} to calibrate)"
+            )
         best = min(vector["sweep"], key=lambda row: row["error"], default=None)
         if best:
             lines.append(f"  best of the sweep (central): eps {best['step']:.0e}, error {best['error']:.1e}")
@@ -54,11 +56,26 @@ def write_check_figure(found: Mapping[str, Any], folder: Path) -> Path | None:
     axes = figure.add_subplot()
     for vector, colour in zip(vectors, ("#0072B2", "#D55E00"), strict=False):
         sweep = vector["sweep"]
-        axes.loglog([r["step"] for r in sweep], [r["error"] for r in sweep], "o-", color=colour, ms=4, lw=1.5,
-                    label=f"central, {vector['name']}")  # fmt: skip
+        axes.loglog(
+            [r["step"] for r in sweep],
+            [r["error"] for r in sweep],
+            "o-",
+            color=colour,
+            ms=4,
+            lw=1.5,
+            label=f"central, {vector['name']}",
+        )
         for row, marker in zip(vector["schemes"], "vsD", strict=True):
-            axes.plot(row["step"], row["error"], marker, color=colour, ms=9, mfc="none", mew=2,
-                      label=f"{row['scheme']}, chosen step")  # fmt: skip
+            axes.plot(
+                row["step"],
+                row["error"],
+                marker,
+                color=colour,
+                ms=9,
+                mfc="none",
+                mew=2,
+                label=f"{row['scheme']}, chosen step",
+            )
     axes.set_xlabel("step eps along the unit vector")
     axes.set_ylabel("relative error of the product")
     axes.set_title("Finite differences against the exact product")

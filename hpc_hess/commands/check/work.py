@@ -62,9 +62,13 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     progress.phase("gradient at theta_0")
     base = problem.gradient.at_theta0()
     problem.intake.add(reached_finding(problem.model, base[1]))
-    found: dict[str, Any] = {"loss": base[0], "gradient_norm": base[1].norm(), "num_params": space.size,
-                             "repeat": check_repeatable(problem.gradient),
-                             "computes": what_is_computed(config, problem)}  # fmt: skip
+    found: dict[str, Any] = {
+        "loss": base[0],
+        "gradient_norm": base[1].norm(),
+        "num_params": space.size,
+        "repeat": check_repeatable(problem.gradient),
+        "computes": what_is_computed(config, problem),
+    }
     progress.phase("exact product")
     spec, point = spec_of(config), Point(*base, problem.model)
     rounded = config.model.compute_dtype == "bfloat16"
@@ -125,8 +129,16 @@ def _compare(
         differences = FiniteDifferenceHessian(problem.gradient, scheme, "auto", base)  # type: ignore[arg-type]
         error = relative_difference(built(spec, differences, point).matvec(v), reference)
         record = differences.records[-1]
-        schemes.append({"scheme": scheme, "step": record.step, "error": error, "predicted": record.predicted_error,
-                        "gradients": record.gradients, "calibration": record.calibration})  # fmt: skip
+        schemes.append(
+            {
+                "scheme": scheme,
+                "step": record.step,
+                "error": error,
+                "predicted": record.predicted_error,
+                "gradients": record.gradients,
+                "calibration": record.calibration,
+            }
+        )
     progress.phase(f"{name}: central, {len(_SWEEP)} steps from {_SWEEP[0]:.0e} to {_SWEEP[-1]:.0e}")
     for eps in _SWEEP:
         operator = built(spec, FiniteDifferenceHessian(problem.gradient, "central", eps, base), point)

@@ -22,9 +22,7 @@ from hpc_hess.report.style import INK, MARKERS, MUTED, NEGATIVE, POSITIVE, STYLE
 PAGE_NAME = "dynamics.html"
 _DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5))]
 _DECADES = 6  # of the density, below its peak, that are coloured
-_COLUMNS = [
-    "Run", "Sequences", "Loss", "|g|", "λ max", "λ min", "R_NEG", "R₂", "Outliers", "Gradient mass", "Trace",
-]  # fmt: skip
+_COLUMNS = ["Run", "Sequences", "Loss", "|g|", "λ max", "λ min", "R_NEG", "R₂", "Outliers", "Gradient mass", "Trace"]
 
 Record = Mapping[str, Any]
 
@@ -42,20 +40,28 @@ def write_page(out: Path, record: Record, results: Sequence[Mapping[str, Any]]) 
     runs, grid = record["runs"], _arranged(record["runs"])
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
         plots = [
-            _extremes(runs, grid, out), _negative(runs, grid, out), _ratios(runs, grid, record["outlier_above"], out),
-            _outliers(runs, grid, record["outlier_above"], out), _densities(results, grid, out),
-        ]  # fmt: skip
+            _extremes(runs, grid, out),
+            _negative(runs, grid, out),
+            _ratios(runs, grid, record["outlier_above"], out),
+            _outliers(runs, grid, record["outlier_above"], out),
+            _densities(results, grid, out),
+        ]
     percent = f"{100 * record['outlier_above']:g} %"
     return write_comparison(
-        out / PAGE_NAME, title="Dynamics of the Hessian", story=_story(runs, grid), notes=record["notes"], plots=plots,
-        columns=_COLUMNS, rows=[(quote(f"{run['name']}/report.html"), _cells(run)) for run in runs],
+        out / PAGE_NAME,
+        title="Dynamics of the Hessian",
+        story=_story(runs, grid),
+        notes=record["notes"],
+        plots=plots,
+        columns=_COLUMNS,
+        rows=[(quote(f"{run['name']}/report.html"), _cells(run)) for run in runs],
         legend=(
             "Each name leads to the report of that run. R_NEG = |λ min| / λ max. Rₙ = λₙ / λ₁, where λₙ is the n-th "
             f"largest eigenvalue. Outliers: eigenvalues above {percent} of λ₁, then those below \u2212{percent} of it; ≥ "
             "where every computed eigenvalue of that sign is one. Gradient mass: the share of |g|² in the space of their "
             "eigenvectors. All of it is in dynamics.json."
         ),
-    )  # fmt: skip
+    )
 
 
 def _arranged(runs: Sequence[Record]) -> _Grid:
@@ -92,11 +98,16 @@ def _cells(run: Record) -> list[str]:
     shares = [_percent(run[f"{sign}gradient_share"]) for sign in ("", "negative_")]
     second = run["r_n"][0] if run["r_n"] else None
     return [
-        run["name"], f"{run['sequences']:,}", number(run["loss"], 5),
+        run["name"],
+        f"{run['sequences']:,}",
+        number(run["loss"], 5),
         *(minus(number(run[key])) for key in ("gradient_norm", "lambda_max", "lambda_min")),
-        number(run["r_neg"], 3), number(second, 3), ", ".join(counts), ", ".join(shares),
+        number(run["r_neg"], 3),
+        number(second, 3),
+        ", ".join(counts),
+        ", ".join(shares),
         minus(number(run["trace"]["mean"])),
-    ]  # fmt: skip
+    ]
 
 
 def _count(count: int | None, known: bool) -> str:
@@ -122,11 +133,19 @@ def _axis(axes: Axes, grid: _Grid) -> None:
     axes.set_xlabel(grid.axis)
 
 
-def _line(axes: Axes, runs: Sequence[Record], places: list[int], values: Sequence[float | None], look: int,
-          colour: str, label: str) -> None:  # fmt: skip
+def _line(
+    axes: Axes, runs: Sequence[Record], places: list[int], values: Sequence[float | None], look: int, colour: str, label: str
+) -> None:
     shown = [np.nan if value is None else value for value in values]
-    axes.plot(range(len(places)), shown, color=colour, marker=MARKERS[look % len(MARKERS)], label=label,
-              linestyle=_DASHES[look % len(_DASHES)], clip_on=False)  # fmt: skip
+    axes.plot(
+        range(len(places)),
+        shown,
+        color=colour,
+        marker=MARKERS[look % len(MARKERS)],
+        label=label,
+        linestyle=_DASHES[look % len(_DASHES)],
+        clip_on=False,
+    )
 
 
 def _labelled(label: str, series: str, grid: _Grid) -> str:
@@ -181,7 +200,7 @@ def _ratios(runs: Sequence[Record], grid: _Grid, threshold: float, out: Path) ->
         axes.axhline(threshold, color=POSITIVE, linestyle=(0, (4, 3)), linewidth=1.1)
         axes.text(
             1.0, threshold, f" {100 * threshold:g} %", transform=axes.get_yaxis_transform(), color=POSITIVE, va="center"
-        )  # fmt: skip
+        )
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0, symbol=" %"))
         axes.set_ylabel("Rₙ = λₙ / λ₁")
@@ -245,9 +264,15 @@ def _densities(results: Sequence[Mapping[str, Any]], grid: _Grid, out: Path) -> 
         edges = np.arange(len(places) + 1) - 0.5
         shown = np.where(logs[places] < -_DECADES, np.nan, logs[places])
         image = axes.imshow(
-            shown.T, extent=(edges[0], edges[-1], x[0], x[-1]), origin="lower", aspect="auto", interpolation="nearest",
-            cmap="magma_r", vmin=-_DECADES, vmax=0,
-        )  # fmt: skip
+            shown.T,
+            extent=(edges[0], edges[-1], x[0], x[-1]),
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            cmap="magma_r",
+            vmin=-_DECADES,
+            vmax=0,
+        )
         axes.vlines(edges[1:-1], x[0], x[-1], color="white", linewidth=2)
         axes.grid(False)
         axes.set_ylabel("eigenvalue λ, symmetric-log axis")

@@ -69,8 +69,12 @@ def dynamics(config: Config, world: World, *, models: Sequence[str], sequences: 
                 from hpc_hess.commands.dynamics.page import write_page  # matplotlib: not on the other ranks
 
                 results = [read_run(point.config.run.out).result for point in points]
-                record = {"format": FORMAT, "notes": _notes(config, points, results), "outlier_above": OUTLIER,
-                          "runs": [_row(point, result) for point, result in zip(points, results, strict=True)]}  # fmt: skip
+                record = {
+                    "format": FORMAT,
+                    "notes": _notes(config, points, results),
+                    "outlier_above": OUTLIER,
+                    "runs": [_row(point, result) for point, result in zip(points, results, strict=True)],
+                }
                 write_aside(out / RECORD_NAME, json.dumps(record, indent=1) + "\n")
                 print(f"\n{len(points)} spectra compared: {write_page(out, record, results)}")
     world.barrier("finish")
@@ -103,9 +107,11 @@ def plan(config: Config, models: Sequence[str], sequences: Sequence[int], out: P
         for count in sequences or [config.data.sequences]:
             full = f"{name}-{count}-sequences" if sequences else name
             changes = {
-                "model": section, "studies": studies, "data": config.data.model_copy(update={"sequences": count}),
+                "model": section,
+                "studies": studies,
+                "data": config.data.model_copy(update={"sequences": count}),
                 "run": config.run.model_copy(update={"out": str(out / full)}),
-            }  # fmt: skip
+            }
             points.append(Point(full, name, _step(Path(model)), config.model_copy(update=changes)))
     return points
 
@@ -152,13 +158,17 @@ def ratios(result: Mapping[str, Any]) -> dict[str, Any]:
     outliers = [p for p in above if first and p["value"] > OUTLIER * first]
     negative = [p for p in below if first and -p["value"] > OUTLIER * first]
     return {
-        "lambda_max": highest, "lambda_min": lowest,
+        "lambda_max": highest,
+        "lambda_min": lowest,
         "r_neg": max(-lowest, 0.0) / highest if highest > 0 else None,
         "r_n": [p["value"] / first for p in above[1:]],
-        "outliers": len(outliers) if above else None, "outliers_known": len(outliers) < len(above),
-        "negative_outliers": len(negative) if above else None, "negative_outliers_known": len(negative) < len(below),
-        "gradient_share": _share(outliers), "negative_gradient_share": _share(negative),
-    }  # fmt: skip
+        "outliers": len(outliers) if above else None,
+        "outliers_known": len(outliers) < len(above),
+        "negative_outliers": len(negative) if above else None,
+        "negative_outliers_known": len(negative) < len(below),
+        "gradient_share": _share(outliers),
+        "negative_gradient_share": _share(negative),
+    }
 
 
 def _share(pairs: list[dict[str, Any]]) -> float | None:
@@ -170,11 +180,17 @@ def _share(pairs: list[dict[str, Any]]) -> float | None:
 def _row(point: Point, result: Mapping[str, Any]) -> dict[str, Any]:
     pairs = sorted(result["eigenpairs"]["pairs"], key=lambda p: -p["value"])
     return {
-        "name": point.name, "model": point.model, "source": point.config.model.source, "step": point.step,
-        "sequences": point.config.data.sequences, "loss": result["loss"], "gradient_norm": result["gradient_norm"],
-        **ratios(result), "trace": result["trace"],
+        "name": point.name,
+        "model": point.model,
+        "source": point.config.model.source,
+        "step": point.step,
+        "sequences": point.config.data.sequences,
+        "loss": result["loss"],
+        "gradient_norm": result["gradient_norm"],
+        **ratios(result),
+        "trace": result["trace"],
         "eigenvalues": [{key: p.get(key) for key in ("value", "residual", "converged", "gradient_share")} for p in pairs],
-    }  # fmt: skip
+    }
 
 
 def _notes(config: Config, points: Sequence[Point], results: Sequence[Mapping[str, Any]]) -> list[str]:

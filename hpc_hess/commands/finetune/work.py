@@ -99,9 +99,7 @@ def finetune(config: Config, world: World, training: Training) -> int:
 class _Loop:
     """The state of a training: the model's parameters, the optimizer, the log."""
 
-    def __init__(
-        self, training: Training, problem: Problem, source: Source, world: World, bound_to: dict[str, Any]
-    ) -> None:
+    def __init__(self, training: Training, problem: Problem, source: Source, world: World, bound_to: dict[str, Any]) -> None:
         self._training, self._problem, self._source, self._world = training, problem, source, world
         self._bound_to = bound_to
         self.slowest_s = 0.0
@@ -150,9 +148,10 @@ class _Loop:
         if self._optimizer.state and self._training.optimizer == "adamw":
             states = [self._optimizer.state[parameter] for parameter in self._parameters]
             tensors[_MOMENTS_NAME] = [
-                cut for name in MOMENTS
+                cut
+                for name in MOMENTS
                 for cut in cut_like_selected(self._problem.model, name, [state[name] for state in states])
-            ]  # fmt: skip
+            ]
         state = json.dumps({"step": step, "training": self._bound_to}, indent=1) + "\n"
         path = checkpoint(self._training.out, step)
         save_model(path, self._problem.model, self._source, self._world, texts={STATE_NAME: state}, tensors=tensors)
@@ -166,9 +165,12 @@ class _Loop:
             self._optimizer.state[parameter] = optimizer_state(step, parameter)
         with attempt(self._world, file, "read the optimizer's state"):
             for name in MOMENTS:
-                read_tensors(file, cut_like_selected(
-                    model, name, [self._optimizer.state[parameter][name] for parameter in self._parameters]
-                ))  # fmt: skip
+                read_tensors(
+                    file,
+                    cut_like_selected(
+                        model, name, [self._optimizer.state[parameter][name] for parameter in self._parameters]
+                    ),
+                )
 
 
 class _Log:
@@ -203,9 +205,7 @@ def batch_rows(num_samples: int, batch: int, step: int, seed: int) -> list[int]:
 def _starting_from(config: Config, out: Path, step: int | None) -> Config:
     """Return the configuration with the checkpoint's weights; experts are chosen anew in each step."""
     model = config.model if step is None else config.model.model_copy(update={"source": str(checkpoint(out, step))})
-    return config.model_copy(
-        update={"model": model, "operator": config.operator.model_copy(update={"routing": "free"})}
-    )
+    return config.model_copy(update={"model": model, "operator": config.operator.model_copy(update={"routing": "free"})})
 
 
 def _checkpoints(out: Path) -> dict[int, dict[str, Any]]:
@@ -226,9 +226,11 @@ def _identity(config: Config, training: Training, source: Source) -> dict[str, A
     """What the weights of a checkpoint follow from; a directory is bound to it."""
     keys = ("learning_rate", "batch", "optimizer", "seed")
     return {key: getattr(training, key) for key in keys} | {
-        "model_fingerprint": source.fingerprint, "parameters": config.parameters.model_dump(),
-        "master_dtype": config.model.master_dtype, "compute_dtype": config.model.compute_dtype,
-    }  # fmt: skip
+        "model_fingerprint": source.fingerprint,
+        "parameters": config.parameters.model_dump(),
+        "master_dtype": config.model.master_dtype,
+        "compute_dtype": config.model.compute_dtype,
+    }
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -29,8 +29,10 @@ def result_text(record: Mapping[str, Any]) -> str:
         best = max(value for _, value in record["baseline"])
         lines.append(f"{'ordinary training':<22}{number(best)} within {record['baseline'][-1][0]} steps")
     if record["dimension"] is None:
-        lines.append(f"{'intrinsic dimension':<22}above {dimension}: {number(metric)} after {steps} steps; raise --largest "
-                     f"({asked['largest']})")  # fmt: skip
+        lines.append(
+            f"{'intrinsic dimension':<22}above {dimension}: {number(metric)} after {steps} steps; raise --largest "
+            f"({asked['largest']})"
+        )
         return "\n".join(lines)
     bits = int(np.log2(record["dimension"]))
     lines.append(f"{'intrinsic dimension':<22}{record['dimension']:,} = 2^{bits}, reached after {steps} steps")
@@ -62,34 +64,47 @@ def write_page(out: Path, record: Mapping[str, Any]) -> Path:
             at = [(s, v) for s, d, v in record["search"] if d == dimension]
             axes.plot(*zip(*at, strict=True), "o", ms=5, color=_shade(number_of, len({*dimensions})), label=f"{dimension:,}")
         if record["half"]:
-            axes.plot(*zip(start, *record["half"], strict=True), "--", color=CYCLE[1],
-                      label=f"{record['dimension'] // 2:,}, anew")  # fmt: skip
+            axes.plot(
+                *zip(start, *record["half"], strict=True), "--", color=CYCLE[1], label=f"{record['dimension'] // 2:,}, anew"
+            )
         axes.axhline(record["threshold"], color=INK, lw=0.8, ls=":")
         axes.annotate("target", (1, record["threshold"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axes.set(xlabel="training step", ylabel=f"held out: {_metric(record)}")
         axes.legend(title="dimensions", loc="center left", bbox_to_anchor=(1, 0.5))
         dashed = " Dashed: training anew in half the dimensions, for as many steps." if record["half"] else ""
-        plots = [drawn(
-            figure, out, "intrinsic_dimension", "The search, and the check at half the dimension",
-            "Points: one training run in a subspace whose dimension doubles where the metric stalls." + dashed,
-        )]  # fmt: skip
+        plots = [
+            drawn(
+                figure,
+                out,
+                "intrinsic_dimension",
+                "The search, and the check at half the dimension",
+                "Points: one training run in a subspace whose dimension doubles where the metric stalls." + dashed,
+            )
+        ]
     found = record["dimension"]
-    story = f"No dimension up to {dimensions[-1]:,} reaches the target." if found is None else (
-        f"{found:,} of {record['num_params']:,} dimensions reach the target."
-    )  # fmt: skip
+    story = (
+        f"No dimension up to {dimensions[-1]:,} reaches the target."
+        if found is None
+        else (f"{found:,} of {record['num_params']:,} dimensions reach the target.")
+    )
     rows = [("", ["search", str(step), f"{d:,}", minus(number(value))]) for step, d, value in record["search"]]
     rows += [("", ["half", str(step), f"{(found or 2) // 2:,}", minus(number(value))]) for step, value in record["half"]]
     rows += [("", ["ordinary", str(step), f"{record['num_params']:,}", minus(number(v))]) for step, v in record["baseline"]]
     asked, sketch = record["asked"], record["asked"]["sketch"]
     return write_comparison(
-        out / PAGE_NAME, title=f"Intrinsic dimension of fine-tuning {record['model']}", story=story, notes=[], plots=plots,
-        columns=["Training", "Step", "Dimensions", _metric(record).capitalize()], rows=rows,
+        out / PAGE_NAME,
+        title=f"Intrinsic dimension of fine-tuning {record['model']}",
+        story=story,
+        notes=[],
+        plots=plots,
+        columns=["Training", "Step", "Dimensions", _metric(record).capitalize()],
+        rows=rows,
         legend=(
             f"Subspace: {sketch['kind'].upper()}, seed {sketch['seed']}. Every {asked['every']} steps the dimension doubles "
             f"if less than {asked['delta']:g} was gained. Target: {number(record['threshold'])}. All of it is in "
             "intrinsic_dimension.json."
         ),
-    )  # fmt: skip
+    )
 
 
 def _shade(place: int, of: int) -> Any:

@@ -109,18 +109,22 @@ class _Job:
         self._asked = asdict(search) | {
             "sketch": config.sketch.model_dump() | {"dimension": search.largest},
             "parameters": config.parameters.model_dump(),
-            "model_fingerprint": problem.source.fingerprint, "data_fingerprint": problem.samples.fingerprint,
+            "model_fingerprint": problem.source.fingerprint,
+            "data_fingerprint": problem.samples.fingerprint,
             "compute_dtype": config.model.compute_dtype,
-        }  # fmt: skip
+        }
         self._asked.pop("verify")
         self.known, self._kept = self._take_up()
 
     def record(self) -> dict[str, Any]:
         """Return what intrinsic_dimension.json holds."""
         return {
-            "format": 1, "asked": self._asked, "model": self._problem.source.name,
-            "num_params": self._problem.model.space.size, **asdict(self.known),
-        }  # fmt: skip
+            "format": 1,
+            "asked": self._asked,
+            "model": self._problem.source.name,
+            "num_params": self._problem.model.space.size,
+            **asdict(self.known),
+        }
 
     def run(self) -> None:
         """Do what is not done yet. Collective: yes. Raises InterruptedProductError: stop now."""
@@ -245,7 +249,7 @@ class _Job:
                 found[0] += (logits.argmax(1)[predicted] == targets[predicted]).sum()
                 found[1] += torch.nn.functional.cross_entropy(
                     logits[predicted], targets[predicted], reduction="sum"
-                ).double()  # fmt: skip
+                ).double()
         hits, loss = (self._world.sum_over_ranks(found, "metric") / objective.num_tokens).tolist()
         metric = 100 * hits if self._search.metric == "accuracy" else -loss
         return self._world.broadcast(metric, "metric")  # decisions follow from it
@@ -280,9 +284,7 @@ class _Job:
             if self._world.rank == 0 and path.exists():
                 record = json.loads(path.read_text(encoding="utf-8"))
                 before = {"compute_dtype": self._asked["compute_dtype"]} | record["asked"]  # old records do not say it
-                must_match(
-                    before, self._asked, f"{path} holds a search", "choose another run.out, or go back to that"
-                )
+                must_match(before, self._asked, f"{path} holds a search", "choose another run.out, or go back to that")
                 known, kept = Progressed(**{key: record[key] for key in asdict(known)}), record["state"]
         return self._world.broadcast((known, kept), "state of the search")
 

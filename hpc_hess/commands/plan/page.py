@@ -15,8 +15,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     local = plan["local_ranks"]
     nodes = plural(plan["nodes"], "node")
     lines = [
-        f"{plan['model']}: {count(plan['num_params'])} parameters on {nodes} x {plural(local, 'rank')}, "
-        f"{plan['machine']}",
+        f"{plan['model']}: {count(plan['num_params'])} parameters on {nodes} x {plural(local, 'rank')}, {plan['machine']}",
         _line("verdict", _verdict(plan)),
         _line("memory", f"{_memory(plan)} at the peak"),
     ]
@@ -41,11 +40,17 @@ def sweep_text(plans: Sequence[Mapping[str, Any]]) -> str:
     """Return a table, one plan a line."""
     rows = [("nodes", "ranks", "memory a device", "basis", "product", "whole run", "")]
     for plan in plans:
-        rows.append((
-            str(plan["nodes"]), str(plan["ranks"]),
-            f"{size(plan['device_bytes'])} of {size(plan['device_memory_bytes'])}", _where(plan),
-            _range(plan["product_s"]), _range(plan["run_s"]), "" if plan["fits"] else "does not fit",
-        ))  # fmt: skip
+        rows.append(
+            (
+                str(plan["nodes"]),
+                str(plan["ranks"]),
+                f"{size(plan['device_bytes'])} of {size(plan['device_memory_bytes'])}",
+                _where(plan),
+                _range(plan["product_s"]),
+                _range(plan["run_s"]),
+                "" if plan["fits"] else "does not fit",
+            )
+        )
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

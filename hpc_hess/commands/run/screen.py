@@ -111,9 +111,14 @@ def print_summary(
 def _wrapped(line: str, columns: int) -> str:
     """Return a line as several that begin under its text, none longer than the terminal is wide."""
     return textwrap.fill(
-        line, columns, subsequent_indent=" " * (_WIDTH + 1), break_long_words=False, break_on_hyphens=False,
-        drop_whitespace=True, replace_whitespace=False,
-    )  # fmt: skip
+        line,
+        columns,
+        subsequent_indent=" " * (_WIDTH + 1),
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+    )
 
 
 def inspect_text(run_dir: str | Path) -> str:
@@ -157,11 +162,7 @@ def inspect_run(run_dir: str | Path, verify: bool = False, stream: IO[str] | Non
     for problem in problems:
         print(_line("problem", printable(problem, out)), file=out)
     if not problems:
-        found = (
-            f"{plural(rows, 'committed basis row')}, every checksum holds"
-            if rows
-            else "no basis row is needed any more"
-        )
+        found = f"{plural(rows, 'committed basis row')}, every checksum holds" if rows else "no basis row is needed any more"
         print(_line("verified", found), file=out)
     return 2 if problems else 0
 
@@ -236,8 +237,10 @@ def _result(run: RunFiles) -> str:
 def _sketches(path: Path) -> str:
     with Examples(path) as examples:
         sketch = examples.attributes["sketch"]
-        return (f"{examples.done.sum()} of {plural(len(examples), 'example')}, {sketch['kind'].upper()} to "
-                f"{sketch['dimension']:,} numbers, seed {sketch['seed']}")  # fmt: skip
+        return (
+            f"{examples.done.sum()} of {plural(len(examples), 'example')}, {sketch['kind'].upper()} to "
+            f"{sketch['dimension']:,} numbers, seed {sketch['seed']}"
+        )
 
 
 def _bytes(file: Path) -> int:

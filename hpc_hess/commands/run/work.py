@@ -186,9 +186,14 @@ def _watched(session: Session, problem: Problem, exact: ExactOperator | None, pl
             )
             every = 0
         store = open_product_store(
-            config, session.world, problem.model.space, session.out, every, place.width,
+            config,
+            session.world,
+            problem.model.space,
+            session.out,
+            every,
+            place.width,
             shared=exact is not None and exact.lock_step,
-        )  # fmt: skip
+        )
         if store is not None:
             held.enter_context(store)
         watch = ProductWatch(session.stopper, store, every, place.width)
@@ -231,13 +236,22 @@ def _lock_step(config: Config, found: _Existing | None, shared: bool) -> int:
 
 
 def _open_store(
-    session: Session, problem: Problem, found: _Existing | None, attributes: dict[str, Any], place_of_basis: Place,
+    session: Session,
+    problem: Problem,
+    found: _Existing | None,
+    attributes: dict[str, Any],
+    place_of_basis: Place,
     complete: bool,
-) -> Store:  # fmt: skip
+) -> Store:
     config, out, lanczos = session.config, session.out, session.config.lanczos
     rows = basis_rows(lanczos.reorthogonalise, lanczos.steps)
-    place: dict[str, Any] = {"layout": problem.space.layout, "shard": problem.space.shard, "world": session.world,
-                             "driver": config.store.driver, "lock": session.lock}  # fmt: skip
+    place: dict[str, Any] = {
+        "layout": problem.space.layout,
+        "shard": problem.space.shard,
+        "world": session.world,
+        "driver": config.store.driver,
+        "lock": session.lock,
+    }
     if complete:
         return Store.open(out, **place)  # as it is: no row will be written
     if found:
@@ -245,9 +259,16 @@ def _open_store(
             out, **place, probes=lanczos.probes, width=place_of_basis.width, rows=rows, keep_basis=config.store.keep_basis
         )
     return Store.create(
-        out, **place, probes=lanczos.probes, steps=lanczos.steps, width=place_of_basis.width, rows=rows,
-        keep_basis=config.store.keep_basis, dtype=place_of_basis.dtype, attributes=attributes,
-    )  # fmt: skip
+        out,
+        **place,
+        probes=lanczos.probes,
+        steps=lanczos.steps,
+        width=place_of_basis.width,
+        rows=rows,
+        keep_basis=config.store.keep_basis,
+        dtype=place_of_basis.dtype,
+        attributes=attributes,
+    )
 
 
 def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:

@@ -26,26 +26,44 @@ def write_scaling_page(out: Path, record: Record) -> Path:
     runs, operators = record["runs"], record["operators"]
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]  # a plain dictionary of rc names
         plots = [
-            _law(out, operators, "time", "Time of a step", "s"), _law(out, operators, "memory", "Memory of a rank", "GB"),
-        ]  # fmt: skip
+            _law(out, operators, "time", "Time of a step", "s"),
+            _law(out, operators, "memory", "Memory of a rank", "GB"),
+        ]
         strong, weak = _efficiencies(runs, _strong), _efficiencies(runs, _weak)
         if strong or weak:
             plots.append(_efficiency(out, runs, strong, weak))
     rows = [
-        ("", [run["name"], run["operator"].partition(", ")[2], f"{run['num_params']:,}", str(run["ranks"]),
-              f"{run['tokens']:,}", duration(run["hvp_s"]), duration(run["lanczos_s"]), size(run["memory_bytes"]),
-              _share(strong, k), _share(weak, k)])
+        (
+            "",
+            [
+                run["name"],
+                run["operator"].partition(", ")[2],
+                f"{run['num_params']:,}",
+                str(run["ranks"]),
+                f"{run['tokens']:,}",
+                duration(run["hvp_s"]),
+                duration(run["lanczos_s"]),
+                size(run["memory_bytes"]),
+                _share(strong, k),
+                _share(weak, k),
+            ],
+        )
         for k, run in enumerate(runs)
-    ]  # fmt: skip
+    ]
     return write_comparison(
-        out / PAGE_NAME, title="Scaling laws", story=_story(operators), notes=_notes(operators), plots=plots,
-        columns=_COLUMNS, rows=rows,
+        out / PAGE_NAME,
+        title="Scaling laws",
+        story=_story(operators),
+        notes=_notes(operators),
+        plots=plots,
+        columns=_COLUMNS,
+        rows=rows,
         legend=(
             "Product and Lanczos: median seconds of a step of all probes in lock-step. Strong: efficiency against the "
             "fewest ranks with the same model and tokens; weak: with the same model and tokens of a rank. All of it, and "
             "the coefficients with their intervals, are in scaling.json."
         ),
-    )  # fmt: skip
+    )
 
 
 def _story(operators: Record) -> str:
@@ -64,8 +82,10 @@ def _story(operators: Record) -> str:
 def _notes(operators: Record) -> list[str]:
     return [
         f"{name}: {found[part]['hold_out']['note']}."
-        for name, found in operators.items() for part in ("time",) if "note" in found[part]["hold_out"]
-    ]  # fmt: skip
+        for name, found in operators.items()
+        for part in ("time",)
+        if "note" in found[part]["hold_out"]
+    ]
 
 
 def _law(out: Path, operators: Record, part: str, title: str, unit: str) -> Drawn:
@@ -76,8 +96,16 @@ def _law(out: Path, operators: Record, part: str, title: str, unit: str) -> Draw
     low, high = np.inf, 0.0
     for k, (name, found) in enumerate(operators.items()):
         measured, predicted = (np.array(found[part][key]) / scale for key in ("measured", "predicted"))
-        scatter.plot(measured, predicted, linestyle="", marker=MARKERS[k % len(MARKERS)], markersize=4, alpha=0.7,
-                       color=CYCLE[k % len(CYCLE)], label=name)  # fmt: skip
+        scatter.plot(
+            measured,
+            predicted,
+            linestyle="",
+            marker=MARKERS[k % len(MARKERS)],
+            markersize=4,
+            alpha=0.7,
+            color=CYCLE[k % len(CYCLE)],
+            label=name,
+        )
         low, high = min(low, measured.min(), predicted[predicted > 0].min()), max(high, measured.max(), predicted.max())
     scatter.plot([low, high], [low, high], color=MUTED, linewidth=0.8)
     if high > 10 * low:
@@ -108,11 +136,25 @@ def _coefficients(axes: Axes, operators: Record, part: str) -> None:
         y = np.arange(len(names)) + 0.5 * (k - (count - 1) / 2) / max(count, 1)
         there = values > 0
         ends = np.array([1 - low[there] / values[there], high[there] / values[there] - 1])
-        axes.errorbar(np.ones(there.sum()), y[there], xerr=np.clip(ends, 0, None), linestyle="", marker="o", markersize=3,
-                      color=CYCLE[k % len(CYCLE)])  # fmt: skip
+        axes.errorbar(
+            np.ones(there.sum()),
+            y[there],
+            xerr=np.clip(ends, 0, None),
+            linestyle="",
+            marker="o",
+            markersize=3,
+            color=CYCLE[k % len(CYCLE)],
+        )
         for place, value in zip(y[there], values[there], strict=True):
-            axes.annotate(minus(number(float(value), 3)), (1, place), textcoords="offset points", xytext=(0, 4), fontsize=7,
-                          ha="center", color=INK)  # fmt: skip
+            axes.annotate(
+                minus(number(float(value), 3)),
+                (1, place),
+                textcoords="offset points",
+                xytext=(0, 4),
+                fontsize=7,
+                ha="center",
+                color=INK,
+            )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(-0.1, 3)
@@ -160,8 +202,13 @@ def _efficiency(out: Path, runs: Sequence[Record], strong: Mapping[int, float], 
             axes.set_xticks([])
             axes.text(0.5, 0.5, NONE, transform=axes.transAxes, ha="center", color=MUTED)
     panels[0].set_ylabel("efficiency of a step")
-    return drawn(figure, out, "efficiency", "Efficiency over ranks",
-                 "Strong: the same tokens on more ranks; weak: as many tokens for each rank.")  # fmt: skip
+    return drawn(
+        figure,
+        out,
+        "efficiency",
+        "Efficiency over ranks",
+        "Strong: the same tokens on more ranks; weak: as many tokens for each rank.",
+    )
 
 
 def _share(found: Mapping[int, float], k: int) -> str:

@@ -33,10 +33,19 @@ from hpc_hess.session.problem import load_problem
 from hpc_hess.storage.run_files import write_aside
 
 _TRIAL: dict[str, Any] = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1536,
-    "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192,
-    "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 8192,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _TRIAL_ON_GPU = {"hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 2048}
 _TRIAL_REPEATS = 3
 _LAUNCH = Path(__file__).resolve().parents[3] / "launch"
@@ -105,17 +114,27 @@ def _fitted(
 def _row(run: Measured) -> dict[str, Any]:
     steps = run.steps[1:] or run.steps
     return {
-        "name": run.name, "operator": run.operator, "num_params": run.num_params, "ranks": run.ranks, "tokens": run.tokens,
-        "memory_bytes": run.memory_bytes, "hvp_s": float(np.median([hvp for _, hvp, _ in steps])),
+        "name": run.name,
+        "operator": run.operator,
+        "num_params": run.num_params,
+        "ranks": run.ranks,
+        "tokens": run.tokens,
+        "memory_bytes": run.memory_bytes,
+        "hvp_s": float(np.median([hvp for _, hvp, _ in steps])),
         "lanczos_s": float(np.median([lanczos for _, _, lanczos in steps])),
-    }  # fmt: skip
+    }
 
 
 def _law(law: Law) -> dict[str, Any]:
     return {
-        "terms": law.terms, "coefficients": law.coefficients.tolist(), "low": law.low.tolist(), "high": law.high.tolist(),
-        "run": law.run, "measured": law.measured.tolist(), "predicted": law.predicted.tolist(),
-    }  # fmt: skip
+        "terms": law.terms,
+        "coefficients": law.coefficients.tolist(),
+        "low": law.low.tolist(),
+        "high": law.high.tolist(),
+        "run": law.run,
+        "measured": law.measured.tolist(),
+        "predicted": law.predicted.tolist(),
+    }
 
 
 def measure_machine(out: Path) -> int:
@@ -129,9 +148,13 @@ def measure_machine(out: Path) -> int:
     machine = replace(machine, shares=_shares(machine, device))
     write_aside(out, machine.to_json())
     rates = ", ".join(f"{dtype} {rate / 1e9:.4g} GFLOP/s" for dtype, rate in machine.flops_per_s.items())
-    print(f"{name}: {rates}; copies {machine.bytes_per_s / 1e9:.3g} GB/s; {machine.operation_s * 1e6:.3g} us an operation; "
-          + ", ".join(f"products by {kind.replace('_', ' ')} at {100 * share:.3g} % of what these say"
-                      for kind, share in machine.shares.items()))  # fmt: skip
+    print(
+        f"{name}: {rates}; copies {machine.bytes_per_s / 1e9:.3g} GB/s; {machine.operation_s * 1e6:.3g} us an operation; "
+        + ", ".join(
+            f"products by {kind.replace('_', ' ')} at {100 * share:.3g} % of what these say"
+            for kind, share in machine.shares.items()
+        )
+    )
     print(out)
     return 0
 
@@ -147,11 +170,14 @@ def _shares(machine: Machine, device: torch.device) -> dict[str, float]:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         np.save(Path(folder) / "tokens.npy", np.random.default_rng(0).integers(3, shape["vocab_size"], length))
         for method in ("finite_difference", "exact"):
-            config = make_config({
-                "model": {"source": f"{folder}/config.json"}, "parallel": {"device": device.type},
-                "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": 1},
-                "operator": {"method": method, "step": 0.1, "check": False},
-            })  # fmt: skip
+            config = make_config(
+                {
+                    "model": {"source": f"{folder}/config.json"},
+                    "parallel": {"device": device.type},
+                    "data": {"source": f"tokens:{folder}/tokens.npy", "sequence_length": length, "sequences": 1},
+                    "operator": {"method": method, "step": 0.1, "check": False},
+                }
+            )
             traced = trace(config, 1, 1, gloo=device.type == "cpu")
             problem = load_problem(config, World.alone(device.type), Progress(0))
             exact = exact_operator(config, problem) if method == "exact" else None

@@ -18,9 +18,11 @@ PAGE_NAME = "sketch_check.html"
 def check_text(found: Mapping[str, Any]) -> str:
     """Return the screen's lines."""
     lines = [
-        "", f"{found['model']}: {plural(found['pairs'], 'pair')} of gradients, one gradient {duration(found['gradient_s'])}",
-        "", f"{'sketch':<12}{'D':>6}  {'r':>7}  {'norm':>14}  time of a sketch",
-    ]  # fmt: skip
+        "",
+        f"{found['model']}: {plural(found['pairs'], 'pair')} of gradients, one gradient {duration(found['gradient_s'])}",
+        "",
+        f"{'sketch':<12}{'D':>6}  {'r':>7}  {'norm':>14}  time of a sketch",
+    ]
     for row in found["sketches"]:
         norm = f"{row['norm_mean']:.3f} ± {row['norm_spread']:.3f}"
         dimension = f"2^{row['bits']}"
@@ -51,10 +53,15 @@ def write_page(out: Path, found: Mapping[str, Any]) -> Path:
         right.axhline(found["gradient_s"], color=INK, lw=0.8, ls=":")
         right.annotate("one gradient", (1, found["gradient_s"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         right.set(yscale="log", xlabel="log2 of the dimension", ylabel="time of a sketch / s")
-        plots = [drawn(
-            figure, out, "sketches", "Scores from sketches against scores from whole gradients",
-            "Left: what Pearson's r lacks to 1. Right: the time of one sketch beside that of one gradient.",
-        )]  # fmt: skip
+        plots = [
+            drawn(
+                figure,
+                out,
+                "sketches",
+                "Scores from sketches against scores from whole gradients",
+                "Left: what Pearson's r lacks to 1. Right: the time of one sketch beside that of one gradient.",
+            )
+        ]
         layers = {name: r for name, r in found["layers"].items() if r is not None}
         if len(layers) > 1:
             figure = new_figure(8, max(2.0, 0.22 * len(layers) + 0.8))
@@ -62,19 +69,36 @@ def write_page(out: Path, found: Mapping[str, Any]) -> Path:
             axes.barh(list(layers), list(layers.values()), color=CYCLE[0])
             axes.invert_yaxis()
             axes.set(xlabel="r of its scores with the whole gradient's")
-            plots.append(drawn(
-                figure, out, "layers", "Scores from single layers",
-                "What becomes of attribution if only one layer's gradient is kept (Schioppa 2024, table 1).",
-            ))  # fmt: skip
+            plots.append(
+                drawn(
+                    figure,
+                    out,
+                    "layers",
+                    "Scores from single layers",
+                    "What becomes of attribution if only one layer's gradient is kept (Schioppa 2024, table 1).",
+                )
+            )
     rows = [
-        ("", [row["kind"].upper(), f"2^{row['bits']}", minus(f"{row['r']:.4f}"),
-              f"{row['norm_mean']:.3f} ± {row['norm_spread']:.3f}", duration(row["seconds"])])
+        (
+            "",
+            [
+                row["kind"].upper(),
+                f"2^{row['bits']}",
+                minus(f"{row['r']:.4f}"),
+                f"{row['norm_mean']:.3f} ± {row['norm_spread']:.3f}",
+                duration(row["seconds"]),
+            ],
+        )
         for row in found["sketches"]
-    ]  # fmt: skip
+    ]
     rows += [("", [name, "", NONE if r is None else minus(f"{r:.4f}"), "", ""]) for name, r in found["layers"].items()]
     return write_comparison(
-        out / PAGE_NAME, title=f"Sketches of gradients of {found['model']}", notes=[], plots=plots, rows=rows,
+        out / PAGE_NAME,
+        title=f"Sketches of gradients of {found['model']}",
+        notes=[],
+        plots=plots,
+        rows=rows,
         story=f"{found['pairs']:,} pairs of examples: inner products of their gradients, whole and sketched.",
         columns=["Sketch", "Dimension", "r", "Norm", "Time"],
         legend="Norm: |Phi g| / |g|, mean and spread over examples. Time: of one sketch, the median. Below: single layers.",
-    )  # fmt: skip
+    )

@@ -73,10 +73,7 @@ def sketch_check(config: Config, world: World, asked: Comparison) -> int:
         page, found = None, summary(record)
         with attempt(world, out / RECORD_NAME, "write the comparison", of=OSError):
             if world.rank == 0:
-                from hpc_hess.commands.sketch_check.page import (  # matplotlib: not on the other ranks
-                    check_text,
-                    write_page,
-                )
+                from hpc_hess.commands.sketch_check.page import check_text, write_page  # matplotlib: not on the other ranks
 
                 write_aside(out / RECORD_NAME, json.dumps(record | {"found": found}) + "\n")
                 page = write_page(out, found)
@@ -95,8 +92,10 @@ class _Table:
         size = problem.model.layout.num_params_full
         self._sketches = {
             name: Sketch(size, SketchSettings.of(config.sketch, kind=kind, dimension=1 << bits))
-            for kind in asked.kinds for bits in asked.bits for name in [f"{kind} {bits}"]
-        }  # fmt: skip
+            for kind in asked.kinds
+            for bits in asked.bits
+            for name in [f"{kind} {bits}"]
+        }
         self._layers = _layers(problem)
         self._queries: list[Vector] = []
         self._sketched: dict[str, np.ndarray] = {}
@@ -107,8 +106,7 @@ class _Table:
         """Compute the queries' gradients and sketches. Collective: yes."""
         self._queries = [self._gradient(k).copy() for k in range(self._asked.queries)]
         self._sketched = {
-            name: np.stack([sketch.apply(g).cpu().numpy() for g in self._queries])
-            for name, sketch in self._sketches.items()
+            name: np.stack([sketch.apply(g).cpu().numpy() for g in self._queries]) for name, sketch in self._sketches.items()
         }
 
     def row(self, index: int) -> dict[str, Any]:
@@ -126,8 +124,14 @@ class _Table:
             scores[name], norms[name] = (self._sketched[name] @ s).tolist(), float(np.linalg.norm(s)) / norm
         layers = self._by_layer(g)
         self.slowest_s = max(self.slowest_s, time.perf_counter() - began)
-        return {"exact": exact, "scores": scores, "layers": layers, "gradient_s": gradient_s, "seconds": seconds,
-                "norms": norms}  # fmt: skip
+        return {
+            "exact": exact,
+            "scores": scores,
+            "layers": layers,
+            "gradient_s": gradient_s,
+            "seconds": seconds,
+            "norms": norms,
+        }
 
     def _gradient(self, index: int) -> Vector:
         """Return the gradient of one example's mean loss; rank 0 has the example, the others help to shard it."""
@@ -165,26 +169,39 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     for name in rows[0]["scores"]:
         kind, bits = name.split()
         norms = np.array([row["norms"][name] for row in rows])
-        sketches.append({
-            "kind": kind, "bits": int(bits), "r": correlation(exact, [row["scores"][name] for row in rows]),
-            "seconds": float(np.median([row["seconds"][name] for row in rows])),
-            "norm_mean": float(norms.mean()), "norm_spread": float(norms.std()),
-        })  # fmt: skip
+        sketches.append(
+            {
+                "kind": kind,
+                "bits": int(bits),
+                "r": correlation(exact, [row["scores"][name] for row in rows]),
+                "seconds": float(np.median([row["seconds"][name] for row in rows])),
+                "norm_mean": float(norms.mean()),
+                "norm_spread": float(norms.std()),
+            }
+        )
     layers = {name: correlation(exact, [row["layers"][name] for row in rows]) for name in rows[0]["layers"]}
     return {
-        "model": record["identity"]["model"], "pairs": exact.size, "sketches": sketches,
+        "model": record["identity"]["model"],
+        "pairs": exact.size,
+        "sketches": sketches,
         "layers": {name: None if math.isnan(r) else r for name, r in layers.items()},
         "gradient_s": float(np.median([row["gradient_s"] for row in rows])),
-    }  # fmt: skip
+    }
 
 
 def _identity(config: Config, problem: Problem, asked: Comparison) -> dict[str, Any]:
     return {
-        "model": problem.source.name, "model_fingerprint": problem.source.fingerprint,
-        "data_fingerprint": problem.samples.fingerprint, "parameters": config.parameters.model_dump(),
-        "seed": config.sketch.seed, "preconditioner": config.sketch.preconditioner, "kinds": list(asked.kinds),
-        "bits": list(asked.bits), "queries": asked.queries, "compute_dtype": config.model.compute_dtype,
-    }  # fmt: skip
+        "model": problem.source.name,
+        "model_fingerprint": problem.source.fingerprint,
+        "data_fingerprint": problem.samples.fingerprint,
+        "parameters": config.parameters.model_dump(),
+        "seed": config.sketch.seed,
+        "preconditioner": config.sketch.preconditioner,
+        "kinds": list(asked.kinds),
+        "bits": list(asked.bits),
+        "queries": asked.queries,
+        "compute_dtype": config.model.compute_dtype,
+    }
 
 
 def _take_up(out: Path, world: World, identity: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +212,6 @@ def _take_up(out: Path, world: World, identity: dict[str, Any]) -> dict[str, Any
         if world.rank == 0 and path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             before = {"compute_dtype": identity["compute_dtype"]} | found["identity"]  # old records do not say it
-            must_match(
-                before, identity, f"{path} holds a comparison", "choose another run.out, or go back to that"
-            )
+            must_match(before, identity, f"{path} holds a comparison", "choose another run.out, or go back to that")
             record["rows"] = found["rows"]
     return world.broadcast(record, "rows of the comparison")

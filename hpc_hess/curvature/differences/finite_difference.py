@@ -41,9 +41,12 @@ class FiniteDifferenceHessian:
     """
 
     def __init__(
-        self, gradient: Gradient, scheme: Scheme = "central", step: float | Literal["auto"] = "auto",
+        self,
+        gradient: Gradient,
+        scheme: Scheme = "central",
+        step: float | Literal["auto"] = "auto",
         base: tuple[float, Vector | None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.gradient, self.scheme, self.step = gradient, scheme, step
         self.space: VectorSpace = gradient.model.space
         self.theta0 = gradient.model.read_parameters()
@@ -86,10 +89,16 @@ class FiniteDifferenceHessian:
             error = controller.predicted_error(spread, eps, result.norm() / spread.norm)
         self.records.append(
             ProductRecord(
-                eps, realised, gradients, controller.calibration_gradients - spent, calibration_s,
-                self._flips_since(flips), error, self.choices,
+                eps,
+                realised,
+                gradients,
+                controller.calibration_gradients - spent,
+                calibration_s,
+                self._flips_since(flips),
+                error,
+                self.choices,
             )
-        )  # fmt: skip
+        )
         return result
 
     def _flips_since(self, before: int) -> int:
@@ -123,9 +132,11 @@ class FiniteDifferenceHessian:
         """Return eps for ``v``, after a calibration where the controller wants one. Collective: yes."""
         if self.controller.wants_calibration(spread):
             self.controller.calibrate(
-                spread, lambda eps: self._shifted(v, eps / spread.norm, spread.norm), self._base,
+                spread,
+                lambda eps: self._shifted(v, eps / spread.norm, spread.norm),
+                self._base,
                 lambda: self.gradient.watch.milestone(self.controller.to_state()),
-            )  # fmt: skip
+            )
         return self.controller.step(spread)
 
     def _base(self) -> Vector:
@@ -180,6 +191,4 @@ class FiniteDifferenceHessian:
     def _check_realised(self, realised: float, eps: float) -> None:
         """Refuse a step that storing loses even when it is dithered: ``realised`` is its share that was stored."""
         if not 0.5 <= realised <= 2:
-            raise NumericsError(
-                f"a step of {eps:.1e} is lost when it is stored in {self.space.dtype}: raise operator.step"
-            )
+            raise NumericsError(f"a step of {eps:.1e} is lost when it is stored in {self.space.dtype}: raise operator.step")

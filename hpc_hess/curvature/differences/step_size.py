@@ -222,9 +222,12 @@ class StepController:
         return near.excess * near.noise * (near.step / step) / product_norm
 
     def calibrate(
-        self, v: Concentration, shifted: Callable[[float], tuple[float, Vector]], base: Callable[[], Vector],
+        self,
+        v: Concentration,
+        shifted: Callable[[float], tuple[float, Vector]],
+        base: Callable[[], Vector],
         after_round: Callable[[], None] = lambda: None,
-    ) -> Calibration:  # fmt: skip
+    ) -> Calibration:
         """Measure around theta_0 along the vector of ``v`` until noise and derivative are told apart. Collective: yes.
 
         Where a spacing shows nothing but noise a far wider one follows; where the derivative drowns the noise, a
@@ -246,7 +249,12 @@ class StepController:
         found = search.result()
         step, coefficient, excess = balance(found, self.scheme)
         calibration = Calibration(
-            v.participation, step, coefficient * found.sigma / step, found.derivative, found.product_norm, excess,
+            v.participation,
+            step,
+            coefficient * found.sigma / step,
+            found.derivative,
+            found.product_norm,
+            excess,
             found.sigma,
         )
         self.calibrations.append(calibration)

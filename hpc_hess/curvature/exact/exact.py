@@ -60,10 +60,15 @@ class StreamedOperator:
     start: Start = HESSIAN
 
     def __init__(
-        self, model: ShardedModel, objective: CausalLMObjective, *, plain: nn.Module | None = None,
-        compute_dtype: torch.dtype | None = None, settings: Settings | None = None,
+        self,
+        model: ShardedModel,
+        objective: CausalLMObjective,
+        *,
+        plain: nn.Module | None = None,
+        compute_dtype: torch.dtype | None = None,
+        settings: Settings | None = None,
         choose: Callable[..., Choice] = choose_way,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not isinstance(objective, CausalLMObjective):
             raise ModelError(
                 "exact products need the causal LM's default loss (they take its derivatives in closed form): use "
@@ -99,9 +104,10 @@ class StreamedOperator:
         agree = model.world.all_true
         way: Way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
         self._settings = replace(
-            self._settings, way=way,
+            self._settings,
+            way=way,
             lock_step=agree(choice.lock_step and self._settings.lock_step, "the exact product's lock-step"),
-        )  # fmt: skip
+        )
 
     def follow(self, watch: Watch) -> None:
         """Have ``watch`` see the sums grow from here on."""

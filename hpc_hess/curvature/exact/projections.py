@@ -114,9 +114,14 @@ def _times(a: Any, b: Any) -> torch.Tensor:
 
 
 def _embedding(
-    input: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, max_norm: float | None = None,
-    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> torch.Tensor:
     """As F.embedding, whose own tangent under vmap copies every direction's whole table to look up a few rows."""
     if max_norm is not None or scale_grad_by_freq or sparse:
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -177,9 +182,13 @@ class _DualProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: torch.Tensor, x_dot: torch.Tensor | None, weight: torch.Tensor, weight_dot: torch.Tensor | None,
-        value: torch.Tensor | None, tangent: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        x: torch.Tensor,
+        x_dot: torch.Tensor | None,
+        weight: torch.Tensor,
+        weight_dot: torch.Tensor | None,
+        value: torch.Tensor | None,
+        tangent: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         value = x @ weight.mT if value is None else value.view_as(value)
         if tangent is not None:
             return value, tangent.view_as(tangent)

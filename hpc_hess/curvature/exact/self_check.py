@@ -89,9 +89,7 @@ def _check_block(split: SplitModel, number: int, f: Stage, W: Tensors, x: Severa
             choice.notes.append(f"{block}: exact products by double backward, which costs more ({why})")
     if choice.lock_step:
         try:
-            both = torch.vmap(lambda V, x_dot, bar_dot: tuple(derivatives("dual", V, x_dot, bar_dot)))(
-                V, x_dot, bar_dot
-            )
+            both = torch.vmap(lambda V, x_dot, bar_dot: tuple(derivatives("dual", V, x_dot, bar_dot)))(V, x_dot, bar_dot)
             wrong = disagreement([t[0] for t in both], reference)
             why = f"off by {wrong:.0e}" if wrong else ""
         except (NotImplementedError, RuntimeError, ValueError) as error:

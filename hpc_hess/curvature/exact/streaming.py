@@ -53,9 +53,10 @@ class Settings:
 
 
 _WANTED = {
-    "all": lambda inputs, outputs: True, "narrow": lambda inputs, outputs: outputs < inputs,
+    "all": lambda inputs, outputs: True,
+    "narrow": lambda inputs, outputs: outputs < inputs,
     "none": lambda inputs, outputs: False,
-}  # fmt: skip
+}
 
 
 class Health:
@@ -240,9 +241,7 @@ class _Sweep:
         arguments = self.arguments[stage - 1]
         return lambda W, x: (split.block(stage - 1, {**full, **W}, arguments, *x),)
 
-    def _keeping(
-        self, f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several
-    ) -> tuple[Several, Several, Pull]:  # fmt: skip
+    def _keeping(self, f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several) -> tuple[Several, Several, Pull]:
         return push_keeping(f, W, V, x, x_dot, self.settings.way, gauss_newton=self.gauss_newton)
 
     def _again(self, f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, kept: Projections | None) -> Pull:

@@ -54,9 +54,16 @@ def _push_reverse(f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several) 
 
 
 def push_keeping(
-    f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, way: Way, *, gauss_newton: bool,
+    f: Stage,
+    W: Tensors,
+    V: Tensors,
+    x: Several,
+    x_dot: Several,
+    way: Way,
+    *,
+    gauss_newton: bool,
     kept: Projections | None = None,
-) -> tuple[Several, Several, Pull]:  # fmt: skip
+) -> tuple[Several, Several, Pull]:
     """As :func:`push`, keeping what the way back needs.
 
     The third value, pull(y_bar_dot, y_bar), returns (tangents of W's gradient, x_bar_dot, x_bar): cotangents of x and
@@ -79,9 +86,16 @@ def push_keeping(
 
 
 def pull_again(
-    f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, way: Way, *, gauss_newton: bool,
+    f: Stage,
+    W: Tensors,
+    V: Tensors,
+    x: Several,
+    x_dot: Several,
+    way: Way,
+    *,
+    gauss_newton: bool,
     kept: Projections | None = None,
-) -> Pull:  # fmt: skip
+) -> Pull:
     """Return the pull of :func:`push_keeping` alone."""
     if way == "reverse":
         return _reverse_pull(f, W, V, x, x_dot, gauss_newton)
@@ -118,8 +132,7 @@ def _reverse_pull(f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, 
         x_bar = None
         if not gauss_newton:
             x_bar = tuple(
-                torch.zeros_like(t) if b is None else b.detach()
-                for t, b in zip(inputs, bars[len(leaves) :], strict=True)
+                torch.zeros_like(t) if b is None else b.detach() for t, b in zip(inputs, bars[len(leaves) :], strict=True)
             )
         return dict(zip(leaves, full, strict=False)), tuple(full[len(leaves) :]), x_bar
 

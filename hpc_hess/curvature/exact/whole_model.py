@@ -67,9 +67,16 @@ class WholeModel:
     lock_step = False
 
     def __init__(
-        self, model: ShardedModel, objective: CausalLMObjective | CallableObjective, start: Start = HESSIAN, *,
-        plain: nn.Module | None = None, compute_dtype: torch.dtype | None = None, reason: str = "", reserved: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        model: ShardedModel,
+        objective: CausalLMObjective | CallableObjective,
+        start: Start = HESSIAN,
+        *,
+        plain: nn.Module | None = None,
+        compute_dtype: torch.dtype | None = None,
+        reason: str = "",
+        reserved: int = 0,
+    ) -> None:
         own_loss = isinstance(objective, CallableObjective)
         if own_loss and (start is not HESSIAN or model.sharded):
             raise ModelError("of a loss of one's own only the Hessian is known, on one process")
@@ -262,10 +269,10 @@ class WholeModel:
         W = {name: full[name] for name in self._selected}
         generator = torch.Generator(device=self.space.device).manual_seed(0)
         V = {
-            name: t.square().mean().sqrt().clamp_min(1e-3) * torch.randn(
-                t.shape, generator=generator, dtype=t.dtype, device=t.device
-            ) for name, t in W.items()
-        }  # fmt: skip
+            name: t.square().mean().sqrt().clamp_min(1e-3)
+            * torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+            for name, t in W.items()
+        }
         index, name = self._batches[0], type(self._module).__name__
         loss: Stage = lambda W, _: self._loss(index, W)  # noqa: E731
         with self._running(full):
@@ -300,9 +307,15 @@ ExactOperator = StreamedOperator | WholeModel
 
 
 def exact_or_whole(
-    kind: type[StreamedOperator], model: ShardedModel, objective: CausalLMObjective, *, plain: nn.Module | None = None,
-    compute_dtype: torch.dtype | None = None, settings: Settings | None = None, reserved: int = 0,
-) -> ExactOperator:  # fmt: skip
+    kind: type[StreamedOperator],
+    model: ShardedModel,
+    objective: CausalLMObjective,
+    *,
+    plain: nn.Module | None = None,
+    compute_dtype: torch.dtype | None = None,
+    settings: Settings | None = None,
+    reserved: int = 0,
+) -> ExactOperator:
     """Return the streamed operator, or the whole model's where its blocks cannot be told apart. Collective: yes.
 
     Raises ModelError where neither is possible. Arguments as of StreamedOperator and WholeModel.

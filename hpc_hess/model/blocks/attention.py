@@ -125,8 +125,9 @@ class _Sums:
                 self._sums[i] = self._sums[i] + part if i in self._sums else part
 
     def all(self) -> Tensors:
-        return tuple(torch.cat(self._rows[i], -2) if i % 3 == 0 else self._sums[i]
-                     for i in range(len(self._rows) + len(self._sums)))  # fmt: skip
+        return tuple(
+            torch.cat(self._rows[i], -2) if i % 3 == 0 else self._sums[i] for i in range(len(self._rows) + len(self._sums))
+        )
 
 
 # The functions take masks one by one: functorch must see every tensor among the arguments.
@@ -208,9 +209,15 @@ def _pulled_back(f: Callable[..., torch.Tensor], ctx: Any, out_bar: torch.Tensor
 
 
 def scaled_dot_product_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """Stand in for torch's function of that name. Raises ModelError where dropout is on."""
     if dropout_p:
         raise ModelError("attention dropout is on: call model.eval() before taking exact products")

@@ -209,9 +209,12 @@ class SplitModel:
     # -- the model's own forward -----------------------------------------------------------------------------------
 
     def _forward(
-        self, batch: MicroBatch, parameters: Tensors, on_block: Callable[[int, list[Any]], Any],
+        self,
+        batch: MicroBatch,
+        parameters: Tensors,
+        on_block: Callable[[int, list[Any]], Any],
         on_head: Callable[[torch.Tensor], Any],
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Run the model with blocks and head replaced; parameters that are not given are zeros without memory."""
         count, calls = 0, self.known.calls
 
@@ -245,13 +248,16 @@ class SplitModel:
         dtype = next((t.dtype for t in parameters.values()), torch.float32)
         rest = {
             name: torch.zeros((), dtype=dtype, device=device).expand(self.shapes[name])
-            for name in self.names_outside if name not in parameters
-        }  # fmt: skip
+            for name in self.names_outside
+            if name not in parameters
+        }
         replacements = [*zip(self.blocks, forwards, strict=True), (self.head, on_head)]
         with (
-            substituted(self.places, {**rest, **parameters}), replaced_forwards(replacements), whole_rows(self.module),
+            substituted(self.places, {**rest, **parameters}),
+            replaced_forwards(replacements),
+            whole_rows(self.module),
             own_buffers(self.written),
-        ):  # fmt: skip
+        ):
             try:
                 return plain_forward(self.module)(**batch.arguments()).logits
             except Finished:

@@ -129,7 +129,7 @@ class _Streamed:
 
     def _head(
         self, batch: MicroBatch, boundary: torch.Tensor, give: Callable[[Tensors], None]
-    ) -> tuple[float, torch.Tensor]:  # fmt: skip
+    ) -> tuple[float, torch.Tensor]:
         full = self._fetch(self._split.num_calls + 1)
         targets = shifted_targets(batch.labels).flatten()
         predicted = (targets >= 0).nonzero().flatten()
@@ -145,7 +145,7 @@ class _Streamed:
 
     def _back(
         self, call: int, arguments: list[object], inputs: Several, bar: torch.Tensor, give: Callable[[Tensors], None]
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         full = self._fetch(call + 1)
         with torch.enable_grad():
             W, x = self._leaves(full), tuple(t.detach().requires_grad_() for t in inputs)
@@ -163,7 +163,7 @@ class _Streamed:
 
     def _differentiate(
         self, outputs: Several, bars: Several, W: Tensors, x: Several, give: Callable[[Tensors], None]
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         if not any(y.requires_grad for y in outputs):
             return [torch.zeros_like(t) for t in x]
         found = torch.autograd.grad(outputs, [*W.values(), *x], bars, allow_unused=True)

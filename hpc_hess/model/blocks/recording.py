@@ -20,9 +20,7 @@ from hpc_hess.model.sharded.loss import MicroBatch
 Fetch = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
-def record(
-    split: SplitModel, batch: MicroBatch, fetch: Fetch, others: Sequence[MicroBatch] = ()
-) -> list[torch.Tensor]:
+def record(split: SplitModel, batch: MicroBatch, fetch: Fetch, others: Sequence[MicroBatch] = ()) -> list[torch.Tensor]:
     """Set ``split.parts`` and return the boundary tensor before each block call, and after the last.
 
     ``fetch`` returns full parameters by name. The parts are replayed and compared with what was recorded; the ``other``

@@ -75,15 +75,18 @@ class BufferWatch:
     def __init__(self, module: nn.Module) -> None:
         self._before = {
             (owner, key): (buffer, buffer._version)
-            for owner in module.modules() for key, buffer in owner._buffers.items() if buffer is not None
-        }  # fmt: skip
+            for owner in module.modules()
+            for key, buffer in owner._buffers.items()
+            if buffer is not None
+        }
 
     def written(self) -> Places:
         """Return the places that have changed since."""
         return [
-            (owner, key) for (owner, key), (buffer, version) in self._before.items()
+            (owner, key)
+            for (owner, key), (buffer, version) in self._before.items()
             if owner._buffers.get(key) is not buffer or buffer._version != version
-        ]  # fmt: skip
+        ]
 
 
 @contextlib.contextmanager
@@ -173,6 +176,11 @@ def _affine(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
 
 
 _DECOMPOSITIONS: dict[Any, Any] = {
-    F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
-    F.group_norm: _group_norm, torch.group_norm: _group_norm, F.scaled_dot_product_attention: scaled_dot_product_attention,
-}  # fmt: skip
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+}

@@ -17,8 +17,15 @@ from hpc_hess.model.sharded.shard import ShardedModel, select, whole_model
 from hpc_hess.parallel.vector import VectorSpace
 
 _RAW = (
-    ArithmeticError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError
-)  # fmt: skip
+    ArithmeticError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+)
 _NUDGE = 1e-2  # of each entry and of a typical one: enough to change a loss that depends on them
 
 

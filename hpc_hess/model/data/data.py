@@ -202,20 +202,20 @@ def _micro_batch(samples: Samples, ids: list[int]) -> MicroBatch:
     labels = samples.labels[rows].clone()
     labels[torch.tensor([i < 0 for i in ids])] = IGNORED
     length = int(samples.attention_mask[rows].sum(1).max()) if samples.alone else samples.input_ids.shape[1]
-    return MicroBatch(
-        ids, samples.input_ids[rows, :length], samples.attention_mask[rows, :length], labels[:, :length]
-    )
+    return MicroBatch(ids, samples.input_ids[rows, :length], samples.attention_mask[rows, :length], labels[:, :length])
 
 
 def objective_of(
     samples: Samples, rows: Sequence[int], rank: int, size: int, micro_batch: int, device: torch.device
-) -> CausalLMObjective:  # fmt: skip
+) -> CausalLMObjective:
     """Return the mean loss over some samples (a batch); rank ``rank``'s part of them. Collective: no."""
     chosen = list(rows)
     part = replace(
-        samples, input_ids=samples.input_ids[chosen], labels=samples.labels[chosen],
+        samples,
+        input_ids=samples.input_ids[chosen],
+        labels=samples.labels[chosen],
         attention_mask=samples.attention_mask[chosen],
-    )  # fmt: skip
+    )
     batches = micro_batches(part, rank, size, micro_batch)
     for batch in batches:  # an error should name the sample of the data set
         batch.sample_ids = [chosen[i] if i >= 0 else -1 for i in batch.sample_ids]

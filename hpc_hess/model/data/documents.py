@@ -158,7 +158,7 @@ def json_lines(path: Path, reading: Reading) -> Iterator[Document]:
         except RecursionError:
             raise DataError(f"{place} is nested too deeply") from None
         if not isinstance(record, dict):
-            raise DataError(f"{place} is not an object: each line should be {{\"{field}\": \"...\"}}")
+            raise DataError(f'{place} is not an object: each line should be {{"{field}": "..."}}')
         text = _text_of(record, field, place)
         for name in masks.suspicious(record):
             if isinstance(record[name], list):

@@ -77,11 +77,13 @@ class LazyTokenizer:
             return
         name = type(self._tokenizer).__name__
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent), local_files_only=True)
-        self.findings.append(noted(
-            "data.tokenizer",
-            f"{name} gives {len(found)} ids for the first {len(text)} characters, {file.name} itself {len(right)}: those of "
-            f"{file.name} are used",
-        ))  # fmt: skip
+        self.findings.append(
+            noted(
+                "data.tokenizer",
+                f"{name} gives {len(found)} ids for the first {len(text)} characters, {file.name} itself {len(right)}: those "
+                f"of {file.name} are used",
+            )
+        )
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -21,9 +21,14 @@ _SWITCHES = {"rescale_every": 0}
 
 
 def try_forward(
-    model: ShardedModel, plain: nn.Module | None, samples: Samples, row: int, refill: Callable[[], object],
-    dtype: torch.dtype, explained: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> tuple[list[Finding], bool]:  # fmt: skip
+    model: ShardedModel,
+    plain: nn.Module | None,
+    samples: Samples,
+    row: int,
+    refill: Callable[[], object],
+    dtype: torch.dtype,
+    explained: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[list[Finding], bool]:
     """Run a few short forward passes; return what they show, and whether rows must not be padded. Collective: yes.
 
     Parameters

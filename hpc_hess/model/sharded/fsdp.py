@@ -25,9 +25,13 @@ def free_gathered(module: nn.Module) -> None:
 
 
 def cut_over_ranks(
-    module: nn.Module, blocks: nn.ModuleList | None, world: World, dims: dict[str, int],
-    master_dtype: torch.dtype, compute_dtype: torch.dtype,
-) -> None:  # fmt: skip
+    module: nn.Module,
+    blocks: nn.ModuleList | None,
+    world: World,
+    dims: dict[str, int],
+    master_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> None:
     """Shard every parameter, ``dims`` by name, in groups that are gathered together. Collective: yes.
 
     A group is a block, or the largest parts of one that share no parameter with another block; an embedding or a head of
@@ -94,9 +98,7 @@ class _ReduceScatter(_Through):
 
 
 class _AllGather(_Through):
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
-    ) -> Any:
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False) -> Any:
         with self._timers.phase("all-gather"):
             work = self._collectives.start_all_gather(output_tensor, input_tensor)
             if not async_op:

@@ -116,9 +116,13 @@ class ShardedModel:
         for parameter, view in zip(self._parameters, self.pieces_of(flat), strict=True):
             if isinstance(parameter, DTensor):
                 parameter.grad = DTensor.from_local(  # type: ignore[assignment]
-                    view, parameter.device_mesh, parameter.placements, run_check=False,
-                    shape=parameter.shape, stride=parameter.stride(),
-                )  # fmt: skip
+                    view,
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
             else:
                 parameter.grad = view
 
@@ -157,9 +161,10 @@ def select(names: list[str], include: list[str], exclude: list[str]) -> set[str]
         if not any(fnmatchcase(name, pattern) for name in names):
             raise LayoutError(f"parameters.include = '{pattern}' matches no parameter; names look like '{names[0]}'")
     chosen = {
-        name for name in names
+        name
+        for name in names
         if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    }  # fmt: skip
+    }
     if not chosen:
         raise LayoutError("parameters.exclude leaves no parameter")
     return chosen
@@ -251,8 +256,7 @@ def whole_model(module: nn.Module, include: list[str] | None = None, exclude: li
                 f"parameter '{name}' is {named[name].dtype} on {named[name].device}, '{first}' {dtype} on {device}: move "
                 "them together, or select parameters that agree by include and exclude"
             )
-    layout = Layout({n: tuple(p.shape) for n, p in named.items()}, 1, None,
-                    selected if len(selected) < len(named) else None)  # fmt: skip
+    layout = Layout({n: tuple(p.shape) for n, p in named.items()}, 1, None, selected if len(selected) < len(named) else None)
     world = World.alone(str(device))
     return ShardedModel(module, world, VectorSpace(world, layout, dtype), sharded=False)
 

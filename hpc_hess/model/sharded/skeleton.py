@@ -45,10 +45,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     try:
         with watch.watching():
             model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.float32,
-                attn_implementation=section.attention,
-                trust_remote_code=source.own_code,
+                config, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=source.own_code
             )
     except Exception as error:  # of a constructor: any kind
         text = why(error, config.get_text_config().to_dict())

@@ -138,7 +138,7 @@ def _check_types(directory: Path, stored: Mapping[str, Stored], mapped: Mapped, 
 
 def unused_findings(
     place: Path, stored: Mapping[str, Lazy], mapped: Mapped, skeleton: nn.Module, ignore: bool
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """Return what is to be said of stored tensors that the model does not take. Collective: no.
 
     Raises
@@ -189,10 +189,12 @@ def _architecture(skeleton: nn.Module) -> Architecture:
     extra = getattr(text, "num_nextn_predict_layers", None)
     encoder = any(".encoder." in f".{name}" for name, _ in skeleton.named_parameters())
     return Architecture(
-        tuple(ignored), layers if isinstance(layers, int) else None, extra if isinstance(extra, int) else 0,
+        tuple(ignored),
+        layers if isinstance(layers, int) else None,
+        extra if isinstance(extra, int) else 0,
         text_of_more="text" in type(config).__name__.lower(),
         decoder_of_more=bool(getattr(text, "encoder_layers", None)) and not encoder,
-    )  # fmt: skip
+    )
 
 
 def _missing_buffers(mapped: Mapped, skeleton: nn.Module) -> list[Finding]:

@@ -114,8 +114,9 @@ def _convert(
     except _NotLazyError:
         names = [name.replace(targets[0], target, 1) for target in targets]
         shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if k in names}
-        return {full: Computed(shape, _whole(name, full, converter, sources, stored, model))
-                for full, shape in shapes.items()}  # fmt: skip
+        return {
+            full: Computed(shape, _whole(name, full, converter, sources, stored, model)) for full, shape in shapes.items()
+        }
 
 
 def _single(tensor: Lazy | list[Lazy]) -> Lazy:

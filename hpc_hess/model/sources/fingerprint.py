@@ -52,9 +52,12 @@ def told(hf_config: Any) -> bytes:
 
 
 def fingerprint(
-    kind: str, said: Sequence[bytes], stored: Sequence[Stored], code: Iterable[Path] = (),
+    kind: str,
+    said: Sequence[bytes],
+    stored: Sequence[Stored],
+    code: Iterable[Path] = (),
     files: Sequence[tuple[str, Path]] = (),
-) -> Fingerprint:  # fmt: skip
+) -> Fingerprint:
     """Return what tells a model source from others. Collective: no; reads at most about 64 MiB of weights.
 
     Parameters
@@ -88,7 +91,6 @@ def fingerprint(
     for file in code:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return Fingerprint.of(digest.hexdigest(), lambda: _earlier(kind, said, files))
-
 
 
 def _blocks(size: int, most: int | None) -> Iterator[tuple[int, int]]:
@@ -165,8 +167,13 @@ def gguf_table(file: Path) -> list[Stored]:
             if any(first + offset > len(data) for offset in ends):
                 raise ValueError("it is shorter than its header says")
             after = dict(itertools.pairwise(ends))
-            return [("metadata", file, 0, at), *((f"{name}:{kind}:{shape}", file, first + offset, after[offset] - offset)
-                                                 for offset, name, shape, kind in entries)]  # fmt: skip
+            return [
+                ("metadata", file, 0, at),
+                *(
+                    (f"{name}:{kind}:{shape}", file, first + offset, after[offset] - offset)
+                    for offset, name, shape, kind in entries
+                ),
+            ]
     except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
         raise ModelError(f"cannot read {file}: {_what(file, error)}") from None
 

@@ -60,9 +60,7 @@ class GgufReader:
             ):
                 loaded = loading.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton)
         except ImportError as error:
-            raise ModelError(
-                f"reading a GGUF file needs the demo extra: pip install 'hpc-hess[demo]' ({error})"
-            ) from None
+            raise ModelError(f"reading a GGUF file needs the demo extra: pip install 'hpc-hess[demo]' ({error})") from None
         except Exception as error:
             raise ModelError(f"cannot read {path}: {error}") from None
         stored: dict[str, Lazy] = {name: Resident(t.float()) for name, t in loaded["tensors"].items()}

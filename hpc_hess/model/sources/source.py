@@ -93,9 +93,12 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
     hf_config = _load_config(path, own_code, values)
     stored = [entry for file in files.names for entry in safetensors_table(path / file)]
     print_of = fingerprint(
-        "safetensors", [told(hf_config)], stored, _code(path, values) if own_code else (),
+        "safetensors",
+        [told(hf_config)],
+        stored,
+        _code(path, values) if own_code else (),
         [(file.name, file) for file in sorted(path.glob("*.safetensors"))],
-    )  # fmt: skip
+    )
     return Source(
         "safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
     )
@@ -124,8 +127,9 @@ def of_configuration(text: str, section: ModelSection) -> Source | None:
         return None
     values = _read_config(path)
     beside = ", although weights lie beside it" if weight_like(path.parent) else ""
-    note = noted("weights.files", f"random weights of model.seed = {section.seed}: model.source is a bare "
-                                  f"configuration{beside}")  # fmt: skip
+    note = noted(
+        "weights.files", f"random weights of model.seed = {section.seed}: model.source is a bare configuration{beside}"
+    )
     own_code, found = _own_code(path.parent, values, section.trust_remote_code)
     hf_config = _load_config(path, own_code, values)
     print_of = fingerprint(
@@ -188,9 +192,12 @@ def _own_code(directory: Path, values: dict[str, Any], trusted: bool) -> tuple[b
     kind = str(values.get("model_type"))
     known = kind in CONFIG_MAPPING
     return decide(
-        directory, values, trusted=trusted, known_config=known,
+        directory,
+        values,
+        trusted=trusted,
+        known_config=known,
         known_model=known and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING,
-    )  # fmt: skip
+    )
 
 
 def _code(directory: Path, values: dict[str, Any]) -> Iterable[Path]:

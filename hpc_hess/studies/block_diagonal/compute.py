@@ -18,14 +18,7 @@ import numpy as np
 
 from hpc_hess.config import Config
 from hpc_hess.linalg import probes
-from hpc_hess.linalg.blockwise import (
-    Comparison,
-    block_product,
-    block_samples,
-    block_spectra,
-    compare_exact,
-    compare_sampled,
-)
+from hpc_hess.linalg.blockwise import Comparison, block_product, block_samples, block_spectra, compare_exact, compare_sampled
 from hpc_hess.linalg.measure import Recurrence, wasserstein_a_posteriori
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.model.sharded.skeleton import text_config
@@ -66,17 +59,21 @@ def block_diagonal(bench: Bench) -> dict[str, Any]:
         chosen = partition(space, settings.spectrum)
         start = probes.draw(space, seed=bench.seed, probe=0, distribution="rademacher")
         parts = block_spectra(
-            bench.operator, chosen, bench.basis(settings.steps), start, settings.steps, bench.keep,
-            settings.columns,
-        )  # fmt: skip
+            bench.operator, chosen, bench.basis(settings.steps), start, settings.steps, bench.keep, settings.columns
+        )
         found["spectrum"] = {
             "blocks": settings.spectrum,
             "parts": [
-                {"name": name, "size": n, "values": q.values.tolist(), "weights": q.weights.tolist(),
-                 "residuals": q.residuals.tolist()}
+                {
+                    "name": name,
+                    "size": n,
+                    "values": q.values.tolist(),
+                    "weights": q.weights.tolist(),
+                    "residuals": q.residuals.tolist(),
+                }
                 for name, n, q in zip(chosen.names, chosen.sizes, parts, strict=True)
             ],
-        }  # fmt: skip
+        }
     return found
 
 
@@ -133,9 +130,7 @@ def _compare(bench: Bench, blocks: Partition, v: Vector, image: Vector) -> tuple
 # -- spectra -------------------------------------------------------------------------------------------------------------
 
 
-def _spectra(
-    parts: list[dict[str, Any]], recurrences: Sequence[Recurrence], eigenvalues: Sequence[float]
-) -> dict[str, Any]:
+def _spectra(parts: list[dict[str, Any]], recurrences: Sequence[Recurrence], eigenvalues: Sequence[float]) -> dict[str, Any]:
     """Describe the eigenvalues of every block, of all together, and each block's as a stand-in for the whole's."""
     from scipy.stats import wasserstein_distance  # takes a second to import, in every rank of every run
 
@@ -148,11 +143,12 @@ def _spectra(
     distance = float(wasserstein_distance(values, block_values, weights, block_weights))
     top = _top(eigenvalues, whole)
     return {
-        "steps": max(len(part["values"]) for part in parts), "wasserstein": distance,
+        "steps": max(len(part["values"]) for part in parts),
+        "wasserstein": distance,
         "wasserstein_of_range": distance / (float(np.ptp(values)) or 1.0),
         "wasserstein_error": _distance_error(recurrences, parts),
         "parts": [part | stand_in(known_top(_ritz(part)), top) for part in parts],
-    }  # fmt: skip
+    }
 
 
 def _ritz(part: dict[str, Any]) -> Ritz:
@@ -166,8 +162,9 @@ def _distance_error(recurrences: Sequence[Recurrence], parts: Sequence[dict[str,
     size, share = sum(part["size"] for part in parts), risk / (len(parts) + 1)
     return wasserstein_a_posteriori(recurrences, size, risk=share) + sum(
         part["size"] / size * wasserstein_a_posteriori([_ritz(part)], part["size"], points=60, risk=share)
-        for part in parts if len(part["values"])
-    )  # fmt: skip
+        for part in parts
+        if len(part["values"])
+    )
 
 
 def known_top(q: Ritz) -> np.ndarray:
@@ -217,6 +214,9 @@ def _rows(config: Config) -> int:
 
 
 RECIPE = Recipe(
-    block_diagonal, _rows, check=_check, came_from=lambda inputs: {"eigenvalues": list(inputs.eigenvalues)},
+    block_diagonal,
+    _rows,
+    check=_check,
+    came_from=lambda inputs: {"eigenvalues": list(inputs.eigenvalues)},
     compared=lambda found, inputs: compared(found, inputs.recurrences, inputs.eigenvalues),
-)  # fmt: skip
+)

@@ -45,10 +45,16 @@ def facts(found: Mapping[str, Any]) -> str:
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """Return a row for each block."""
     return [
-        [part["name"], f"{part['size']:,}", minus(number(max(part["values"]))), minus(number(min(part["values"]))),
-         *_compared(part)]
-        for part in sorted(found["parts"], key=lambda part: _order(part["name"])) if part["values"]
-    ]  # fmt: skip
+        [
+            part["name"],
+            f"{part['size']:,}",
+            minus(number(max(part["values"]))),
+            minus(number(min(part["values"]))),
+            *_compared(part),
+        ]
+        for part in sorted(found["parts"], key=lambda part: _order(part["name"]))
+        if part["values"]
+    ]
 
 
 def _compared(part: Mapping[str, Any]) -> list[str]:
@@ -107,10 +113,7 @@ def _draw_parts(axes: Axes, spectrum: Mapping[str, Any]) -> None:
     axes.vlines(range(len(order)), place(low), place(high), color=CYCLE[1], linewidth=5, alpha=0.75)
     few = len(order) <= 40
     names = [parts[k]["name"] for k in order]
-    axes.set_xticks(
-        range(len(order)) if few else [], [n.removeprefix("block ") for n in names] if few else [],
-        fontsize=8,
-    )  # fmt: skip
+    axes.set_xticks(range(len(order)) if few else [], [n.removeprefix("block ") for n in names] if few else [], fontsize=8)
     for label, name in zip(axes.get_xticklabels(), names, strict=False):
         if not name.startswith("block"):
             label.set(rotation=30, ha="right", rotation_mode="anchor")

@@ -18,10 +18,14 @@ Kind = Literal["layer", "tensor", "head", "row"]
 
 # Projections whose rows (0) or columns (1) belong to heads, and how many head widths stand behind each other for one
 _HEADS = [
-    (r"\b(q|k|v|qkv)_proj\.(weight|bias)$", 0, 1), (r"\b(o|out)_proj\.weight$", 1, 1),
-    (r"\bquery_key_value\.(weight|bias)$", 0, 3), (r"attention\.dense\.weight$", 1, 1),
-    (r"\bc_attn\.weight$", 1, 1), (r"\bc_attn\.bias$", 0, 1), (r"\battn\.c_proj\.weight$", 0, 1),
-]  # fmt: skip
+    (r"\b(q|k|v|qkv)_proj\.(weight|bias)$", 0, 1),
+    (r"\b(o|out)_proj\.weight$", 1, 1),
+    (r"\bquery_key_value\.(weight|bias)$", 0, 3),
+    (r"attention\.dense\.weight$", 1, 1),
+    (r"\bc_attn\.weight$", 1, 1),
+    (r"\bc_attn\.bias$", 0, 1),
+    (r"\battn\.c_proj\.weight$", 0, 1),
+]
 
 
 def partition(space: VectorSpace, kind: Kind, head_dim: int = 0) -> Partition:

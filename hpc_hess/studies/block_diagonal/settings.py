@@ -14,9 +14,12 @@ class Settings(StudySettings):
 
     name = "block_diagonal"
     former = {
-        "blocks": "block_diagonal", "samples": "block_samples", "spectrum": "block_spectrum", "steps": "block_steps",
+        "blocks": "block_diagonal",
+        "samples": "block_samples",
+        "spectrum": "block_spectrum",
+        "steps": "block_steps",
         "columns": "columns",
-    }  # fmt: skip
+    }
     of_parameters = True
 
     blocks: list[Literal["layer", "tensor", "head", "row"]] = []

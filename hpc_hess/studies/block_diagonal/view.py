@@ -29,11 +29,16 @@ def facts(found: Mapping[str, Any]) -> str:
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """Return a row for each direction and partition."""
     return [
-        [row["direction"], f"by {row['blocks']}", f"{found['counts'][row['blocks']]:,}",
-         _with_error(row["relative_error"], row["relative_error_stderr"]),
-         _with_error(row["cosine"], row["cosine_stderr"]), f"{row['num_products']:.0f}"]
+        [
+            row["direction"],
+            f"by {row['blocks']}",
+            f"{found['counts'][row['blocks']]:,}",
+            _with_error(row["relative_error"], row["relative_error_stderr"]),
+            _with_error(row["cosine"], row["cosine_stderr"]),
+            f"{row['num_products']:.0f}",
+        ]
         for row in found["products"]
-    ]  # fmt: skip
+    ]
 
 
 def _known(error: float | None) -> bool:
@@ -64,8 +69,15 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
             x = np.arange(len(rows)) + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
             stated = [row[f"{key}_stderr"] for row in rows]
             errors = [error if _known(error) else 0.0 for error in stated]
-            axes.bar(x, [row[key] for row in rows], 0.8 / len(kinds), yerr=errors, color=CYCLE[k], label=f"by {kind}",
-                     error_kw={"linewidth": 0.9})  # fmt: skip
+            axes.bar(
+                x,
+                [row[key] for row in rows],
+                0.8 / len(kinds),
+                yerr=errors,
+                color=CYCLE[k],
+                label=f"by {kind}",
+                error_kw={"linewidth": 0.9},
+            )
         axes.set_xticks(range(len(directions)), [d.replace(" ", "\n") for d in directions], fontsize=7.5)
         axes.grid(False, axis="x")
         axes.axhline(1.0 if key == "relative_error" else 0.0, color=MUTED, linewidth=0.8)

@@ -49,9 +49,14 @@ def class_structure(bench: Bench) -> dict[str, Any]:
     while not process.finished:
         process.step()
     return {
-        "tokens": tokens, "shares": pairs.sum(1).tolist(), "rank": rank, "means": means.both.eigenvalues().tolist(),
-        "alpha": list(process.alpha), "beta": list(process.beta), "size": space.size - rank,
-    }  # fmt: skip
+        "tokens": tokens,
+        "shares": pairs.sum(1).tolist(),
+        "rank": rank,
+        "means": means.both.eigenvalues().tolist(),
+        "alpha": list(process.alpha),
+        "beta": list(process.beta),
+        "size": space.size - rank,
+    }
 
 
 def compared(found: dict[str, Any], recurrences: Sequence[Recurrence]) -> dict[str, Any]:
@@ -59,9 +64,10 @@ def compared(found: dict[str, Any], recurrences: Sequence[Recurrence]) -> dict[s
     top = float(ritz(found["alpha"], found["beta"]).values[-1])
     own = [ritz(alpha, beta) for alpha, beta in recurrences]
     return found | {
-        "lambda_max": max(float(q.values[-1]) for q in own), "lambda_max_without": top,
+        "lambda_max": max(float(q.values[-1]) for q in own),
+        "lambda_max_without": top,
         "outliers": max(int((q.values - q.residuals > top).sum()) for q in own),
-    }  # fmt: skip
+    }
 
 
 def _weights(problem: Problem, groups: Groups) -> np.ndarray:
@@ -83,6 +89,4 @@ def _rows(config: Config) -> int:
     return settings.groups + 1 + settings.steps
 
 
-RECIPE = Recipe(
-    class_structure, _rows, "groups", compared=lambda found, inputs: compared(found, inputs.recurrences)
-)
+RECIPE = Recipe(class_structure, _rows, "groups", compared=lambda found, inputs: compared(found, inputs.recurrences))

@@ -38,18 +38,21 @@ def deflated_density(bench: Bench) -> dict[str, Any]:
     deflated = Deflated(bench.operator, known, count)
     kept = FunctionOperator(space, lambda v: bench.keep.vector(lambda: deflated.matvec(v)))
     process = Lanczos(kept, bench.basis(steps), steps, "full")
-    process.start(
-        deflated.project_(probes.draw(space, seed=bench.seed, probe=_PROBE, distribution="rademacher"))
-    )
+    process.start(deflated.project_(probes.draw(space, seed=bench.seed, probe=_PROBE, distribution="rademacher")))
     while not process.finished:
         process.step()
     return {
-        "steps": process.step_count, "outliers": [value for value, _ in pairs], "alpha": list(process.alpha),
-        "beta": list(process.beta), "size": space.size - count,
-    }  # fmt: skip
+        "steps": process.step_count,
+        "outliers": [value for value, _ in pairs],
+        "alpha": list(process.alpha),
+        "beta": list(process.beta),
+        "size": space.size - count,
+    }
 
 
 RECIPE = Recipe(
-    deflated_density, lambda config: Settings.of(config).steps, "steps",
+    deflated_density,
+    lambda config: Settings.of(config).steps,
+    "steps",
     came_from=lambda inputs: {"outliers": list(inputs.eigenvalues)},
-)  # fmt: skip
+)

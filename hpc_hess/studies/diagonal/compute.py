@@ -16,9 +16,7 @@ def diagonal_study(bench: Bench) -> dict[str, Any]:
     method, products = settings.method, settings.samples
     if method == "xdiag":
         half = products // 2
-        estimate = xdiag(
-            bench.operator, bench.basis(half), bench.basis(half), products, seed=bench.seed, keep=bench.keep
-        )
+        estimate = xdiag(bench.operator, bench.basis(half), bench.basis(half), products, seed=bench.seed, keep=bench.keep)
     else:
         estimate = diagonal_hutchinson(
             bench.operator, most=products, seed=bench.seed, first_probe=FIRST_PROBE, keep=bench.keep
@@ -26,9 +24,13 @@ def diagonal_study(bench: Bench) -> dict[str, Any]:
     bench.save_vectors("diagonal", [estimate.mean, estimate.stderr])
     norm = estimate.mean.norm()
     return {
-        "method": method, "products": estimate.num_products, "norm": norm, "relative_error": estimate.relative_error,
-        "store": "studies/diagonal/diagonal", "groups": _groups(estimate),
-    }  # fmt: skip
+        "method": method,
+        "products": estimate.num_products,
+        "norm": norm,
+        "relative_error": estimate.relative_error,
+        "store": "studies/diagonal/diagonal",
+        "groups": _groups(estimate),
+    }
 
 
 def _groups(estimate: DiagonalEstimate) -> dict[str, dict[str, float]]:

@@ -28,10 +28,15 @@ def facts(found: Mapping[str, Any]) -> str:
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """Return a row for each layer, in the order of the parameters."""
     return [
-        [name, f"{group['entries']:,}", minus(number(group["sum"], 4)), number(sqrt(group["variance"]), 2),
-         minus(number(group["sum"] / group["entries"], 3))]
+        [
+            name,
+            f"{group['entries']:,}",
+            minus(number(group["sum"], 4)),
+            number(sqrt(group["variance"]), 2),
+            minus(number(group["sum"] / group["entries"], 3)),
+        ]
         for name, group in found["groups"].items()
-    ]  # fmt: skip
+    ]
 
 
 def size(found: Mapping[str, Any]) -> tuple[float, float]:

@@ -53,9 +53,14 @@ class EigenLoop:
     """
 
     def __init__(
-        self, session: Session, operator: CurvatureOperator, store: Store, device: torch.device, watch: ProductWatch,
+        self,
+        session: Session,
+        operator: CurvatureOperator,
+        store: Store,
+        device: torch.device,
+        watch: ProductWatch,
         gradient: Callable[[], Vector] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._world, self._operator, self._store = session.config, session.world, operator, store
         self._events, self._progress, self._stopper = session.events, session.progress, session.stopper
         self._watch = watch
@@ -63,9 +68,7 @@ class EigenLoop:
         self._settings = settings = Settings.of(session.config)
         size = settings.vectors
         self._basis = Basis(operator.space, size + 1, device)
-        self._search = ThickRestart(
-            operator, self._basis, size, settings.count, settings.which, settings.tolerance
-        )  # fmt: skip
+        self._search = ThickRestart(operator, self._basis, size, settings.count, settings.which, settings.tolerance)
         self._rows: list[int] = []  # of the store, for each vector of the basis
         self._slowest_s = 0.0
         self._uncommitted: tuple[Member, bytes] | None = None
@@ -93,9 +96,7 @@ class EigenLoop:
 
     def _start(self) -> None:
         lanczos = self._config.lanczos
-        self._search.start(
-            probes.draw(self._operator.space, seed=lanczos.seed, probe=0, distribution=lanczos.distribution)
-        )
+        self._search.start(probes.draw(self._operator.space, seed=lanczos.seed, probe=0, distribution=lanczos.distribution))
         self._write([0])
         self._note_state()
 
@@ -143,9 +144,7 @@ class EigenLoop:
         if search.has_next:
             self._write([search.filled])
         self._note_state()
-        self._slowest_s = max(
-            self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time")
-        )
+        self._slowest_s = max(self._slowest_s, self._world.max_over_ranks(time.perf_counter() - began, "step time"))
         try:
             self._report(hvp_s)
         except StoreError:  # no room for an event, on every rank; the step itself has its place
@@ -155,11 +154,17 @@ class EigenLoop:
     def _report(self, hvp_s: float) -> None:
         search, pairs = self._search, self._search.pairs()
         converged = int((pairs.residuals <= search.tolerance * pairs.scale).sum())
-        self._events.write({
-            "event": "eigenpairs", "product": search.num_products, "restarts": search.num_restarts,
-            "converged": converged, "hvp_s": hvp_s, "values": pairs.values.tolist(),
-            "residuals": pairs.residuals.tolist(),
-        })  # fmt: skip
+        self._events.write(
+            {
+                "event": "eigenpairs",
+                "product": search.num_products,
+                "restarts": search.num_restarts,
+                "converged": converged,
+                "hvp_s": hvp_s,
+                "values": pairs.values.tolist(),
+                "residuals": pairs.residuals.tolist(),
+            }
+        )
         self._progress.status(
             f"eigenpairs: product {search.num_products} of at most {self._settings.most_products}, "
             f"{converged} of {search.num_wanted} converged | λ in [{number(pairs.values[0])}, {number(pairs.values[-1])}]"
@@ -206,12 +211,18 @@ class EigenLoop:
             vector = pairs.vector(k)
             self._store.write_row(0, row, vector.data.cpu().numpy())
             where = localise(vector)
-            described.append({
-                "value": float(pairs.values[k]), "residual": float(pairs.residuals[k]), "row": row,
-                "converged": bool(pairs.residuals[k] <= self._search.tolerance * pairs.scale),
-                "gradient_share": vector.dot(gradient) ** 2 / square if gradient is not None and square else None,
-                "participation": where.participation, "parameters": where.largest(_SHOWN), "groups": where.by_group(),
-            })  # fmt: skip
+            described.append(
+                {
+                    "value": float(pairs.values[k]),
+                    "residual": float(pairs.residuals[k]),
+                    "row": row,
+                    "converged": bool(pairs.residuals[k] <= self._search.tolerance * pairs.scale),
+                    "gradient_share": vector.dot(gradient) ** 2 / square if gradient is not None and square else None,
+                    "participation": where.participation,
+                    "parameters": where.largest(_SHOWN),
+                    "groups": where.by_group(),
+                }
+            )
         state = {"found": self._summary(pairs) | {"pairs": described}, "finished": self._search.finished}
         if not state["finished"] or self._config.store.keep_basis:
             state |= self._state()
@@ -221,11 +232,16 @@ class EigenLoop:
     def _summary(self, pairs: Pairs) -> dict[str, Any]:
         search = self._search
         return {
-            "which": search.which, "tolerance": search.tolerance, "products": search.num_products,
-            "restarts": search.num_restarts, "vectors": search.size, "asymmetry": search.asymmetry / (pairs.scale or 1.0),
+            "which": search.which,
+            "tolerance": search.tolerance,
+            "products": search.num_products,
+            "restarts": search.num_restarts,
+            "vectors": search.size,
+            "asymmetry": search.asymmetry / (pairs.scale or 1.0),
             "multiplicity_resolved": search.complete,
-            "orthogonality": self._orthogonality(pairs), "store": f"{FOLDER}/{FILE}",
-        }  # fmt: skip
+            "orthogonality": self._orthogonality(pairs),
+            "store": f"{FOLDER}/{FILE}",
+        }
 
     def _orthogonality(self, pairs: Pairs) -> float:
         """Return the largest |<u_i, u_j> - (i = j)|: a ghost, a second copy of a pair, would make it 1."""
@@ -302,9 +318,7 @@ def open_eigen_store(session: Session, space: VectorSpace, attributes: dict[str,
     folder = session.out / FOLDER
     check_search(session, attributes)
     bound_to, anew = _bound_to(config, attributes), False
-    place: dict[str, Any] = {
-        "layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver,
-    }  # fmt: skip
+    place: dict[str, Any] = {"layout": space.layout, "shard": space.shard, "world": world, "driver": config.store.driver}
     if store_exists(folder, world):
         store = Store.open(folder, **place)
         state = _state_of(store.state)
@@ -314,11 +328,18 @@ def open_eigen_store(session: Session, space: VectorSpace, attributes: dict[str,
         store.close()
     kept = ThickRestart.most_kept(settings.vectors, settings.count, settings.which)
     return Store.create(
-        folder, **place, probes=1, steps=1, rows=settings.vectors + kept + 2, dtype=space.dtype, attributes=bound_to,
-        keep_basis=True, extra_bytes=(1 << 16) + 40 * settings.vectors**2 + (settings.pairs << 14),
+        folder,
+        **place,
+        probes=1,
+        steps=1,
+        rows=settings.vectors + kept + 2,
+        dtype=space.dtype,
+        attributes=bound_to,
+        keep_basis=True,
+        extra_bytes=(1 << 16) + 40 * settings.vectors**2 + (settings.pairs << 14),
         save_space="lower studies.eigenpairs.count or studies.eigenpairs.basis_size, or put run.out on a larger disk",
         replace_existing=anew,
-    )  # fmt: skip
+    )
 
 
 def search_ended(session: Session, store: Store) -> bool:

@@ -15,9 +15,12 @@ class Settings(StudySettings):
 
     name = "eigenpairs"
     former = {
-        "count": "eigenpairs", "which": "which", "basis_size": "basis_size", "tolerance": "tolerance",
+        "count": "eigenpairs",
+        "which": "which",
+        "basis_size": "basis_size",
+        "tolerance": "tolerance",
         "most_products": "most_products",
-    }  # fmt: skip
+    }
 
     count: int = Field(default=0, ge=0)
     """Number of eigenpairs of each end. 0: none."""

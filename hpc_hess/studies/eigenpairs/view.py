@@ -31,10 +31,14 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     for pair in sorted(found["pairs"], key=lambda p: -p["value"]):
         largest = ", ".join(f"{name} {100 * share:.3g} %" for name, share in list(pair["parameters"].items())[:3])
         mark = "" if pair["converged"] else " (not converged)"
-        rows.append([
-            minus(number(pair["value"], 7)) + mark, minus(number(pair["residual"], 3)),
-            f"{pair['participation']:,.0f}", largest,
-        ])  # fmt: skip
+        rows.append(
+            [
+                minus(number(pair["value"], 7)) + mark,
+                minus(number(pair["residual"], 3)),
+                f"{pair['participation']:,.0f}",
+                largest,
+            ]
+        )
     return rows
 
 
@@ -62,9 +66,12 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     shares = np.array([[pair["groups"][name] for name in groups] for pair in pairs])
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
     image = heat.imshow(
-        np.where(shares < _LEAST, np.nan, shares), aspect="auto", cmap="viridis_r", norm=LogNorm(_LEAST, 1.0),
+        np.where(shares < _LEAST, np.nan, shares),
+        aspect="auto",
+        cmap="viridis_r",
+        norm=LogNorm(_LEAST, 1.0),
         interpolation="nearest",
-    )  # fmt: skip
+    )
     heat.grid(False)
     _name_columns(heat, groups)
     heat.set_yticks(range(len(pairs)), [minus(number(pair["value"], 4)) for pair in pairs])
@@ -72,9 +79,11 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     for label, pair in zip(heat.get_yticklabels(), pairs, strict=True):
         label.set_color(NEGATIVE if pair["value"] < 0 else POSITIVE)
     bars.barh(
-        range(len(pairs)), [pair["participation"] for pair in pairs], height=0.7,
+        range(len(pairs)),
+        [pair["participation"] for pair in pairs],
+        height=0.7,
         color=[NEGATIVE if pair["value"] < 0 else POSITIVE for pair in pairs],
-    )  # fmt: skip
+    )
     ends = np.log10([pair["participation"] for pair in pairs])
     bars.set(xscale="log", xlim=(10 ** np.floor(ends.min() - 0.1), 10 ** np.ceil(ends.max())))  # labels at both ends
     bars.xaxis.set_minor_formatter(NullFormatter())
@@ -100,9 +109,7 @@ def _name_columns(axes: Axes, groups: list[str]) -> None:
     blocks = [k for k, name in enumerate(groups) if name.startswith("block")]
     shown = blocks[:: max(1, len(blocks) // 10)]
     outside = [k for k in range(len(groups)) if k not in blocks]
-    axes.set_xticks(
-        [*shown, *outside], [groups[k].removeprefix("block ") for k in shown] + [groups[k] for k in outside],
-    )  # fmt: skip
+    axes.set_xticks([*shown, *outside], [groups[k].removeprefix("block ") for k in shown] + [groups[k] for k in outside])
     for label, k in zip(axes.get_xticklabels(), [*shown, *outside], strict=True):
         if k in outside:
             label.set(rotation=40, ha="right", rotation_mode="anchor")

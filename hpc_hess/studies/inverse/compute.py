@@ -32,17 +32,23 @@ def inverse_study(bench: Bench) -> dict[str, Any]:
     )[0]
     method = solve.minres if settings.method == "minres" else solve.conjugate_gradients
     solution = method(
-        bench.operator, gradient, damping=damping, tolerance=settings.tolerance, most=settings.products,
-        keep=bench.keep,
-    )  # fmt: skip
+        bench.operator, gradient, damping=damping, tolerance=settings.tolerance, most=settings.products, keep=bench.keep
+    )
     bench.save_vectors("x", [solution.x])
     residual = _true_residual(bench, solution.x, gradient, damping)
     return {
-        "method": settings.method, "damping": damping, "suggested": settings.damping == "auto",
-        "tolerance": settings.tolerance, "residuals": solution.residuals, "true_residual": residual,
-        "converged": residual <= 2 * settings.tolerance, "norm": solution.x.norm(),
-        "gradient_norm": gradient.norm(), "self_influence": solution.x.dot(gradient), "store": "studies/inverse/x",
-    }  # fmt: skip
+        "method": settings.method,
+        "damping": damping,
+        "suggested": settings.damping == "auto",
+        "tolerance": settings.tolerance,
+        "residuals": solution.residuals,
+        "true_residual": residual,
+        "converged": residual <= 2 * settings.tolerance,
+        "norm": solution.x.norm(),
+        "gradient_norm": gradient.norm(),
+        "self_influence": solution.x.dot(gradient),
+        "store": "studies/inverse/x",
+    }
 
 
 def _true_residual(bench: Bench, x: Vector, b: Vector, damping: float) -> float:

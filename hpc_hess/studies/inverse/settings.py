@@ -13,9 +13,7 @@ class Settings(StudySettings):
     """The inverse on the gradient: the solution of (A + damping I) x = gradient."""
 
     name = "inverse"
-    former = {
-        "method": "inverse", "products": "inverse_products", "tolerance": "inverse_tolerance", "damping": "damping",
-    }  # fmt: skip
+    former = {"method": "inverse", "products": "inverse_products", "tolerance": "inverse_tolerance", "damping": "damping"}
 
     method: Literal["", "minres", "cg"] = ""
     """Solve by this method. Empty: not."""

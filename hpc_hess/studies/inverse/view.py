@@ -32,9 +32,12 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
         ["|gradient|", number(found["gradient_norm"]), "right-hand side"],
         ["|x|", number(found["norm"]), "solution"],
         ["⟨gradient, x⟩", minus(number(found["self_influence"])), "twice the fall of the damped quadratic model"],
-        ["relative residual", number(found["true_residual"], 2), "by one more product; asked for: "
-         + number(found["tolerance"], 2)],
-    ]  # fmt: skip
+        [
+            "relative residual",
+            number(found["true_residual"], 2),
+            "by one more product; asked for: " + number(found["tolerance"], 2),
+        ],
+    ]
 
 
 def size(found: Mapping[str, Any]) -> tuple[float, float]:

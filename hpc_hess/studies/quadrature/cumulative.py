@@ -10,14 +10,7 @@ from matplotlib.figure import Figure
 
 from hpc_hess.console.words import minus, number
 from hpc_hess.linalg.density import inverse_symlog, symlog
-from hpc_hess.linalg.measure import (
-    Interval,
-    Recurrence,
-    cumulative,
-    mass,
-    wasserstein_a_posteriori,
-    wasserstein_a_priori,
-)
+from hpc_hess.linalg.measure import Interval, Recurrence, cumulative, mass, wasserstein_a_posteriori, wasserstein_a_priori
 from hpc_hess.report.spectrum import pooled
 from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, linear_threshold, set_symlog
 
@@ -52,8 +45,9 @@ def draw(figure: Figure, result: Mapping[str, Any]) -> str:
         ("low", band.high, band.low, band.mean, x <= 0),
         ("high", 1 - band.low, 1 - band.high, 1 - band.mean, x >= 0),
     ):
-        rest.fill_between(x, np.maximum(lower, floor), np.maximum(upper, floor), where=where, color=colour[side],
-                          alpha=0.2, linewidth=0)  # fmt: skip
+        rest.fill_between(
+            x, np.maximum(lower, floor), np.maximum(upper, floor), where=where, color=colour[side], alpha=0.2, linewidth=0
+        )
         rest.plot(x[where], np.maximum(mean, floor)[where], color=colour[side], drawstyle="steps-post")
     rest.set_yscale("log")
     seen = np.concatenate([band.mean[x <= 0], 1 - band.mean[x >= 0]])

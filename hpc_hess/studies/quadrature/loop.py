@@ -57,9 +57,15 @@ class Loop:
     """
 
     def __init__(
-        self, session: Session, problem: Problem, store: Store, watch: ProductWatch, exact: ExactOperator | None,
-        bases: Bases, width: int,
-    ) -> None:  # fmt: skip
+        self,
+        session: Session,
+        problem: Problem,
+        store: Store,
+        watch: ProductWatch,
+        exact: ExactOperator | None,
+        bases: Bases,
+        width: int,
+    ) -> None:
         self.session, self.problem, self.store, self.watch = session, problem, store, watch
         self.config, self.world, self.events = session.config, session.world, session.events
         self.progress, self.stopper = session.progress, session.stopper
@@ -168,10 +174,15 @@ class Loop:
             process.resume(alpha.tolist(), beta.tolist(), state.over(probe))
             for vector in [] if process.finished else process.rows_needed():
                 process.basis.load(vector, self.store.read_row(probe, vector % process.basis.capacity))
-        self.events.write({
-            "event": "resume", "probe": state.probe, "step": state.step, "lock_step": state.width,
-            "world_size": self.world.size,
-        })  # fmt: skip
+        self.events.write(
+            {
+                "event": "resume",
+                "probe": state.probe,
+                "step": state.step,
+                "lock_step": state.width,
+                "world_size": self.world.size,
+            }
+        )
         self.progress.note(f"going on with {probes_text(state.group)} after step {state.step}")
         return processes
 
@@ -253,18 +264,37 @@ class Loop:
         """Write one event for each probe that made the step, with its share of the seconds in ``spans``."""
         hvp_s, lanczos_s, checkpoint_s = (span / len(running) for span in spans)
         record = self.operator.last_record()
-        self.events.write(*({
-            "event": "step", "probe": probe, "step": process.step_count, "lock_step": len(running), "hvp_s": hvp_s,
-            "lanczos_s": lanczos_s, "checkpoint_s": checkpoint_s, "alpha": process.alpha[-1], "beta": process.beta[-1],
-            "eps": record.step, "realised": record.realised, "predicted_error": record.predicted_error,
-            "calibration_gradients": record.calibration, "calibration_s": record.calibration_s, "flips": record.flips,
-            "phases": phases,
-        } for probe, process in running.items()))  # fmt: skip
+        self.events.write(
+            *(
+                {
+                    "event": "step",
+                    "probe": probe,
+                    "step": process.step_count,
+                    "lock_step": len(running),
+                    "hvp_s": hvp_s,
+                    "lanczos_s": lanczos_s,
+                    "checkpoint_s": checkpoint_s,
+                    "alpha": process.alpha[-1],
+                    "beta": process.beta[-1],
+                    "eps": record.step,
+                    "realised": record.realised,
+                    "predicted_error": record.predicted_error,
+                    "calibration_gradients": record.calibration,
+                    "calibration_s": record.calibration_s,
+                    "flips": record.flips,
+                    "phases": phases,
+                }
+                for probe, process in running.items()
+            )
+        )
         values = [ritz(process.alpha, process.beta).values for process in running.values()]
         self.progress.step(
-            probes=list(running), step=max(process.step_count for process in running.values()), hvp_s=hvp_s,
-            ritz_min=min(v[0] for v in values), ritz_max=max(v[-1] for v in values),
-        )  # fmt: skip
+            probes=list(running),
+            step=max(process.step_count for process in running.values()),
+            hvp_s=hvp_s,
+            ritz_min=min(v[0] for v in values),
+            ritz_max=max(v[-1] for v in values),
+        )
 
     def _reference(self) -> CurvatureOperator | None:
         """The exact product to compare with, built on first use; None where there is none. Collective: yes."""
@@ -318,10 +348,14 @@ class Loop:
         )
         members = [
             # a finished probe's rows stay readable until the next group takes their place
-            Member(np.array(p.alpha), np.array(p.beta), ended=p.finished,
-                   rows=None if p.finished else [v % p.basis.capacity for v in p.rows_needed()])
+            Member(
+                np.array(p.alpha),
+                np.array(p.beta),
+                ended=p.finished,
+                rows=None if p.finished else [v % p.basis.capacity for v in p.rows_needed()],
+            )
             for p in group.values()
-        ]  # fmt: skip
+        ]
         self._uncommitted = min(group), members, self.tally.to_json()
 
     def _settle(self) -> float:

@@ -120,26 +120,45 @@ def make_result(
         "num_params": space.size,
         "num_params_model": problem.model.layout.num_params_full,
         "world_size": world.size,
-        "model": {"name": problem.source.name, "source": config.model.source, "kind": problem.source.kind,
-                  "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
-                  "fingerprint": problem.source.fingerprint},
-        "data": {"tokens": problem.samples.num_tokens, "sequences": len(problem.samples.input_ids),
-                 "source": config.data.source, "sequence_length": config.data.sequence_length,
-                 "fingerprint": problem.samples.fingerprint},
-        "operator": {"name": config.operator.kind, "method": config.operator.method,
-                     "scheme": config.operator.scheme, "dtype": config.model.compute_dtype,
-                     "master_dtype": config.model.master_dtype, "computes": tally.computes or None,
-                     "sketch": config.sketch.model_dump() if config.operator.sketched else None},
+        "model": {
+            "name": problem.source.name,
+            "source": config.model.source,
+            "kind": problem.source.kind,
+            "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
+            "fingerprint": problem.source.fingerprint,
+        },
+        "data": {
+            "tokens": problem.samples.num_tokens,
+            "sequences": len(problem.samples.input_ids),
+            "source": config.data.source,
+            "sequence_length": config.data.sequence_length,
+            "fingerprint": problem.samples.fingerprint,
+        },
+        "operator": {
+            "name": config.operator.kind,
+            "method": config.operator.method,
+            "scheme": config.operator.scheme,
+            "dtype": config.model.compute_dtype,
+            "master_dtype": config.model.master_dtype,
+            "computes": tally.computes or None,
+            "sketch": config.sketch.model_dump() if config.operator.sketched else None,
+        },
         "intake": _findings(problem, tally),
         "loss": tally.loss,
         "gradient_norm": tally.gradient_norm,
         "steps": config.lanczos.steps,
         "probes": [
-            {"seed": config.lanczos.seed, "probe": k, "alpha": alpha.tolist(), "beta": beta.tolist(),
-             "ritz_values": q.values.tolist(), "ritz_weights": q.weights.tolist(),
-             "ritz_residuals": q.residuals.tolist(),
-             # an eigenvalue lies this close: Lanczos residual plus the product's error
-             "ritz_errors": (q.residuals + product_error).tolist()}
+            {
+                "seed": config.lanczos.seed,
+                "probe": k,
+                "alpha": alpha.tolist(),
+                "beta": beta.tolist(),
+                "ritz_values": q.values.tolist(),
+                "ritz_weights": q.weights.tolist(),
+                "ritz_residuals": q.residuals.tolist(),
+                # an eigenvalue lies this close: Lanczos residual plus the product's error
+                "ritz_errors": (q.residuals + product_error).tolist(),
+            }
             for k, ((alpha, beta), q) in enumerate(zip(recurrences, quadratures, strict=True))
         ],
         "lambda_max": max(float(q.values[-1]) for q in quadratures),
@@ -155,16 +174,24 @@ def make_result(
             "expert_flips": tally.flips,
             "choices_changed": tally.choices,
         },
-        "timing": {"gradient_s": tally.gradient_s, "hvp_s": tally.hvp_s / count,
-                   "lanczos_s": tally.lanczos_s / count, "checkpoint_s": tally.checkpoint_s / count,
-                   "products": tally.products, "lock_step": tally.lock_step,
-                   "phases": {name: {"max_s": largest_s / count, "mean_s": mean_s / count}
-                              for name, (largest_s, mean_s) in sorted(tally.phases.items())},
-                   "calibration_gradients": tally.calibration_gradients, **_rates(config, tally, space.size_local)},
+        "timing": {
+            "gradient_s": tally.gradient_s,
+            "hvp_s": tally.hvp_s / count,
+            "lanczos_s": tally.lanczos_s / count,
+            "checkpoint_s": tally.checkpoint_s / count,
+            "products": tally.products,
+            "lock_step": tally.lock_step,
+            "phases": {
+                name: {"max_s": largest_s / count, "mean_s": mean_s / count}
+                for name, (largest_s, mean_s) in sorted(tally.phases.items())
+            },
+            "calibration_gradients": tally.calibration_gradients,
+            **_rates(config, tally, space.size_local),
+        },
         "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
         "hardware": {**describe(world), "cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": _versions(),
-    }  # fmt: skip
+    }
 
 
 def _findings(problem: Problem, tally: Tally) -> list[dict[str, str]]:
@@ -178,9 +205,10 @@ def _rates(config: Config, tally: Tally, size_local: int) -> dict[str, Any]:
     if not (tally.limits and tally.product_flops and tally.hvp_s):
         return {}
     rates: dict[str, Any] = {
-        "product_flops": tally.product_flops, "product_flops_per_s": tally.product_flops * tally.products / tally.hvp_s,
+        "product_flops": tally.product_flops,
+        "product_flops_per_s": tally.product_flops * tally.products / tally.hvp_s,
         "limits_per_s": Limits(*tally.limits)._asdict(),
-    }  # fmt: skip
+    }
     largest_s, _ = tally.phases.get("orthogonalisation", [0.0, 0.0])
     if largest_s:
         itemsize = dtype_of(config.model.master_dtype).itemsize
@@ -203,16 +231,20 @@ def _product_errors(tally: Tally, largest: float) -> dict[str, Any]:
     predicted = tally.predicted_error or None
     if tally.error_probe is None:
         return {
-            "hvp_relative": predicted, "hvp_relative_is": None if predicted is None else "predicted",
+            "hvp_relative": predicted,
+            "hvp_relative_is": None if predicted is None else "predicted",
             "hvp_absolute": None if predicted is None else predicted * largest,
-        }  # fmt: skip
+        }
     ends = {name: RitzCheck(**end) for name, end in tally.ritz_ends.items()}
     absolute = [tally.error_probe_absolute or tally.error_probe * largest]  # runs from before it was kept
     absolute += [end.product_error_absolute for end in ends.values()]
     errors: dict[str, Any] = {
-        "hvp_relative": tally.error_probe, "hvp_relative_is": "measured", "hvp_relative_probe": tally.error_probe,
-        "hvp_relative_predicted": predicted, "hvp_absolute": max(absolute),
-    }  # fmt: skip
+        "hvp_relative": tally.error_probe,
+        "hvp_relative_is": "measured",
+        "hvp_relative_probe": tally.error_probe,
+        "hvp_relative_predicted": predicted,
+        "hvp_absolute": max(absolute),
+    }
     if ends:
         errors["ritz_ends"] = tally.ritz_ends
     if tally.ritz_check:

@@ -161,9 +161,7 @@ def _local(space: VectorSpace, entries: NDArray[np.int64]) -> _Local:
     return _Local(*(torch.from_numpy(x).to(space.device) for x in (places, np.flatnonzero(inside))))
 
 
-def sub_block(
-    operator: LinearOperator, selection: Selection, *, columns: int = 8, keep: Keep | None = None
-) -> Float:
+def sub_block(operator: LinearOperator, selection: Selection, *, columns: int = 8, keep: Keep | None = None) -> Float:
     """Return the matrix of the selected entries (t, t), float64, as its products give it: not made symmetric.
 
     One product for each entry, ``columns`` of them at a time, and one all-reduce of t numbers each. Collective: yes.
@@ -214,10 +212,16 @@ def sub_block_study(bench: Bench) -> dict[str, Any]:
     bench.save("sub_block", matrix)
     shares = _shares(matrix, selection.counts)
     return {
-        "selected": settings.entries, "entries": len(matrix), "parameters": selection.parameters,
-        "counts": selection.counts, "asymmetry": asymmetry, "shares": shares.tolist(), "heat": heat_map(matrix).tolist(),
-        "file": "studies/sub_block/sub_block.npy", **describe(matrix, bench.seed),
-    }  # fmt: skip
+        "selected": settings.entries,
+        "entries": len(matrix),
+        "parameters": selection.parameters,
+        "counts": selection.counts,
+        "asymmetry": asymmetry,
+        "shares": shares.tolist(),
+        "heat": heat_map(matrix).tolist(),
+        "file": "studies/sub_block/sub_block.npy",
+        **describe(matrix, bench.seed),
+    }
 
 
 def describe(matrix: Float, seed: int) -> dict[str, Any]:
@@ -237,11 +241,15 @@ def describe(matrix: Float, seed: int) -> dict[str, Any]:
     samples = signs * (signs @ matrix)
     errors = [float(np.linalg.norm(samples[:k].mean(0) - diagonal)) / (of_diagonal or 1.0) for k in _SAMPLES]
     return {
-        "frobenius": norm, "diagonal_share": (of_diagonal / norm) ** 2 if norm else 0.0,
+        "frobenius": norm,
+        "diagonal_share": (of_diagonal / norm) ** 2 if norm else 0.0,
         "median_ratio": float(np.median(others)) / median if others.size and median else 0.0,
-        "lambda_min": float(values[0]), "lambda_max": float(values[-1]), "samples": list(_SAMPLES),
-        "diagonal_errors": errors, "diagonal_error_of_one": float(np.linalg.norm(off)) / (of_diagonal or 1.0),
-    }  # fmt: skip
+        "lambda_min": float(values[0]),
+        "lambda_max": float(values[-1]),
+        "samples": list(_SAMPLES),
+        "diagonal_errors": errors,
+        "diagonal_error_of_one": float(np.linalg.norm(off)) / (of_diagonal or 1.0),
+    }
 
 
 def _shares(matrix: Float, counts: Sequence[int]) -> Float:

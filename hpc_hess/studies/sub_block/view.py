@@ -33,9 +33,12 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
         ["λ max", minus(number(found["lambda_max"], 5)), "of this matrix alone"],
         ["λ min", minus(number(found["lambda_min"], 5)), ""],
         ["asymmetry", number(found["asymmetry"], 2), minus("|B - Bᵀ| / |B| of the products: their error")],
-        ["stochastic diagonal, 100 samples", f"{100 * found['diagonal_errors'][found['samples'].index(100)]:.3g} %",
-         f"relative error; expected: {10 * found['diagonal_error_of_one']:.3g} %"],
-    ]  # fmt: skip
+        [
+            "stochastic diagonal, 100 samples",
+            f"{100 * found['diagonal_errors'][found['samples'].index(100)]:.3g} %",
+            f"relative error; expected: {10 * found['diagonal_error_of_one']:.3g} %",
+        ],
+    ]
     names = found["parameters"]
     if 1 < len(names) <= 12:
         shares = np.array(found["shares"])
@@ -56,9 +59,12 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     top = float(np.abs(heat).max()) or 1.0
     count = found["entries"]
     image = map_.imshow(
-        heat, cmap="RdBu_r", norm=SymLogNorm(top * 1e-3, vmin=-top, vmax=top), interpolation="nearest",
+        heat,
+        cmap="RdBu_r",
+        norm=SymLogNorm(top * 1e-3, vmin=-top, vmax=top),
+        interpolation="nearest",
         extent=(0, count, count, 0),
-    )  # fmt: skip
+    )
     map_.grid(False)
     edges = np.cumsum(found["counts"])
     if len(edges) > 1:
@@ -70,12 +76,19 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
             map_.set_yticks(middles, [_short(name) for name in found["parameters"]], fontsize=7)
             map_.set_xticks([])
     map_.set_xlabel("entry")
-    figure.colorbar(image, ax=map_, shrink=0.8, label="entry of the matrix", ticks=[-top, -top / 100, 0, top / 100, top],
-                    format=lambda x, _: minus(number(x, 2)))  # fmt: skip
+    figure.colorbar(
+        image,
+        ax=map_,
+        shrink=0.8,
+        label="entry of the matrix",
+        ticks=[-top, -top / 100, 0, top / 100, top],
+        format=lambda x, _: minus(number(x, 2)),
+    )
     samples = np.array(found["samples"])
     curve.loglog(samples, found["diagonal_errors"], color=INK, marker="o", label="measured")
-    curve.loglog(samples, found["diagonal_error_of_one"] / np.sqrt(samples), color=MUTED, linestyle=(0, (4, 3)),
-                 label="expected")  # fmt: skip
+    curve.loglog(
+        samples, found["diagonal_error_of_one"] / np.sqrt(samples), color=MUTED, linestyle=(0, (4, 3)), label="expected"
+    )
     label_powers(curve)
     curve.set_xlabel("samples")
     curve.set_ylabel("relative error of the diagonal")

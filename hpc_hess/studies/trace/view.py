@@ -24,8 +24,9 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     names = {"trace": "trace", "frobenius": "Frobenius norm"}
     return [
         [name, minus(number(found[key], 5)), number(found[f"{key}_stderr"], 2)]
-        for key, name in names.items() if key in found
-    ]  # fmt: skip
+        for key, name in names.items()
+        if key in found
+    ]
 
 
 def size(found: Mapping[str, Any]) -> None:
