@@ -1,7 +1,8 @@
 """The configuration: one TOML file, every key with a default that is right for the demo, all validation."""
 
-from hpc_hess.config.loading import DEMO, PACKAGE, TOY, Config, load_config, make_config, parse_time_limit, sections
+from hpc_hess.config.loading import DEMO, PACKAGE, TOY, load_config, make_config, parse_time_limit, sections
 from hpc_hess.config.sections import (
+    Config,
     DataSection,
     LanczosSection,
     ModelSection,

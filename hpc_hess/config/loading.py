@@ -11,92 +11,15 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import ValidationError
 
-from hpc_hess.config.sections import (
-    DataSection,
-    LanczosSection,
-    ModelSection,
-    OperatorSection,
-    ParallelSection,
-    ParametersSection,
-    RunSection,
-    Section,
-    SketchSection,
-    StoreSection,
-    StudySettings,
-)
+from hpc_hess.config.sections import Config, Section, registered_settings
 from hpc_hess.errors import ConfigError
 from hpc_hess.registry.operators import OPERATORS
-from hpc_hess.registry.studies import STUDIES
-from hpc_hess.registry.table import load
 
 PACKAGE = Path(__file__).resolve().parents[1]  # holds launch/configs and launch/data
 DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
 TOY = str(PACKAGE / "launch/configs/toy.toml")
-
-
-def _registered() -> dict[str, type[StudySettings]]:
-    """Return the settings of all registered studies."""
-    return {name: load(spec.settings) for name, spec in STUDIES.items()}
-
-
-class Config(Section):
-    """The whole configuration: a table for each subject. docs/configuration.md lists all keys."""
-
-    model: ModelSection = ModelSection()
-    parameters: ParametersSection = ParametersSection()
-    parallel: ParallelSection = ParallelSection()
-    data: DataSection = DataSection()
-    operator: OperatorSection = OperatorSection()
-    lanczos: LanczosSection = LanczosSection()
-    store: StoreSection = StoreSection()
-    studies: dict[str, SerializeAsAny[StudySettings]] = Field(
-        default_factory=lambda: {name: settings() for name, settings in _registered().items()}
-    )
-    sketch: SketchSection = SketchSection()
-    run: RunSection = RunSection()
-
-    @property
-    def asked_for(self) -> list[str]:
-        """The names of the studies that are asked for, in the order in which a run makes them."""
-        return [name for name in STUDIES if self.studies[name].wanted]
-
-    def to_toml(self) -> str:
-        """Return the resolved configuration as TOML text."""
-        return tomli_w.dumps(self.model_dump())
-
-    def identity(self) -> dict[str, Any]:
-        """Return the keys that define the numbers a run produces; a run directory is bound to them."""
-        dump = self.model_dump()
-        for section, key in _NOT_IDENTITY:
-            dump[section].pop(key)
-        dump.pop("run")
-        dump.pop("store")
-        dump.pop("studies")
-        if not self.operator.sketched:
-            dump.pop("sketch")
-        return dump
-
-
-# Keys a resumed run may change: they move work around without changing the function or the vectors (a group of probes
-# that is going on keeps its width, for the rounding).
-_NOT_IDENTITY = [
-    ("model", "activation_checkpointing"),
-    ("model", "unused"),
-    ("data", "micro_batch"),
-    ("parallel", "device"),
-    ("parallel", "timeout_s"),
-    ("parallel", "deterministic"),
-    ("parallel", "replicate"),
-    ("operator", "check"),
-    ("operator", "keep_state"),
-    ("operator", "boundaries"),
-    ("lanczos", "basis_memory"),
-    ("lanczos", "probes"),
-    ("lanczos", "lock_step"),
-]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -130,7 +53,7 @@ def make_config(values: dict[str, Any], overrides: list[str] | None = None) -> C
     tables = values.pop("studies", {})
     if not isinstance(tables, dict):
         raise ConfigError("'studies' is a section of the configuration, not a value")
-    registered = _registered()
+    registered = registered_settings()
     for name in tables:
         if name not in registered:
             near = difflib.get_close_matches(name, registered, n=1, cutoff=0.0)
@@ -170,7 +93,7 @@ def _give_studies_their_keys(values: dict[str, Any]) -> None:
 def _places(former: str) -> list[tuple[str, str]]:
     """Return the (study, key) that a key of [analysis] stands for. Raises ConfigError."""
     names: dict[str, list[tuple[str, str]]] = {}
-    for study, settings in _registered().items():
+    for study, settings in registered_settings().items():
         for key, old in settings.former.items():
             names.setdefault(old, []).append((study, key))
     if former not in names:
@@ -212,7 +135,7 @@ def _printable(text: str) -> str:
 def sections() -> dict[str, type[Section]]:
     """Return all tables of a configuration by name, such as "lanczos" and "studies.trace"."""
     own = {name: type(field.default) for name, field in Config.model_fields.items() if name != "studies"}
-    return own | {f"studies.{name}": settings for name, settings in _registered().items()}
+    return own | {f"studies.{name}": settings for name, settings in registered_settings().items()}
 
 
 def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
 from hpc_hess.registry.operators import OPERATORS
 from hpc_hess.registry.sources import DATA, MODELS
-from hpc_hess.registry.table import Registry
-
-if TYPE_CHECKING:
-    from hpc_hess.config.loading import Config
+from hpc_hess.registry.studies import STUDIES
+from hpc_hess.registry.table import Registry, load
 
 
 class OneOf:
@@ -222,3 +221,65 @@ class RunSection(Section):
     """Seconds from a signal to the end of the job, where Slurm does not tell that end."""
     report: bool = True
     """Draw figures and report.html at the end. `hpc-hess report RUN` does it later."""
+
+
+def registered_settings() -> dict[str, type[StudySettings]]:
+    """Return the settings of all registered studies."""
+    return {name: load(spec.settings) for name, spec in STUDIES.items()}
+
+
+class Config(Section):
+    """The whole configuration: a table for each subject. docs/configuration.md lists all keys."""
+
+    model: ModelSection = ModelSection()
+    parameters: ParametersSection = ParametersSection()
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection = DataSection()
+    operator: OperatorSection = OperatorSection()
+    lanczos: LanczosSection = LanczosSection()
+    store: StoreSection = StoreSection()
+    studies: dict[str, SerializeAsAny[StudySettings]] = Field(
+        default_factory=lambda: {name: settings() for name, settings in registered_settings().items()}
+    )
+    sketch: SketchSection = SketchSection()
+    run: RunSection = RunSection()
+
+    @property
+    def asked_for(self) -> list[str]:
+        """The names of the studies that are asked for, in the order in which a run makes them."""
+        return [name for name in STUDIES if self.studies[name].wanted]
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration as TOML text."""
+        return tomli_w.dumps(self.model_dump())
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys that define the numbers a run produces; a run directory is bound to them."""
+        dump = self.model_dump()
+        for section, key in _NOT_IDENTITY:
+            dump[section].pop(key)
+        dump.pop("run")
+        dump.pop("store")
+        dump.pop("studies")
+        if not self.operator.sketched:
+            dump.pop("sketch")
+        return dump
+
+
+# Keys a resumed run may change: they move work around without changing the function or the vectors (a group of probes
+# that is going on keeps its width, for the rounding).
+_NOT_IDENTITY = [
+    ("model", "activation_checkpointing"),
+    ("model", "unused"),
+    ("data", "micro_batch"),
+    ("parallel", "device"),
+    ("parallel", "timeout_s"),
+    ("parallel", "deterministic"),
+    ("parallel", "replicate"),
+    ("operator", "check"),
+    ("operator", "keep_state"),
+    ("operator", "boundaries"),
+    ("lanczos", "basis_memory"),
+    ("lanczos", "probes"),
+    ("lanczos", "lock_step"),
+]

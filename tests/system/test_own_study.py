@@ -49,6 +49,9 @@ def rayleigh(bench: Bench) -> dict[str, Any]:
     return {"values": values}
 
 
+RECIPE = Recipe(rayleigh, rows=lambda config: 0, memory="vectors")
+
+
 def facts(found: Mapping[str, Any]) -> str:
     return f"{len(found['values'])} random vectors."
 
@@ -65,8 +68,7 @@ VIEW = SimpleNamespace(
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    recipe = Recipe(rayleigh, rows=lambda config: 0, memory="vectors")
-    with STUDIES.registered(StudySpec("rayleigh", Settings, recipe, VIEW)):
+    with STUDIES.registered(StudySpec("rayleigh", Settings, RECIPE, VIEW)):
         yield
 
 

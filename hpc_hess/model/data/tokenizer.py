@@ -80,8 +80,8 @@ class LazyTokenizer:
         self.findings.append(
             noted(
                 "data.tokenizer",
-                f"{name} gives {len(found)} ids for the first {len(text)} characters, {file.name} itself {len(right)}: those "
-                f"of {file.name} are used",
+                f"{name} gives {len(found)} ids for the first {len(text)} characters, {file.name} itself {len(right)}: "
+                f"those of {file.name} are used",
             )
         )
 
