@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_hess.commands.run import work
+from hpc_hess.commands.run import opening, work
 from hpc_hess.config import Config, make_config
 from hpc_hess.parallel.world import World
 
@@ -32,13 +32,13 @@ def settings(toy: Path, out: Path, *overrides: str) -> Config:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What models were loaded."""
     found: list[str] = []
-    original = work.load_problem
+    original = opening.load_problem
 
     def load(config: Config, *others: Any) -> Any:
         found.append(config.model.source)
         return original(config, *others)
 
-    monkeypatch.setattr(work, "load_problem", load)
+    monkeypatch.setattr(opening, "load_problem", load)
     return found
 
 
