@@ -507,6 +507,7 @@ def test_result_and_report_are_written_under_the_lock(world: World, toy: Path, t
     from hpc_hess.commands.run import page
 
     with (
+        mock.patch("hpc_hess.commands.run.opening.write_aside", attempted("write", write_aside)),
         mock.patch("hpc_hess.commands.run.work.write_aside", attempted("write", write_aside)),
         mock.patch.object(page, "write_report", attempted("report", page.write_report)),
     ):

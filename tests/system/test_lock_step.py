@@ -191,7 +191,7 @@ def go_with_little_memory(world: World, folder: Path) -> None:
     room = (4 + 1 + 2 * 5) * 26_784 * 8
     with (
         mock.patch.object(memory, "host_bytes_free", return_value=room),
-        mock.patch("hpc_hess.commands.run.work.exact_product_bytes", return_value=0),
+        mock.patch("hpc_hess.commands.run.opening.exact_product_bytes", return_value=0),
     ):
         with pytest.raises(ConfigError, match=r"3 probes x 5 rows .* lanczos\.lock_step = 1 or .* would fit"):
             go(world, toy(folder / "explicit", "lanczos.lock_step=3"))
