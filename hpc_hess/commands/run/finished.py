@@ -24,7 +24,7 @@ def digest(config: Config, result: dict[str, Any]) -> str:
 
 
 def finished_result(session: Session, inputs: Inputs) -> dict[str, Any] | None:
-    """Return the result that the directory holds, if it is whole and answers all that is asked. Collective: yes."""
+    """Return the result that the directory holds, if it answers all that is asked and no basis is left to free. Collective: yes."""
     world, out, config, found = session.world, session.out, session.config, None
     with attempt(world, out / RESULT_NAME, "look for a result"):
         if world.rank == 0 and (out / RESULT_NAME).exists():
@@ -35,7 +35,8 @@ def finished_result(session: Session, inputs: Inputs) -> dict[str, Any] | None:
             if found:
                 header = read_header(out / FILE)
                 complete = newest(header.schema.slots, header.ledger, out / FILE).complete(config.lanczos.probes)
-                found = found if complete else None
+                nothing_to_free = not header.schema.rows or config.store.keep_basis
+                found = found if complete and nothing_to_free else None
     return world.broadcast(found, "look for a result")
 
 
