@@ -24,7 +24,7 @@ def digest(config: Config, result: dict[str, Any]) -> str:
 
 
 def finished_result(session: Session, inputs: Inputs) -> dict[str, Any] | None:
-    """Return the result that the directory holds, if it answers all that is asked and no basis is left to free. Collective: yes."""
+    """Return the result that is there, if it answers all that is asked and no basis is left to free. Collective: yes."""
     world, out, config, found = session.world, session.out, session.config, None
     with attempt(world, out / RESULT_NAME, "look for a result"):
         if world.rank == 0 and (out / RESULT_NAME).exists():
