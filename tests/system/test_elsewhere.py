@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hpc_hess import system
 from hpc_hess.parallel.orphan import find_launcher
 from hpc_hess.parallel.shard_collectives import TorchCollectives
@@ -15,6 +17,8 @@ from hpc_hess.parallel.world import World
 from tests.support.elsewhere import ROOT, SETTINGS, TOY, mask
 from tests.support.launching import environment
 from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.slow
 
 NOTE = "not on Linux: disk space is neither reserved ahead nor given back row by row"
 

@@ -13,6 +13,8 @@ from hpc_hess.commands.run import opening, work
 from hpc_hess.config import Config, make_config
 from hpc_hess.parallel.world import World
 
+pytestmark = pytest.mark.slow
+
 
 def settings(toy: Path, out: Path, *overrides: str) -> Config:
     return make_config(

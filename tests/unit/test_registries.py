@@ -46,6 +46,8 @@ from hpc_hess.session.problem import load_problem
 from tests.support.exact_case import widened
 from tests.support.toys import toy_directory, toy_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ONLY = ["*norm.weight"]
 STEPS = 8
