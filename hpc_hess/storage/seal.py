@@ -55,15 +55,15 @@ def seal(path: Path, room: int, data: list[list[int]]) -> None:
 def check_seal(path: Path) -> None:
     """Raise StoreError where the bytes that HDF5 would go by are not those that were written."""
     problem = "what HDF5 keeps about its data is not what was written"
-    with path.open("rb") as raw, contextlib.suppress(ValueError, TypeError, KeyError):
+    with path.open("rb") as raw, contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         if raw.read(len(_MAGIC)) != _MAGIC:
             return
         said = json.loads(raw.readline(_CHUNK << 4))
         size = raw.seek(0, 2)
-        if said.pop("digest") == _digest(raw, said):
-            return
         if size < said["size"]:
             problem = f"truncated: {size} of {said['size']} bytes"
+        elif said.pop("digest") == _digest(raw, said):
+            return
     raise StoreError(f"{path} cannot be used ({problem}): {remedy(path)}")
 
 
@@ -79,6 +79,6 @@ def _digest(raw: BinaryIO, said: dict[str, Any]) -> str:
 
 def _between(start: int, data: list[list[int]], size: int) -> Iterator[tuple[int, int]]:
     for first, length in [*data, [size, 0]]:
-        if first > start:
-            yield start, first
+        if min(first, size) > start:
+            yield start, min(first, size)
         start = max(start, first + length)

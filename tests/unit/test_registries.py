@@ -75,13 +75,6 @@ PRECONDITIONED = OperatorSpec("preconditioned", "preconditioned Hessian", build=
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world = World.join("cpu", 60.0)
-    yield world
-    world.leave()
-
-
-@pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     toy_directory("llama", folder / "model")

@@ -24,7 +24,10 @@ def digest(config: Config, result: dict[str, Any]) -> str:
 
 
 def finished_result(session: Session, inputs: Inputs) -> dict[str, Any] | None:
-    """Return the result that is there, if it answers all that is asked and no basis is left to free. Collective: yes."""
+    """Return the result that is there, if it answers all that is asked and no basis is left to free; {} beside rank 0.
+
+    Collective: yes.
+    """
     world, out, config, found = session.world, session.out, session.config, None
     with attempt(world, out / RESULT_NAME, "look for a result"):
         if world.rank == 0 and (out / RESULT_NAME).exists():
@@ -37,7 +40,8 @@ def finished_result(session: Session, inputs: Inputs) -> dict[str, Any] | None:
                 complete = newest(header.schema.slots, header.ledger, out / FILE).complete(config.lanczos.probes)
                 nothing_to_free = not header.schema.rows or config.store.keep_basis
                 found = found if complete and nothing_to_free else None
-    return world.broadcast(found, "look for a result")
+    there = world.broadcast(found is not None, "look for a result")  # it may be large, and rank 0 alone shows it
+    return (found or {}) if there else None
 
 
 def _whole(session: Session, text: bytes) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         existing = goes_on(session)
         limits = [] if existing else _limits(config, world)
         inputs = read_inputs(config, world)
-        if existing and (result := finished_result(session, inputs)):
+        if existing and (result := finished_result(session, inputs)) is not None:
             session.progress.note("this run is already finished: rewriting its report")
             return _ended(session, result)
         begun = begin(session, inputs, existing=existing)
