@@ -122,6 +122,11 @@ class OperatorSection(Section):
     """Exact products keep each block's state instead of computing it again: faster, more memory."""
     boundaries: Literal["device", "host"] = "device"
     """Where exact products keep what passes between blocks: on the host it takes no device memory."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the blocks of exact products are compiled: auto where the products that are left repay it. A compiled program
+    is a file that later runs and other ranks use."""
+    programs: str = ""
+    """The directory of compiled programs. Empty: hpc_hess/programs in the user's cache."""
     check: bool = True
     """Compare products with exact float32 ones, on the first probe and on the Ritz vectors of both ends."""
     sketched: bool = False
@@ -278,6 +283,8 @@ _NOT_IDENTITY = [
     ("parallel", "replicate"),
     ("operator", "check"),
     ("operator", "keep_state"),
+    ("operator", "compile"),
+    ("operator", "programs"),
     ("operator", "boundaries"),
     ("lanczos", "basis_memory"),
     ("lanczos", "probes"),

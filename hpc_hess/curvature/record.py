@@ -12,7 +12,7 @@ class ProductRecord:
     Finite differences: ``step`` along the unit vector, the ``realised`` share of it, ``gradients`` of the product and
     of a ``calibration`` before it with its seconds, expert ``flips``, and the ``predicted_error`` relative to the
     product's norm (None for a step given by number); ``choices``: discrete choices that changed within the first product's
-    step, by operation. Exact products leave the defaults.
+    step, by operation. Exact products leave the defaults, but for the seconds in which they were compiled.
     """
 
     step: float | None = None

@@ -283,6 +283,6 @@ def _exact(
         objective,
         plain=plain,
         compute_dtype=dtype_of(compute_dtype),
-        settings=streaming_settings(config),
+        settings=streaming_settings(config, compile=False),
         choose=lambda *_: Choice(),
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from hpc_hess.config import Config
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
+from hpc_hess.curvature.exact.exact import StreamedOperator
+from hpc_hess.curvature.exact.programs import default_directory
 from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.curvature.exact.whole_model import ExactOperator, exact_or_whole
 from hpc_hess.curvature.operators import Point, built, exact_product
@@ -73,25 +76,31 @@ class _Differences:
 
 
 class _Exact:
-    """Exact products: nothing to remember between them."""
+    """Exact products: between them they remember what is compiled, which rounds differently."""
 
     def __init__(self, operator: ExactOperator) -> None:
         self._operator, self.space, self.notes = operator, operator.space, operator.notes
+        self._repaying = operator.repaying if isinstance(operator, StreamedOperator) else None
+        self._compiling_s = 0.0
 
     def matvec(self, v: Vector) -> Vector:
-        return self._operator.matvec(v)
+        return self.matmat([v])[0]
 
     def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
-        return self._operator.matmat(vectors)
+        before_s = self._repaying.seconds if self._repaying else 0.0
+        products = self._operator.matmat(vectors)
+        self._compiling_s = self._repaying.seconds - before_s if self._repaying else 0.0
+        return products
 
     def last_record(self) -> ProductRecord:
-        return ProductRecord()
+        return ProductRecord(calibration_s=self._compiling_s)
 
     def to_state(self) -> dict[str, Any]:
-        return {}
+        return {"compiled": sorted(self._repaying.widths)} if self._repaying and self._repaying.widths else {}
 
     def from_state(self, state: dict[str, Any]) -> None:
-        pass
+        if self._repaying:
+            self._repaying.widths |= set(state.get("compiled", ()))
 
 
 class _Around:
@@ -122,8 +131,10 @@ def _made(
     return made if problem.sketch is None else _Around(made, SketchedOperator(made, problem.sketch))
 
 
-def exact_operator(config: Config, problem: Problem, compute_dtype: str | None = None) -> ExactOperator:
-    """Return the exact product that the operator is made of, computed as configured or in ``compute_dtype``.
+def exact_operator(config: Config, problem: Problem, *, reference: bool = False) -> ExactOperator:
+    """Return the exact product that the operator is made of.
+
+    ``reference``: in the masters' precision, for the few products that others are compared with.
 
     Streamed block by block, or of the whole model where its blocks cannot be told apart. Collective: yes. Raises
     ModelError, on every rank, where neither is possible.
@@ -137,15 +148,22 @@ def exact_operator(config: Config, problem: Problem, compute_dtype: str | None =
         problem.model,
         problem.objective,
         plain=problem.plain,
-        compute_dtype=dtype_of(compute_dtype or config.model.compute_dtype),
-        settings=streaming_settings(config),
+        compute_dtype=dtype_of(config.model.master_dtype if reference else config.model.compute_dtype),
+        settings=streaming_settings(config, compile=not reference),
         reserved=basis_bytes if space.device.type == "cpu" else 0,
     )
 
 
-def streaming_settings(config: Config) -> Settings:
+def streaming_settings(config: Config, *, compile: bool = True) -> Settings:
     """Return how exact products are streamed."""
-    return Settings(keep_state=config.operator.keep_state, boundaries_on_host=config.operator.boundaries == "host")
+    section, lanczos = config.operator, config.lanczos
+    return Settings(
+        keep_state=section.keep_state,
+        boundaries_on_host=section.boundaries == "host",
+        compile=section.compile if compile else "off",
+        products=lanczos.steps * lanczos.probes,
+        programs=Path(section.programs).expanduser() if section.programs else default_directory(),
+    )
 
 
 def wants_reference(config: Config) -> bool:
@@ -159,7 +177,7 @@ def reference_operator(config: Config, problem: Problem, loss: float, gradient: 
 
     ``gradient`` at theta_0 may be None unless the operator itself needs it.
     """
-    product = _Exact(exact_operator(config, problem, config.model.master_dtype))
+    product = _Exact(exact_operator(config, problem, reference=True))
     return _made(config, problem, product, loss, gradient)
 
 

@@ -74,7 +74,7 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     rounded = config.model.compute_dtype == "bfloat16"
     exact: LinearOperator | None = None
     try:
-        product = exact_operator(config, problem, config.model.master_dtype)
+        product = exact_operator(config, problem, reference=True)
         for note in product.notes:
             progress.note(note)
         reference = built(spec, product, point)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+Scale = float | torch.Tensor
+
 
 class Start(NamedTuple):
     """What the way back of a matrix starts with at the logits.
@@ -15,11 +17,11 @@ class Start(NamedTuple):
     ``second`` : whether g goes back too, so that the second derivative of the logits counts.
     """
 
-    tangent: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    tangent: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scale], torch.Tensor]
     second: bool = True
 
 
-def of_the_loss(g: torch.Tensor, g_dot: torch.Tensor, logits_dot: torch.Tensor, scale: float) -> torch.Tensor:
+def of_the_loss(g: torch.Tensor, g_dot: torch.Tensor, logits_dot: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Return the Hessian of the loss at the logits times their tangent."""
     del g, logits_dot, scale
     return g_dot
@@ -29,7 +31,7 @@ HESSIAN = Start(of_the_loss)
 
 
 def loss_cotangents(
-    logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: float
+    logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: Scale
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (g, g_dot): the gradient of ``scale * sum(cross-entropy)`` at the logits and its tangent.
 
@@ -39,7 +41,7 @@ def loss_cotangents(
     ----------
     logits, logits_dot : [tokens, vocabulary]; computed in fp32 at least, returned in their own dtype.
     targets : [tokens] int64, every one a valid class.
-    scale : usually 1 / number of predicted tokens of the whole data set.
+    scale : usually 1 / number of predicted tokens of the whole data set; a number, or a tensor without dimensions.
 
     """
     dtype = logits.dtype
@@ -50,13 +52,13 @@ def loss_cotangents(
     p = exponential * (scale / exponential.sum(-1, keepdim=True))
     dot = logits_dot.to(wide)
     g_dot = p * (dot - (p * dot).sum(-1, keepdim=True) / scale)
-    one = torch.full_like(targets, -scale, dtype=wide)[:, None]
+    one = torch.full_like(targets, -1.0, dtype=wide)[:, None] * scale
     g = p.scatter_add(-1, targets[:, None], one)
     return g.to(dtype), g_dot.to(dtype)
 
 
 def starting_cotangents(
-    start: Start, logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: float
+    start: Start, logits: torch.Tensor, logits_dot: torch.Tensor, targets: torch.Tensor, scale: Scale
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what the way back starts with at the logits: the tangent of the cotangent, and the cotangent.
 

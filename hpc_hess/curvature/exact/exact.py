@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start
-from hpc_hess.curvature.exact.self_check import Choice, choose_way
+from hpc_hess.curvature.exact.repaying import Repaying
+from hpc_hess.curvature.exact.self_check import Choice, choose_way, kinds
 from hpc_hess.curvature.exact.streaming import Settings, Sweeps
 from hpc_hess.curvature.exact.tangents import Way
 from hpc_hess.errors import ModelError, NumericsError, SplitError
@@ -35,7 +37,9 @@ class StreamedOperator:
     num_products : directions multiplied so far.
     watch : sees the sums over micro-batches grow.
     start : what the way back starts with at the logits: it makes the matrix. Of the class.
-    notes : sentences for the log and the report: kernels that were switched, a slower way that was needed.
+    notes : sentences for the log and the report: kernels that were switched, a slower way that was needed. Products add to
+        them what is compiled, and what cannot be.
+    repaying : whether the blocks are compiled.
 
     Parameters
     ----------
@@ -101,6 +105,7 @@ class StreamedOperator:
             boundaries = record(self._split, self._batches[0], fetch, self._batches[1:])
             choice = choose(self._split, self._batches[0], boundaries, fetch)
         self.notes = [*notes, *choice.notes]
+        self.repaying = Repaying(self._settings, model.world, len(kinds(self._split)), self._kernels, self.notes)
         agree = model.world.all_true
         way: Way = "dual" if agree(choice.way == "dual", "the exact product's way") else "reverse"
         self._settings = replace(
@@ -136,18 +141,24 @@ class StreamedOperator:
         """
         results = [self.space.zeros() for _ in vectors]
         groups = [range(len(vectors))] if self._settings.lock_step else [[k] for k in range(len(vectors))]
-        kernels = differentiable_kernels(self._split.module)
-        with kernels, honest_casts(self._exchange.dtype), reusing_freed_pages():
+        with self._kernels(), reusing_freed_pages():
             for group in groups:
                 self._exchange.begin([vectors[k].data for k in group], [results[k].data for k in group])
-                sweeps = Sweeps(self._split, self._exchange, self._settings)
-                sweeps.run(self._batches, self._scale, self.watch, more=group is not groups[-1])
-                self._exchange.finish()
+                with self.repaying.programs(len(group), self.space.device) as programs:
+                    sweeps = Sweeps(self._split, self._exchange, self._settings, programs)
+                    sweeps.run(self._batches, self._scale, self.watch, more=group is not groups[-1])
+                    self._exchange.finish()
                 for k in group:
                     sweeps.health.note("the tangents of a weight gradient", [results[k].data.sum()])
                 self._require_finite(sweeps)
         self.num_products += len(vectors)
         return results
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Have every operation of the model differentiable, and of its precision."""
+        with differentiable_kernels(self._split.module), honest_casts(self._exchange.dtype):
+            yield
 
     def _require_finite(self, sweeps: Sweeps) -> None:
         checks = sweeps.health.checks

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 Collect = Callable[[list[torch.Tensor]], None]
+Together = Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 class Single:
@@ -24,6 +25,13 @@ class Single:
     def collect(self, take: Collect, rows: list[torch.Tensor]) -> None:
         """Give ``take`` the tensors with the leading dimension restored."""
         take([t[None] for t in rows])
+
+    def call(
+        self, f: Together, shared: list[torch.Tensor], each: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return ``f(shared, each)``, which sees ``each`` with the leading dimension."""
+        common, own = f(shared, [t[None] for t in each])
+        return common, [t[0] for t in own]
 
 
 class Mapped:
@@ -40,6 +48,21 @@ class Mapped:
         """Give ``take`` the plain tensors [K, ...]."""
         if rows:
             _Collected.apply(take, self._index, *rows)
+
+    def call(
+        self, f: Together, shared: list[torch.Tensor], each: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what ``f`` makes of plain tensors, those of ``each`` [K, ...]; its second list is mapped again."""
+        count = 0
+
+        def counting(shared: list[torch.Tensor], each: list[torch.Tensor]) -> Any:
+            nonlocal count
+            out = f(shared, each)
+            count = len(out[0])
+            return out
+
+        out = _Called.apply(counting, len(shared), self._index, *shared, *each)
+        return list(out[:count]), list(out[count:])
 
 
 class _Rows(torch.autograd.Function):
@@ -68,9 +91,27 @@ class _Collected(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, take: Collect, index: torch.Tensor, *rows: torch.Tensor) -> Any:
-        stacked = [
-            r.expand(info.batch_size, *r.shape) if dim is None else r.movedim(dim, 0)
-            for r, dim in zip(rows, in_dims[2:], strict=True)
-        ]
-        take(stacked)
+        take(_stacked(rows, in_dims[2:], info.batch_size))
         return index, 0
+
+
+class _Called(torch.autograd.Function):
+    @staticmethod
+    def forward(f: Together, num_shared: int, index: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        raise RuntimeError("call() outside vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, f: Together, num_shared: int, index: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        dims = in_dims[3:]
+        # what is the same for all directions may have been computed once for each
+        shared = [t if d is None else t.select(d, 0) for t, d in zip(tensors[:num_shared], dims, strict=False)]
+        common, own = f(shared, _stacked(tensors[num_shared:], dims[num_shared:], info.batch_size))
+        return (*common, *own), (*[None] * len(common), *[0] * len(own))
+
+
+def _stacked(rows: Any, dims: Any, count: int) -> list[torch.Tensor]:
+    return [r.expand(count, *r.shape) if d is None else r.movedim(d, 0) for r, d in zip(rows, dims, strict=True)]

@@ -7,7 +7,7 @@ far less memory than the whole state. Narrow layers, whose inputs are wider than
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +22,24 @@ Kept = tuple[torch.Tensor, torch.Tensor] | None  # a result and its tangent, Non
 class Projections:
     """The products of one stage's linear layers (``F.linear``, and ``torch.addmm`` as GPT-2 uses it) in order.
 
-    ``wanted(inputs, outputs)`` tells from a layer's widths whether its result is kept.
+    ``wanted(inputs, outputs)`` tells from a layer's widths whether its result is kept. ``values`` : what was kept.
     """
 
-    def __init__(self, wanted: Callable[[int, int], bool]) -> None:
+    def __init__(self, wanted: Callable[[int, int], bool], values: Sequence[Kept] = ()) -> None:
         self._wanted = wanted
-        self.values: list[Kept] = []
+        self.values: list[Kept] = list(values)
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep wanted results of the linear layers called on duals inside."""
-        self.values.clear()
-        with _Intercept(self._record):
-            yield
+    def recording(self, f: Callable[..., Any], *arguments: Any) -> tuple[Any, list[Kept]]:
+        """Return what ``f`` returns and the wanted results of the linear layers that it calls on duals."""
+        found: list[Kept] = []
+
+        def record(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            out, kept = _multiply(x, weight, None)
+            found.append(kept if self._wanted(weight.shape[1], weight.shape[0]) else None)
+            return out
+
+        with _Intercept(record):
+            return f(*arguments), found
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -44,15 +49,6 @@ class Projections:
             yield
         if next(values, self) is not self:
             raise RuntimeError("a block made fewer matrix products on the way back than on the way there")
-
-    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every kept tensor, as when it moves to the host."""
-        self.values = [None if v is None else (function(v[0]), function(v[1])) for v in self.values]
-
-    def _record(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out, kept = _multiply(x, weight, None)
-        self.values.append(kept if self._wanted(weight.shape[1], weight.shape[0]) else None)
-        return out
 
 
 @contextmanager

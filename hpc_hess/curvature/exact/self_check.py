@@ -15,7 +15,7 @@ from hpc_hess.errors import ModelError
 from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.sharded.loss import MicroBatch
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 _FLOOR = 1e-3  # of the largest tensor's norm: what is exactly zero (a key's bias) comes out as rounding
 
 
@@ -41,7 +41,7 @@ def choose_way(
     choice = Choice()
     with torch.no_grad():
         arguments, tensors = split.arguments(fetch(split.names_of(0)), batch)
-        for number in _one_of_each_kind(split):
+        for number in kinds(split):
             full = {n: widened(t) for n, t in fetch(split.names_of(1 + number)).items()}
             leaves = [widened(leaf) for leaf in arguments[number]]
             x = (widened(boundaries[number]), *(widened(tensors[1 + e]) for e in split.extras_of(number)))
@@ -111,8 +111,8 @@ def disagreement(found: list[torch.Tensor], reference: list[torch.Tensor]) -> fl
     return worst if not worst <= _TOLERANCE[reference[0].dtype] else 0.0
 
 
-def _one_of_each_kind(split: SplitModel) -> list[int]:
-    """Return a call of each kind: the block's class, its parameters' shapes, the form of its arguments."""
+def kinds(split: SplitModel) -> list[int]:
+    """Return a call of each kind of block: the block's class, its parameters' shapes, the form of its arguments."""
     kinds: dict[Any, int] = {}
     for number, call in enumerate(split.known.calls):
         block = split.blocks[call.block]

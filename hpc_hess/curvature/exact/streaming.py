@@ -14,21 +14,25 @@ With L the loss, z the logits, J = dz/dtheta, g = dL/dz and H_L = d2L/dz2, the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start, starting_cotangents
+from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start
 from hpc_hess.curvature.exact.ports import Mapped, Single
-from hpc_hess.curvature.exact.projections import Projections
-from hpc_hess.curvature.exact.tangents import Pull, Several, Stage, Tensors, Way, pull_again, push, push_keeping
+from hpc_hess.curvature.exact.stages import Stage, Tree, Wanted, Work, block_stage, final_stage, logits_stage, prologue_stage
+from hpc_hess.curvature.exact.tangents import Pull, Several, Tensors, Way
 from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.model.sharded.accumulation import Watch
 from hpc_hess.model.sharded.loss import MicroBatch, shifted_targets
+
+Run = Callable[[Single | Mapped, Work, Tree, Tree], tuple[Tree, Tree]]  # as programs.Programs
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,20 @@ class Settings:
     ``keep_state``: keep every block's state between the sweeps, its gathered parameters too, instead of computing it
     again (the last block's is always kept). ``projections``: without it, results of linear layers that are kept: all,
     those narrower than their inputs, or none. ``boundaries_on_host``: what is kept waits in host memory.
-    ``logit_budget``: entries of one chunk's logits with all their tangents.
+    ``logit_budget``: entries of one chunk's logits with all their tangents. ``compile``: the stages' functions, where the
+    ``products`` that are expected (0: unknown) repay it, always, or never (see repaying); programs are kept in ``programs``.
     """
 
     start: Start = HESSIAN
     way: Way = "dual"
     lock_step: bool = True
     keep_state: bool = False
-    projections: Literal["all", "narrow", "none"] = "narrow"
+    projections: Wanted = "narrow"
     boundaries_on_host: bool = False
     logit_budget: int = 1 << 25
-
-
-_WANTED = {
-    "all": lambda inputs, outputs: True,
-    "narrow": lambda inputs, outputs: outputs < inputs,
-    "none": lambda inputs, outputs: False,
-}
+    compile: Literal["auto", "on", "off"] = "off"
+    products: int = 0
+    programs: Path | None = None
 
 
 class Health:
@@ -71,10 +72,13 @@ class Health:
 
 
 class Sweeps:
-    """Products for the directions an Exchange holds, summed over micro-batches into its results."""
+    """Products for the directions an Exchange holds, summed over micro-batches into its results.
 
-    def __init__(self, split: SplitModel, exchange: Exchange, settings: Settings) -> None:
-        self.split, self.exchange, self.settings = split, exchange, settings
+    ``programs`` runs the functions of the blocks and of the loss; None: they are computed as they are written.
+    """
+
+    def __init__(self, split: SplitModel, exchange: Exchange, settings: Settings, programs: Run | None = None) -> None:
+        self.split, self.exchange, self.settings, self.programs = split, exchange, settings, programs
         self.health = Health()
 
     def run(self, micro_batches: Sequence[MicroBatch], scale: float, watch: Watch, *, more: bool = False) -> None:
@@ -100,14 +104,43 @@ class Sweeps:
         return index
 
 
+@dataclass
+class _Point:
+    """A stage at its parameters W with directions V, beside the parameters without one."""
+
+    stage: Stage
+    full: Tensors
+    V: Tensors
+
+    def shared(self, *more: Tree) -> Tree:
+        return (*self.stage.inputs(self.full), *more)
+
+    def each(self, *more: Tree) -> Tree:
+        return ([self.V[n] for n in self.stage.selected], *more)
+
+
+@dataclass
+class _Kept:
+    """What a block left for the way back: inputs, values of its products, their tangents; perhaps its parameters."""
+
+    shared: Tree
+    each: Tree
+    wanted: Wanted
+    point: _Point | None
+
+    def move(self, device: torch.device | str) -> None:
+        self.shared, self.each = tree_map_only(torch.Tensor, lambda t: t.to(device), (self.shared, self.each))
+
+
 class _Sweep:
     """One micro-batch, written for one direction."""
 
     def __init__(self, sweeps: Sweeps, batch: MicroBatch, scale: float, port: Single | Mapped) -> None:
         self.split, self.exchange, self.settings = sweeps.split, sweeps.exchange, sweeps.settings
         self.health, self.batch, self.scale, self.port = sweeps.health, batch, scale, port
+        self.programs = sweeps.programs
         self.gauss_newton = not self.settings.start.second
-        self.kept: dict[int, tuple[Several, Several, Projections]] = {}
+        self.kept: dict[int, _Kept] = {}
         self.pulls: dict[int, Pull] = {}
 
     def run(self) -> None:
@@ -138,88 +171,92 @@ class _Sweep:
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def _embed(self) -> tuple[Several, Several]:
-        full, W, V = self._fetch(0, ahead=1)
-        self.arguments, tensors = self.split.arguments(full, self.batch)
+        point = self._fetch(0, ahead=1)
+        self.arguments, tensors = self.split.arguments(point.full, self.batch)
         x = tuple(tensors)
-        if not W:
+        if not point.V:
             return x, tuple(torch.zeros_like(t) for t in x)
-        x, x_dot = push(self._function(0, full), W, V, (), (), self.settings.way)
+        (x, _), (x_dot, _) = point.stage.push("none").function(point.shared(()), point.each(()))
         self._note(0, (*x, *x_dot))
         return x, x_dot
 
     def _embed_back(self, bars_dot: Several, bars: Several | None) -> None:
-        full, W, V = self._fetch(0, ahead=None)
-        if W:
-            pull = self._again(self._function(0, full), W, V, (), (), None)
-            tangents, _, _ = pull(bars_dot, bars)
-            self._add(tangents)
+        point = self._fetch(0, ahead=None)
+        if point.V:
+            pull = point.stage.pull("none", gauss_newton=self.gauss_newton)
+            _, (tangents, _) = pull.function(point.shared((), [], bars), point.each((), [], bars_dot))
+            self._add(point.stage.selected, tangents)
 
-    def _push(self, stage: int, x: Several, x_dot: Several) -> tuple[Several, Several]:
-        full, W, V = self._fetch(stage, ahead=stage + 1)
-        f = self._function(stage, full)
-        if self.settings.keep_state or stage == self.split.num_calls:
-            y, y_dot, self.pulls[stage] = self._keeping(f, W, V, x, x_dot)
+    def _push(self, number: int, x: Several, x_dot: Several) -> tuple[Several, Several]:
+        point = self._fetch(number, ahead=number + 1)
+        keep = self.settings.keep_state or number == self.split.num_calls
+        if keep and self.programs is None:
+            y, y_dot, self.pulls[number] = point.stage.keeping(point.full, point.V, x, x_dot, gauss_newton=self.gauss_newton)
         else:
-            kept = Projections(_WANTED[self.settings.projections])
-            y, y_dot = push(f, W, V, x, x_dot, self.settings.way, kept)
-            if self.settings.boundaries_on_host:
-                x, x_dot = (tuple(t.to("cpu") for t in ts) for ts in (x, x_dot))
-                kept.apply(lambda t: t.to("cpu"))
-            self.kept[stage] = x, x_dot, kept
-        self._note(stage, (*y, *y_dot))
+            wanted: Wanted = "all" if self.settings.keep_state else self.settings.projections
+            push = point.stage.push(wanted)
+            (y, values), (y_dot, tangents) = self._run(push, point.shared(x), point.each(x_dot))
+            self.kept[number] = _Kept((x, values), (x_dot, tangents), wanted, point if keep else None)
+            if self.settings.boundaries_on_host and not keep:
+                self.kept[number].move("cpu")
+        self._note(number, (*y, *y_dot))
         return y, y_dot
 
-    def _pull(self, stage: int, bar_dot: Several, bar: Several | None) -> tuple[Several, Several | None]:
-        if stage in self.pulls:
-            self._prefetch(stage - 1)
-            pull = self.pulls.pop(stage)
+    def _pull(self, number: int, bar_dot: Several, bar: Several | None) -> tuple[Several, Several | None]:
+        if number in self.pulls:
+            self._prefetch(number - 1)
+            tangents, x_bar_dot, x_bar = self.pulls.pop(number)(bar_dot, bar)
+            found, selected = list(tangents.values()), tuple(tangents)
         else:
-            full, W, V = self._fetch(stage, ahead=stage - 1)
-            x, x_dot, kept = self.kept.pop(stage)
-            if self.settings.boundaries_on_host:
-                device = self.exchange.space.device
-                x, x_dot = (tuple(t.to(device) for t in ts) for ts in (x, x_dot))
-                kept.apply(lambda t: t.to(device))
-            pull = self._again(self._function(stage, full), W, V, x, x_dot, kept)
-        tangents, x_bar_dot, x_bar = pull(bar_dot, bar)
-        self._note(stage, x_bar_dot, "the way back through ")
-        self._add(tangents)
+            kept = self.kept.pop(number)
+            if kept.point is None:
+                point = self._fetch(number, ahead=number - 1)
+                if self.settings.boundaries_on_host:
+                    kept.move(self.exchange.space.device)
+            else:
+                self._prefetch(number - 1)
+                point = kept.point
+            pull = point.stage.pull(kept.wanted, gauss_newton=self.gauss_newton)
+            shared, each = point.shared(*kept.shared, bar), point.each(*kept.each, bar_dot)
+            x_bar, (found, x_bar_dot) = self._run(pull, shared, each)
+            selected = point.stage.selected
+        self._note(number, x_bar_dot, "the way back through ")
+        self._add(selected, found)
         return x_bar_dot, x_bar
 
     def _head(self, x: Several, x_dot: Several) -> tuple[Several, Several | None]:
         """From the boundary after the last block to the loss and back, the vocabulary in chunks of tokens."""
-        stage = self.split.num_calls + 1
-        full, W, V = self._fetch(stage, ahead=None)
-        split, batch = self.split, self.batch
-
-        def final(W: Tensors, x: Several) -> Several:
-            return (split.final({**full, **W}, batch, x[0]),)
-
-        def logits(W: Tensors, h: Several) -> Several:
-            return (split.logits({**full, **W}, h[0]),)
-
-        W1, V1 = ({n: d[n] for n in split.known.final if n in d} for d in (W, V))
-        W2, V2 = ({n: d[n] for n in split.known.logits if n in d} for d in (W, V))
-        (hidden,), (hidden_dot,), pull = self._keeping(final, W1, V1, x, x_dot)
-        targets = shifted_targets(batch.labels).flatten()
+        number = self.split.num_calls + 1
+        full, V = self._fetched(number, ahead=None)
+        way, selected = self.settings.way, tuple(V)
+        final = _Point(final_stage(self.split, self.batch, selected, way), full, V)
+        head = _Point(logits_stage(self.split, selected, way), full, V)
+        push, pull = final.stage.push("none"), final.stage.pull("none", gauss_newton=self.gauss_newton)
+        ((hidden,), _), ((hidden_dot,), _) = push.function(final.shared(x), final.each(x_dot))
+        targets = shifted_targets(self.batch.labels).flatten()
         predicted = (targets >= 0).nonzero().flatten()
         rows, rows_dot = hidden.flatten(0, -2)[predicted], hidden_dot.flatten(0, -2)[predicted]
-        total: Tensors = {}
+        scale = torch.tensor(self.scale, dtype=torch.float64, device=targets.device)
+        work, total = head.stage.loss(self.settings.start), list[torch.Tensor]()
         parts: list[tuple[Several, Several | None]] = []
         for chunk in predicted.new_tensor(range(len(predicted))).split(self._chunk()):
-            (z,), (z_dot,), back = self._keeping(logits, W2, V2, (rows[chunk],), (rows_dot[chunk],))
-            g_dot, g = starting_cotangents(self.settings.start, z, z_dot, targets[predicted[chunk]], self.scale)
-            tangents, h_bar_dot, h_bar = back((g_dot,), None if g is None else (g,))
-            total = {n: total[n].add_(t) if n in total else t for n, t in tangents.items()}
-            parts.append((h_bar_dot, h_bar))
+            places, counted = (chunk, None) if self.programs is None else _filled_up(chunk)
+            inputs = (rows[places],), targets[predicted[places]], scale, counted
+            h_bar, (tangents, h_bar_dot) = self._run(work, head.shared(*inputs), head.each((rows_dot[places],)))
+            total = [t.add_(new) for t, new in zip(total, tangents, strict=True)] if total else list(tangents)
+            count = len(chunk)
+            parts.append(((h_bar_dot[0][:count],), None if h_bar is None else (h_bar[0][:count],)))
         bar_dot = self._spread([p[0] for p in parts], predicted, hidden)
         bar = None if self.gauss_newton else self._spread([p[1] for p in parts if p[1] is not None], predicted, hidden)
-        tangents, x_bar_dot, x_bar = pull((bar_dot,), None if bar is None else (bar,))
-        shared = tangents.keys() & total.keys()
-        if not total:  # this micro-batch predicts nothing; the ranks' collectives must match all the same
-            total = {n: torch.zeros_like(v) for n, v in V2.items() if n not in tangents}
-        self._note(stage, x_bar_dot, "the way back through ")
-        self._add({**tangents, **total, **{n: tangents[n] + total[n] for n in sorted(shared)}})
+        shared = final.shared(x, [], None if bar is None else (bar,))
+        x_bar, (tangents, x_bar_dot) = pull.function(shared, final.each(x_dot, [], (bar_dot,)))
+        # this micro-batch may predict nothing; the ranks' collectives must match all the same
+        total = total or [torch.zeros_like(v) for v in (V[n] for n in head.stage.selected)]
+        sums = dict(zip(final.stage.selected, tangents, strict=True))
+        for name, t in zip(head.stage.selected, total, strict=True):
+            sums[name] = sums[name] + t if name in sums else t
+        self._note(number, x_bar_dot, "the way back through ")
+        self._add(tuple(sums), list(sums.values()))
         return x_bar_dot, x_bar
 
     def _chunk(self) -> int:
@@ -234,18 +271,8 @@ class _Sweep:
 
     # -- small things ------------------------------------------------------------------------------------------------
 
-    def _function(self, stage: int, full: Tensors) -> Stage:
-        split, batch = self.split, self.batch
-        if stage == 0:
-            return lambda W, _: split.prologue({**full, **W}, batch)
-        arguments = self.arguments[stage - 1]
-        return lambda W, x: (split.block(stage - 1, {**full, **W}, arguments, *x),)
-
-    def _keeping(self, f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several) -> tuple[Several, Several, Pull]:
-        return push_keeping(f, W, V, x, x_dot, self.settings.way, gauss_newton=self.gauss_newton)
-
-    def _again(self, f: Stage, W: Tensors, V: Tensors, x: Several, x_dot: Several, kept: Projections | None) -> Pull:
-        return pull_again(f, W, V, x, x_dot, self.settings.way, gauss_newton=self.gauss_newton, kept=kept)
+    def _run(self, work: Work, shared: Tree, each: Tree) -> tuple[Tree, Tree]:
+        return work.function(shared, each) if self.programs is None else self.programs(self.port, work, shared, each)
 
     def _inputs(self, stage: int, tensors: Several) -> Several:
         return (tensors[0], *(tensors[1 + e] for e in self.split.extras_of(stage - 1)))
@@ -256,22 +283,36 @@ class _Sweep:
             out[1 + extra] = out[1 + extra] + bar
         return out
 
-    def _fetch(self, stage: int, ahead: int | None) -> tuple[Tensors, Tensors, Tensors]:
-        """Return all of a stage's parameters, those with a direction, and the directions."""
-        full, stacked = self.exchange.fetch(self.split.names_of(stage))
+    def _fetch(self, number: int, ahead: int | None) -> _Point:
+        """Return a stage before the head at its parameters and directions."""
+        full, V = self._fetched(number, ahead)
+        if number == 0:
+            return _Point(prologue_stage(self.split, self.batch, tuple(V), self.settings.way), full, V)
+        stage = block_stage(self.split, number - 1, self.arguments[number - 1], tuple(V), self.settings.way)
+        return _Point(stage, full, V)
+
+    def _fetched(self, number: int, ahead: int | None) -> tuple[Tensors, Tensors]:
+        """Return all of a stage's parameters, and the directions of those that have one."""
+        full, stacked = self.exchange.fetch(self.split.names_of(number))
         self._prefetch(ahead)
-        rows = self.port.rows(list(stacked.values()))
-        return full, {n: full[n] for n in stacked}, dict(zip(stacked, rows, strict=True))
+        return full, dict(zip(stacked, self.port.rows(list(stacked.values())), strict=True))
 
     def _prefetch(self, stage: int | None) -> None:
-        if stage is not None and stage not in self.pulls:
+        if stage is not None and stage not in self.pulls and not (stage in self.kept and self.kept[stage].point):
             self.exchange.prefetch(self.split.names_of(stage))
 
-    def _add(self, tangents: Tensors) -> None:
-        names = list(tangents)
-        self.port.collect(lambda ts: self.exchange.add(dict(zip(names, ts, strict=True))), list(tangents.values()))
+    def _add(self, names: Sequence[str], tangents: list[torch.Tensor]) -> None:
+        self.port.collect(lambda ts: self.exchange.add(dict(zip(names, ts, strict=True))), tangents)
 
     def _note(self, stage: int, tensors: Several, way: str = "") -> None:
         if tensors:
             where = way + self.split.describe(stage)
             self.port.collect(lambda sums: self.health.note(where, sums), [t.sum() for t in tensors])
+
+
+def _filled_up(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Repeat places up to one of few lengths, at most a quarter more; return which count [length, 1]."""
+    step = max(1, 1 << (max(0, len(chunk) - 1).bit_length() - 3))
+    length = -(-len(chunk) // step) * step
+    places = torch.cat([chunk, chunk[:1].expand(length - len(chunk))])
+    return places, (torch.arange(length, device=chunk.device) < len(chunk)).to(torch.float32)[:, None]

@@ -11,7 +11,7 @@ Two ways to the same numbers:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,8 +30,21 @@ def push(
     """Return y = f(W, x) and its tangent along (V, x_dot); ``kept`` notes products for :func:`pull_again`."""
     if way == "reverse":
         return _push_reverse(f, W, V, x, x_dot)
-    with fused() if kept is None else kept.recording():
-        y, y_dot = torch.func.jvp(f, (W, x), (V, x_dot))  # type: ignore[misc]
+    if kept is None:
+        with fused():
+            y, y_dot = torch.func.jvp(f, (W, x), (V, x_dot))  # type: ignore[misc]
+        return y, y_dot
+    places: list[bool] = []
+
+    def watched(W: Tensors, x: Several) -> tuple[Several, list[Any]]:
+        y, found = kept.recording(f, W, x)
+        places.extend(v is not None for v in found)
+        return y, [v for v in found if v is not None]
+
+    # what leaves as an auxiliary result is no longer a dual
+    y, y_dot, found = torch.func.jvp(watched, (W, x), (V, x_dot), has_aux=True)  # type: ignore[misc]
+    values = iter(found)
+    kept.values = [next(values) if here else None for here in places]
     return y, y_dot
 
 

@@ -195,7 +195,7 @@ class SplitModel:
 
     def logits(self, parameters: Tensors, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [tokens, vocabulary] of head inputs [tokens, width]."""
-        one = torch.ones((1, 1), dtype=torch.int64, device=hidden.device)
+        one = torch.tensor([[1]], device=hidden.device)  # a constant, also where this is traced
         token = MicroBatch([0], one, one, one)  # everything before the head is computed for one token and dropped
         head = plain_forward(self.head)
         parts = self.known

@@ -7,7 +7,7 @@ wrappers set on an instance (frozen routing, checkpointing) take part.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,13 +89,29 @@ class BufferWatch:
         ]
 
 
-@contextlib.contextmanager
-def own_buffers(places: Places) -> Iterator[None]:
+def buffer_places(module: nn.Module) -> Places:
+    """Return where the module and its parts hold buffers."""
+    return [(owner, key) for owner in module.modules() for key, buffer in owner._buffers.items() if buffer is not None]
+
+
+def buffers_at(places: Places) -> list[torch.Tensor]:
+    """Return the buffers there."""
+    return [owner._buffers[key] for owner, key in places]  # type: ignore[misc]
+
+
+def own_buffers(places: Places) -> contextlib.AbstractContextManager[None]:
     """Give the modules copies of these buffers for a moment: a function that is transformed must write into its own."""
+    copies = [None if buffer is None else buffer.clone() for buffer in buffers_at(places)]
+    return given_buffers(places, copies)
+
+
+@contextlib.contextmanager
+def given_buffers(places: Places, buffers: Sequence[torch.Tensor | None]) -> Iterator[None]:
+    """Let the modules see other tensors in the place of these buffers."""
     saved = [(owner, key, owner._buffers[key]) for owner, key in places]
     try:
-        for owner, key, buffer in saved:
-            owner._buffers[key] = None if buffer is None else buffer.clone()
+        for (owner, key), buffer in zip(places, buffers, strict=True):
+            owner._buffers[key] = buffer
         yield
     finally:
         for owner, key, buffer in saved:

@@ -78,6 +78,7 @@ class Loop:
         self._compared_with: CurvatureOperator | None = None
         self._gradient: Vector | None = None  # at theta_0, where that one needs it
         self._checking = wants_reference(session.config)
+        self._notes_shown = 0
         self._uncommitted: tuple[int, list[Member], bytes] | None = None
 
     def run(self) -> str:
@@ -123,9 +124,14 @@ class Loop:
             self._gradient = gradient
         if tally.operator_state:
             operator.from_state(tally.operator_state)
-        for note in operator.notes:
-            self.progress.note(note)
+        self._say(operator.notes)
         return operator
+
+    def _say(self, notes: list[str]) -> None:
+        """Show those notes of the operator that were not shown yet: products add to them."""
+        for note in notes[self._notes_shown :]:
+            self.progress.note(note)
+        self._notes_shown = len(notes)
 
     def _measure_gradient(self) -> Vector:
         self.progress.phase("gradient at theta_0")
@@ -211,6 +217,7 @@ class Loop:
         with phase("vectors"), counter or contextlib.nullcontext():
             products = dict(zip(running, next_products(list(running.values())), strict=True))
         self.watch.end_product()
+        self._say(self.operator.notes)
         hvp_s = time.perf_counter() - began
         if self.watch.resumed:
             self.progress.note(f"of this product {self.watch.resumed} micro-batches of each rank had been summed before")
