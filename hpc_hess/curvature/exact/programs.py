@@ -271,7 +271,7 @@ def digest(graph: fx.GraphModule, *more: Any) -> str:
         if node.op == "get_attr":
             constant = getattr(graph, node.target)
             found.update(repr((node.target, constant.shape, constant.dtype)).encode())
-            found.update(constant.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(constant.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -25,7 +25,6 @@ class Repaying:
     Attributes
     ----------
     widths : numbers of directions for which programs are used.
-    seconds : spent on making programs.
 
     """
 
@@ -39,6 +38,7 @@ class Repaying:
 
     @property
     def seconds(self) -> float:
+        """Spent on making programs."""
         return 0.0 if self._programs is None else self._programs.seconds
 
     @contextmanager

@@ -312,7 +312,7 @@ class _Sweep:
 
 def _filled_up(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Repeat places up to one of few lengths, at most a quarter more; return which count [length, 1]."""
-    step = max(1, 1 << (max(0, len(chunk) - 1).bit_length() - 3))
+    step = 1 << max(0, (len(chunk) - 1).bit_length() - 3)
     length = -(-len(chunk) // step) * step
     places = torch.cat([chunk, chunk[:1].expand(length - len(chunk))])
     return places, (torch.arange(length, device=chunk.device) < len(chunk)).to(torch.float32)[:, None]
