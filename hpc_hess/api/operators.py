@@ -10,6 +10,8 @@ from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian, Scheme
+from hpc_hess.curvature.exact.programs import default_directory
+from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
 from hpc_hess.curvature.operators import Point, built, exact_product
 from hpc_hess.errors import ConfigError, ModelError
@@ -46,11 +48,13 @@ class Operator:
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
         self.intake: list[Finding] = list(intake)
-        self.notes: list[str] = [
-            *notes,
-            *getattr(operator, "notes", []),
-            *(finding.text for finding in intake if finding.verdict != "passed"),
-        ]
+        self._notes = notes
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of it, in sentences. Products may add to them."""
+        found = [finding.text for finding in self.intake if finding.verdict != "passed"]
+        return [*self._notes, *getattr(self._operator, "notes", []), *found]
 
     def __repr__(self) -> str:
         """Show the size, and the notes."""
@@ -115,6 +119,7 @@ def hessian(
     kind: str = "hessian",
     scheme: Scheme = "central",
     step: float | Literal["auto"] = "auto",
+    compile: Literal["auto", "on", "off"] = "auto",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Operator:
@@ -132,6 +137,7 @@ def hessian(
         alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
     method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its default loss block by
         block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
+    compile : whether the blocks of exact products are compiled: "auto" once as many products as there were would repay it.
     kind : the matrix, as in the configuration's operator.kind. Those that need exact products need the loss of a causal LM.
     include, exclude : globs over parameter names; the Hessian of the selected parameters.
 
@@ -144,6 +150,7 @@ def hessian(
     any_loss = "finite_difference" in spec.methods  # it is made of the Hessian
     given.one_of("method", method, ("finite_difference", "exact"))
     given.one_of("scheme", scheme, ("forward", "central", "fourth"))
+    given.one_of("compile", compile, ("auto", "on", "off"))
     if step != "auto" and given.real("step", step) <= 0:
         raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
     if method not in spec.methods or not (any_loss or loss is None):
@@ -185,7 +192,8 @@ def hessian(
             objective = user_objective(objective.micro_batches, CausalLMObjective.of_batch, model)
         product: LinearOperator
         if isinstance(objective, CausalLMObjective):
-            product = exact_or_whole(exact_product(spec), sharded, objective, compute_dtype=compute_dtype)
+            settings = Settings(compile=compile, programs=default_directory())
+            product = exact_or_whole(exact_product(spec), sharded, objective, compute_dtype=compute_dtype, settings=settings)
         else:
             product = WholeModel(sharded, objective, exact_product(spec).start, compute_dtype=compute_dtype)
         return _made(spec, product, sharded, objective, intake)
