@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hpc_hess.model.blocks.attention import scaled_dot_product_attention, wide
+from hpc_hess.model.blocks.experts import own_experts
 
 Places = list[tuple[nn.Module, str]]
 Forward = Callable[..., Any]
@@ -137,11 +138,12 @@ def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
                 saved.append((config, "_attn_implementation", attention))
                 notes[f'attention computed by "eager" for exact products: "{attention}" lacks derivatives'] = None
             experts = getattr(config, "_experts_implementation", None)
-            if isinstance(experts, str) and experts not in ("eager", "batched_mm"):
+            if isinstance(experts, str) and experts != "batched_mm":
                 saved.append((config, "_experts_implementation", experts))
-                notes[f'experts computed by "eager" for exact products: "{experts}" lacks derivatives'] = None
+                if experts != "eager":
+                    notes[f'tokens are sorted by expert for exact products: "{experts}" lacks derivatives'] = None
         for config, key, _ in saved:
-            setattr(config, key, "eager")
+            setattr(config, key, "eager" if key == "_attn_implementation" else own_experts())
         # F.multi_head_attention_forward calls the fused kernel where no mode sees it
         with _Decomposed(), sdpa_kernel(SDPBackend.MATH):
             yield list(notes)
