@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import gc
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import hpc_hess
 from hpc_hess.commands.arguments import Comparison, Query, Search, Training, add_arguments, filled
 from hpc_hess.errors import ConfigError, HpcHessError, LaunchError
 from hpc_hess.parallel.orphan import end_with_launcher
-from hpc_hess.system import ask_for_large_pages
+from hpc_hess.system import ask_for_large_pages, importing
 
 _LAUNCHED = ("run", "check", "finetune", "dynamics", "attribute", "sketch-check", "intrinsic-dimension")
 
@@ -210,8 +211,9 @@ def _spmd(args: argparse.Namespace) -> int:
     # heavy imports only where they are needed: --help answers at once
     end_with_launcher(os.environ)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop is heeded once there is something to commit
-    from hpc_hess.config import DEMO, TOY, Config, load_config
-    from hpc_hess.parallel.world import World
+    with importing():
+        from hpc_hess.config import DEMO, TOY, Config, load_config
+        from hpc_hess.parallel.world import World
 
     config, error = Config(), None
     command: Callable[..., int] | None = None
@@ -223,7 +225,9 @@ def _spmd(args: argparse.Namespace) -> int:
         if toy and args.config:
             raise ConfigError("--toy takes the place of a configuration: leave one of the two out")
         config = load_config(args.config or (TOY if toy else DEMO), overrides)
-        command = _command(args)
+        with importing():
+            command = _command(args)
+        gc.freeze()  # no search for garbage visits all that again
     except HpcHessError as caught:
         error = caught
     try:
@@ -326,7 +330,8 @@ def _scaling(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from hpc_hess.commands.run.screen import inspect_run
+    with importing():
+        from hpc_hess.commands.run.screen import inspect_run
 
     return inspect_run(args.run, verify=args.verify)
 
@@ -338,7 +343,8 @@ def _clean(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from hpc_hess.commands.run.page import rewrite_report
+    with importing():
+        from hpc_hess.commands.run.page import rewrite_report
 
     print(rewrite_report(args.run))
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import platform
 import resource
@@ -151,6 +152,18 @@ def give_pages_back() -> None:
 def ask_for_large_pages(env: MutableMapping[str, str]) -> None:
     """Have torch, which reads it once, put large tensors in huge pages: a third of the page faults, a lower peak."""
     env.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Look for no garbage inside: modules make a million objects that stay, and each search would visit them all."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 # -- memory that processes share -----------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hpc_hess.report.style import save_figure
 from hpc_hess.report.template import render_template
 from hpc_hess.storage.run_files import write_aside
 
@@ -24,20 +24,11 @@ class Drawn(NamedTuple):
     source: str
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def drawn(figure: Figure, out: Path, name: str, title: str, caption: str) -> Drawn:
     """Write OUT/figures/NAME.png and return the figure for the page."""
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "figures" / f"{name}.png", dpi=160)
-    figure.set_layout_engine("none")  # the layout just found serves again
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    save_figure(figure, out / "figures" / f"{name}.png", text)
     return Drawn(name, title, caption, "data:image/svg+xml;base64," + base64.b64encode(text.getvalue().encode()).decode())
 
 

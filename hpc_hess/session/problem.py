@@ -33,6 +33,7 @@ from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch, part_of, sketch_space
+from hpc_hess.system import importing
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Inputs(NamedTuple):
 def read_inputs(config: Config, world: World) -> Inputs:
     """Find the model, build it without weights, read the data. Collective: yes. Raises ModelError, DataError."""
     with world.together("read the model's configuration and the data"):
-        with own_code_in_turn(config.model, world):
+        with own_code_in_turn(config.model, world), importing():
             source = resolve_source(config.model)
             skeleton = build_skeleton(source, config.model)
             if config.model.trust_remote_code and spec_of(config.data.source)[0].is_text:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_hess.errors import CollectiveError, HpcHessError
-from hpc_hess.parallel.world import World
 from hpc_hess.storage.disk import explain
+
+if TYPE_CHECKING:
+    from hpc_hess.parallel.world import World  # imports torch, which inspecting a run does not need
 
 
 @contextlib.contextmanager

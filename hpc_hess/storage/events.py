@@ -6,10 +6,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpc_hess.parallel.world import World
 from hpc_hess.storage.agree import attempt
+
+if TYPE_CHECKING:
+    from hpc_hess.parallel.world import World  # imports torch, which inspecting a run does not need
 
 EVENTS_NAME = "events.jsonl"
 

@@ -25,6 +25,24 @@ def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
     assert loaded.isdisjoint({"torch", "numpy", "scipy", "h5py", "transformers", "matplotlib", "pydantic", "rich"})
 
 
+def test_looking_at_a_run_imports_no_torch(tmp_path: Path) -> None:
+    for words in (["inspect", str(tmp_path)], ["report", str(tmp_path)]):  # which say that there is no run
+        done = subprocess.run(
+            [sys.executable, "-c", _LOADED.format(words=words)], capture_output=True, text=True, check=True
+        )
+        assert done.stderr.startswith("hpc-hess: error: ")
+        loaded = set(done.stdout.splitlines()[-1].split())
+        assert "hpc_hess.storage.run_files" in loaded
+        assert loaded.isdisjoint({"torch", "transformers"})
+
+
+def test_a_run_imports_models_and_pictures_only_where_they_are_used() -> None:
+    code = "import sys; import hpc_hess.commands.run.work; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    unused = {"transformers", "accelerate", "matplotlib", "jinja2", "torch._dynamo", "torch._inductor", "scipy.optimize"}
+    assert set(done.stdout.split()).isdisjoint({*unused, "scipy.stats", "scipy.sparse", "datasets", "gguf", "mpi4py"})
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

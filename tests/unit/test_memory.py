@@ -1,13 +1,14 @@
-"""Memory that control groups leave to a process, in both versions of their file system."""
+"""Memory that control groups leave to a process, in both versions of their file system; the search for garbage."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 
 from hpc_hess.parallel.memory import host_bytes_free
-from hpc_hess.system import group_bytes_free
+from hpc_hess.system import group_bytes_free, importing
 
 
 def group(folder: Path, *files: tuple[str, str]) -> None:
@@ -60,3 +61,16 @@ def test_version_1(tmp_path: Path) -> None:
 def test_a_system_without_control_groups(tmp_path: Path) -> None:
     assert list(group_bytes_free(tmp_path, tmp_path / "none")) == []
     assert host_bytes_free() > 0
+
+
+def test_no_garbage_is_looked_for_while_modules_are_imported() -> None:
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()  # as its owner has it
+    finally:
+        gc.enable()

@@ -1,12 +1,13 @@
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from hpc_hess.commands.run.figures import write_figures
 from hpc_hess.linalg.density import symlog
-from hpc_hess.report.style import decade_ticks, linear_threshold
+from hpc_hess.report.style import STYLE, decade_ticks, linear_threshold, new_figure, save_figure
 from tests.support.report_case import llm_like, make_events, make_result
 
 pytestmark = pytest.mark.filterwarnings("error")  # a figure that warns is drawn badly
@@ -52,6 +53,19 @@ def test_the_same_run_gives_the_same_files_and_what_is_missing_is_not_drawn(tmp_
     for a, b in zip(whole, part, strict=False):
         assert a.svg.read_bytes() == b.svg.read_bytes()
     assert write_figures({}, [], tmp_path) == []
+
+
+def test_axes_have_plain_numbers_and_keep_their_power_of_ten(tmp_path):
+    with mpl.rc_context(STYLE):
+        figure = new_figure(4, 3)
+        axes = figure.subplots()
+        axes.plot([-1e9, 3e9])
+        save_figure(figure, tmp_path / "a.png", tmp_path / "a.svg")
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert "3.0" in labels
+    assert "\u22121.0" in labels  # a true minus sign
+    assert "10^{9}" in axes.yaxis.get_offset_text().get_text()
+    assert axes.get_position().x0 > 0.08  # it was laid out: the axis label's room
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from hpc_hess.commands.arguments import OF_SKETCHES
 from hpc_hess.console.words import minus, number
 from hpc_hess.registry.operators import OPERATORS
-from hpc_hess.report.comparison import drawn, new_figure, write_comparison
-from hpc_hess.report.style import NEGATIVE, POSITIVE, STYLE
+from hpc_hess.report.comparison import drawn, write_comparison
+from hpc_hess.report.style import NEGATIVE, POSITIVE, STYLE, new_figure
 
 PAGE_NAME = "attribution.html"
 _WIDTH = 60  # characters of a text on the screen

@@ -14,10 +14,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hpc_hess.console.words import NONE, minus, number
 from hpc_hess.linalg.density import density_symlog, inverse_symlog, symlog
-from hpc_hess.report.comparison import Drawn, drawn, new_figure, write_comparison
+from hpc_hess.report.comparison import Drawn, drawn, write_comparison
 from hpc_hess.report.densities import smoothing_width
 from hpc_hess.report.spectrum import quadratures
-from hpc_hess.report.style import INK, MARKERS, MUTED, NEGATIVE, POSITIVE, STYLE, linear_threshold, set_symlog
+from hpc_hess.report.style import INK, MARKERS, MUTED, NEGATIVE, POSITIVE, STYLE, linear_threshold, new_figure, set_symlog
 
 PAGE_NAME = "dynamics.html"
 _DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5))]

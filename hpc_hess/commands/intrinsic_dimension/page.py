@@ -10,8 +10,8 @@ import matplotlib as mpl
 import numpy as np
 
 from hpc_hess.console.words import count, minus, number
-from hpc_hess.report.comparison import drawn, new_figure, write_comparison
-from hpc_hess.report.style import CYCLE, INK, MUTED, STYLE
+from hpc_hess.report.comparison import drawn, write_comparison
+from hpc_hess.report.style import CYCLE, INK, MUTED, STYLE, new_figure
 
 PAGE_NAME = "intrinsic_dimension.html"
 

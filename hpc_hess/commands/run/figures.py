@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
@@ -29,7 +28,9 @@ from hpc_hess.report.style import (
     STYLE,
     label_powers,
     linear_threshold,
+    new_figure,
     probe_style,
+    save_figure,
     say,
     set_log,
     set_symlog,
@@ -66,14 +67,14 @@ def write_figures(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
             size = int(result.get("num_params") or 0)
             plots += [_density_plot(parts, size, folder, kind) for kind in ("symlog", "linear")]
         if cumulative.recurrences(result):
-            figure = _figure(8.4, 5.4)
+            figure = new_figure(8.4, 5.4)
             caption = cumulative.draw(figure, result)
             plots.append(_save(figure, folder, "cumulative", cumulative.TITLE, caption))
         if probes:
             plots += [_convergence(probes, folder), _recurrence(probes, folder)]
         for name, view, found in views.parts(result):
             if inches := view.size(found):
-                figure = _figure(*inches)
+                figure = new_figure(*inches)
                 plots.append(_save(figure, folder, name, view.TITLE, view.draw(figure, found, result)))
         steps = step_events([dict(e) for e in events])
         if steps:
@@ -83,16 +84,8 @@ def write_figures(result: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
 
 def _save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Plot:
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    figure.savefig(png, dpi=160)
-    figure.set_layout_engine("none")  # the layout just found serves again
-    figure.savefig(svg, metadata={"Date": None})
+    save_figure(figure, png, svg)
     return Plot(name, title, caption, png, svg)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 # -- density -----------------------------------------------------------------------------------------------------------
@@ -101,7 +94,7 @@ def _figure(width: float, height: float) -> Figure:
 def _density_plot(parts: list[Ritz], size: int, folder: Path, kind: str) -> Plot:
     values = np.concatenate([q.values for q in parts])
     weights = np.concatenate([q.weights for q in parts])
-    figure = _figure(8.4, 5.2)
+    figure = new_figure(8.4, 5.2)
     top, rug = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     over = f"mean of {len(parts)} probes" if len(parts) > 1 else "one probe"
     if kind == "linear":
@@ -206,7 +199,7 @@ def _step_axis(axes: Axes, last: int) -> None:
 
 
 def _recurrence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
-    figure = _figure(8.4, 5.0)
+    figure = new_figure(8.4, 5.0)
     upper, lower = figure.subplots(2, 1, sharex=True)
     every = np.concatenate([np.asarray(p["alpha"], np.float64) for p in probes])
     every = every[np.isfinite(every)] if np.isfinite(every).any() else np.zeros(1)
@@ -248,7 +241,7 @@ def _history(alpha: Sequence[float], beta: Sequence[float]) -> tuple[Float, Floa
 
 
 def _convergence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
-    figure = _figure(8.4, 5.4)
+    figure = new_figure(8.4, 5.4)
     grid = figure.subplots(2, 2, sharex=True, height_ratios=[1.5, 1])
     histories = [_history(p["alpha"], p.get("beta") or []) for p in probes]
     for column, name in enumerate(("smallest Ritz value", "largest Ritz value")):
@@ -288,7 +281,7 @@ def _convergence(probes: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
 
 def _timing(steps: Sequence[Mapping[str, Any]], folder: Path) -> Plot:
     phases = _phases(steps)
-    figure = _figure(8.4, 3.6)
+    figure = new_figure(8.4, 3.6)
     if phases:
         axes, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
         _bars(bars, phases)

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hpc_hess.console.words import NONE, duration, minus, number, plural, size
-from hpc_hess.report.comparison import Drawn, drawn, new_figure, write_comparison
-from hpc_hess.report.style import CYCLE, INK, MARKERS, MUTED, STYLE
+from hpc_hess.report.comparison import Drawn, drawn, write_comparison
+from hpc_hess.report.style import CYCLE, INK, MARKERS, MUTED, STYLE, new_figure
 
 PAGE_NAME = "scaling.html"
 _COLUMNS = ["Run", "Operator", "Parameters", "Ranks", "Tokens", "Product", "Lanczos", "Memory", "Strong", "Weak"]

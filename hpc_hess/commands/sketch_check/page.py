@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib as mpl
 
 from hpc_hess.console.words import NONE, duration, minus, plural
-from hpc_hess.report.comparison import drawn, new_figure, write_comparison
-from hpc_hess.report.style import CYCLE, INK, MARKERS, STYLE
+from hpc_hess.report.comparison import drawn, write_comparison
+from hpc_hess.report.style import CYCLE, INK, MARKERS, STYLE, new_figure
 
 PAGE_NAME = "sketch_check.html"
 

@@ -12,7 +12,7 @@ from hpc_hess.console.words import minus, number
 from hpc_hess.linalg.density import inverse_symlog, symlog
 from hpc_hess.linalg.measure import Interval, Recurrence, cumulative, mass, wasserstein_a_posteriori, wasserstein_a_priori
 from hpc_hess.report.spectrum import pooled
-from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, linear_threshold, set_symlog
+from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, label_powers, linear_threshold, set_symlog
 
 TITLE = "Cumulative density and what is certain of it"
 _POINTS = 120
@@ -50,6 +50,7 @@ def draw(figure: Figure, result: Mapping[str, Any]) -> str:
         )
         rest.plot(x[where], np.maximum(mean, floor)[where], color=colour[side], drawstyle="steps-post")
     rest.set_yscale("log")
+    label_powers(rest, 9)
     seen = np.concatenate([band.mean[x <= 0], 1 - band.mean[x >= 0]])
     rest.set_ylim(max(floor, float(seen[seen > 1e-11].min(initial=1.0)) / 10), 2)
     rest.set_ylabel("share beyond λ")
