@@ -169,6 +169,10 @@ def _planning(commands: _Commands) -> None:
 
 
 def _looking(commands: _Commands) -> None:
+    group = "models and data"
+    fetch = commands.add(group, "fetch", "download a model of the Hugging Face Hub, and print its directory", _fetch)
+    fetch.add_argument("what", metavar="NAME", help="ORG/NAME, ORG/NAME@REV, or a CONFIG: its model, and its data")
+    _debuggable(fetch)
     group = "looking at runs"
     inspect = commands.add(group, "inspect", "show what a run directory holds", _inspect)
     report = commands.add(group, "report", "rewrite the figures and report.html of a finished run", _report)
@@ -329,6 +333,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from hpc_hess.commands.run.screen import inspect_run
 
     return inspect_run(args.run, verify=args.verify)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from hpc_hess.commands.fetch import fetch
+
+    return fetch(args.what)
 
 
 def _clean(args: argparse.Namespace) -> int:

