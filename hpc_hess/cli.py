@@ -170,6 +170,8 @@ def _planning(commands: _Commands) -> None:
 
 def _looking(commands: _Commands) -> None:
     group = "models and data"
+    data = _configured(commands.add(group, "data", "show what the loss is over: sequences and predicted tokens", _data))
+    data.add_argument("--samples", type=int, default=3, metavar="N", help="sequences that are shown (3)")
     fetch = commands.add(group, "fetch", "download a model of the Hugging Face Hub, and print its directory", _fetch)
     fetch.add_argument("what", metavar="NAME", help="ORG/NAME, ORG/NAME@REV, or a CONFIG: its model, and its data")
     _debuggable(fetch)
@@ -333,6 +335,15 @@ def _inspect(args: argparse.Namespace) -> int:
     from hpc_hess.commands.run.screen import inspect_run
 
     return inspect_run(args.run, verify=args.verify)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from hpc_hess.config import load_config
+
+    config = load_config(args.config, args.overrides)  # before torch is imported: an error comes at once
+    from hpc_hess.commands.show_data import show_data
+
+    return show_data(config, args.samples)
 
 
 def _fetch(args: argparse.Namespace) -> int:

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from hpc_hess.cli import main
-from hpc_hess.config import ModelSection
-from hpc_hess.errors import ModelError
+from hpc_hess.config import DataSection, ModelSection
+from hpc_hess.errors import DataError, ModelError
+from hpc_hess.model.data.data import Samples, load_samples
 from hpc_hess.model.sources import hub as hub_module
 from hpc_hess.model.sources.hub import named, reaching
 from hpc_hess.model.sources.source import resolve_source
 from tests.support.base_model import result_of, save_b, settings_b, tokens_b
-from tests.support.hub_server import Hub, ask_here, asking, serving
+from tests.support.hub_server import Hub, Repository, ask_here, asking, serving
 from tests.support.launching import complete
 
 pytestmark = pytest.mark.slow
@@ -261,6 +262,49 @@ def test_a_plan_reads_no_weights_and_a_revision_is_another_model(hub: Hub, capsy
     assert fetched(capsys, "org/b")[0].name == COMMIT
     assert len(hub.asked(WEIGHTS)) == 1  # the same file of both commits
     assert resolve_source(ModelSection(source="org/b@step1000")).commit == "b" * 40
+
+
+def test_rows_of_a_data_set_come_file_by_file(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """Which files are which split, its card says; those that are not needed are not downloaded; then the cache is enough."""
+    import datasets
+
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    for number in range(3):
+        rows = {"input_ids": [[5 + number, 6, 7, 8]] * 2, "labels": [[-100, 6, 7, 8]] * 2}
+        datasets.Dataset.from_dict(rows).to_parquet(folder / "data" / f"train-{number}.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n"
+        "  - split: test\n    path: data/train-2.parquet\n- config_name: other\n  data_files: data/train-1.parquet\n---\n"
+    )
+    hub.repositories["datasets/org/rows"] = Repository(folder, {"main": "c" * 40})
+    source = resolve_source(ModelSection(source=str(model)))
+
+    def load(**changes: Any) -> Samples:
+        values = {"source": "hub:org/rows", "config": "small", "sequence_length": 8, "sequences": 3, **changes}
+        return load_samples(DataSection(**values), ModelSection(source=str(model)), source)
+
+    found = load()
+    assert found.commit == "c" * 40
+    assert found.input_ids[:, 0].tolist() == [5, 5, 6]
+    assert found.labels[0].tolist() == [-100, 6, 7, 8]
+    assert [len(hub.asked(f"train-{number}.parquet")) for number in range(3)] == [1, 1, 0]
+    assert load(split="test").input_ids[:, 0].tolist() == [7, 7]
+    hub.requests.clear()
+    with reaching("none"):
+        assert load().fingerprint == found.fingerprint
+    assert not hub.requests
+    for changes, says in (
+        ({"split": "validation"}, "set data.split to one of 'train', 'test'"),
+        ({"config": "large"}, r"no configuration 'large': set data.config to one of \['small', 'other'\]"),
+        ({"config": ""}, r"no configuration '': set data.config to one of \['small', 'other'\]"),
+        ({"source": "hub:org/none"}, "not a data set of"),
+        ({"revision": "v9"}, "no revision 'v9': set data.revision"),
+    ):
+        with pytest.raises(DataError, match=says):
+            load(**changes)
+    with reaching("none"), pytest.raises(DataError, match="hpc-hess fetch CONFIG.toml"):
+        load(revision="v9")
 
 
 def test_a_path_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
