@@ -170,6 +170,12 @@ def _planning(commands: _Commands) -> None:
 
 
 def _looking(commands: _Commands) -> None:
+    group = "models and data"
+    data = _configured(commands.add(group, "data", "show what the loss is over: sequences and predicted tokens", _data))
+    data.add_argument("--samples", type=int, default=3, metavar="N", help="sequences that are shown (3)")
+    fetch = commands.add(group, "fetch", "download a model of the Hugging Face Hub, and print its directory", _fetch)
+    fetch.add_argument("what", metavar="NAME", help="ORG/NAME, ORG/NAME@REV, or a CONFIG: its model, and its data")
+    _debuggable(fetch)
     group = "looking at runs"
     inspect = commands.add(group, "inspect", "show what a run directory holds", _inspect)
     report = commands.add(group, "report", "rewrite the figures and report.html of a finished run", _report)
@@ -334,6 +340,21 @@ def _inspect(args: argparse.Namespace) -> int:
         from hpc_hess.commands.run.screen import inspect_run
 
     return inspect_run(args.run, verify=args.verify)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from hpc_hess.config import load_config
+
+    config = load_config(args.config, args.overrides)  # before torch is imported: an error comes at once
+    from hpc_hess.commands.show_data import show_data
+
+    return show_data(config, args.samples)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from hpc_hess.commands.fetch import fetch
+
+    return fetch(args.what)
 
 
 def _clean(args: argparse.Namespace) -> int:

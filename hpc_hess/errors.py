@@ -29,6 +29,10 @@ class DataError(ConfigError):
     """The data cannot be read or does not fit the model."""
 
 
+class UnreachableError(ModelError, DataError):
+    """The Hub, which has what the local cache lacks, does not answer or may not be asked."""
+
+
 class LayoutError(ConfigError):
     """The parameters do not match the table they are compared with."""
 

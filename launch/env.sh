@@ -70,7 +70,6 @@ use_threads() {
 
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # this clone's program, installed or not
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}   # a model or data set is a path; no rank asks a hub
 
 # forward SIGNAL COMMAND...: run it and return its exit code. A request to stop (TERM, USR1) reaches it as SIGNAL; the ranks
 # then commit and end by themselves. INT and HUP end it.

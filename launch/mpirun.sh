@@ -9,7 +9,8 @@ nodes=${nodes:-1}
 ranks=${ranks:-$(default_ranks "$nodes")}
 use_threads $(((ranks + nodes - 1) / nodes))
 arguments=(--quiet -n "$ranks" --bind-to none --oversubscribe)
-for name in PYTHONPATH OMP_NUM_THREADS PYTHONUNBUFFERED TOKENIZERS_PARALLELISM HF_HUB_OFFLINE; do arguments+=(-x "$name"); done
+for name in PYTHONPATH OMP_NUM_THREADS PYTHONUNBUFFERED TOKENIZERS_PARALLELISM; do arguments+=(-x "$name"); done
+for name in $(compgen -e HF_) $(compgen -e TRANSFORMERS_OFFLINE); do arguments+=(-x "$name"); done # where the Hub's cache lies, ...
 [ "$(id -u)" != 0 ] || arguments+=(--allow-run-as-root)
 code=0
 # USR1: mpirun passes it on to the ranks; at TERM it would end them

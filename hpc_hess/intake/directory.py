@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,10 +199,15 @@ def leads_out(directory: Path, name: str) -> Path | None:
     return None if any(real.is_relative_to(home) for home in homes) else real
 
 
+def weights_without_index(names: Iterable[str]) -> list[str]:
+    """Return the safetensors files that are a model's, where neither the single file nor the index is among ``names``."""
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    return [name for name in found if not name.startswith(_BESIDE)] or [n for n in found if n.startswith("consolidated")]
+
+
 def _without_index(directory: Path, present: list[str]) -> list[str]:
     """Return the safetensors files to read where neither the single file nor the index is there."""
-    names = [name for name in present if not name.startswith(_BESIDE)]
-    names = names or [name for name in present if name.startswith("consolidated")]
+    names = weights_without_index(present)
     for name in names:
         if match := _NUMBERED.fullmatch(name):
             stem, width, count = match[1], len(match[2]), int(match[3])

@@ -2,4 +2,7 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is on disk or it does not exist; set before transformers loads
+# What is loaded lies on disk: model/sources/hub.py alone goes to the network, for names, unless a user keeps it offline.
+# Set before transformers loads. The second variable tells later readers, of child processes too, who set the first.
+if "HF_HUB_OFFLINE" not in os.environ:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HPC_HESS_NAMES_ONLINE": "1"}

@@ -10,8 +10,10 @@ import contextlib
 import os
 import socket
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -78,20 +80,35 @@ class World:
         world.require_own_gpu(devices.identity(torch_device))
         return world
 
-    @contextlib.contextmanager
-    def local_first(self, name: str) -> Iterator[None]:
-        """Run a block on rank 0 first, then on one rank of each other node, then on all others. Collective: yes.
+    def one_first(self, work: Callable[[bool], T], name: str) -> T:
+        """Return work(True) on rank 0, then on one rank of each other node, then work(False) on all others. Collective: yes.
 
-        For blocks without collectives that fill a cache, of the node or of all nodes, in which ranks would meet.
+        For work without collectives that fills a cache, of the node or of all nodes, in which ranks would meet. It may take
+        longer than the timeout, as downloads do: it runs in a thread, and the ranks meet every second meanwhile. Where it
+        fails on some rank, every rank raises that error, and no other rank begins.
         """
         turn = 0 if self.rank == 0 else 1 if self.launch.local_rank == 0 else 2
-        for _ in range(turn):
-            self.barrier(name)
-        try:
-            yield
-        finally:
-            for _ in range(turn, 2):
-                self.barrier(name)
+        found: list[T] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                found.append(work(turn < 2))
+            except BaseException as error:  # it is raised where it can be seen
+                failed.append(error)
+
+        for now in range(3 if self.size > 1 else 1):
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            if now == turn:
+                thread.start()
+            wait_s = 0.01
+            while self.any_true(thread.is_alive(), name):
+                thread.join(wait_s) if now == turn else time.sleep(wait_s)
+                wait_s = min(2 * wait_s, 1.0)
+            if failed and not isinstance(failed[0], HpcHessError):
+                raise failed[0]
+            self.raise_together(cast(HpcHessError, failed[0]) if failed else None, name)
+        return found[0]
 
     def require_own_gpu(self, mine: str) -> None:
         """Refuse two ranks with the same GPU. ``mine``: what devices.identity() says of this rank's. Collective: yes.

@@ -29,7 +29,8 @@ from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import checkpoint_blocks, shard_model
 from hpc_hess.model.sharded.skeleton import build_skeleton, text_config, vocabulary_size
-from hpc_hess.model.sources.source import resolve_source
+from hpc_hess.model.sources.hub import reaching
+from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.pretend import pretending
 from hpc_hess.parallel.shared_memory import half_bytes
@@ -67,6 +68,12 @@ def num_experts(hf_config: Any) -> int:
     return next((n for n in (getattr(text, name, None) for name in names) if isinstance(n, int) and n > 0), 1)
 
 
+def _source(config: Config) -> Source:
+    """Find the model; of one of the Hub that is not here, the configuration alone is downloaded. Raises ModelError."""
+    with reaching("small"):
+        return resolve_source(config.model)
+
+
 def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -> Trace:
     """Trace one product of ``config`` on ``ranks`` ranks, ``local_ranks`` of them on a node. Collective: no.
 
@@ -75,7 +82,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
     ModelError, LayoutError, LaunchError : as the run itself would.
 
     """
-    source = resolve_source(config.model)
+    source = _source(config)
     skeleton = build_skeleton(source, config.model)
     vocabulary = vocabulary_size(source.hf_config)
     plain = copy.deepcopy(skeleton) if ranks > 1 else None
@@ -173,7 +180,7 @@ class Planner:
     def intake(self, say: Callable[[str], object] | None = None) -> Intake:
         """Return what the checks of the model's files find; ``say`` shows the line of each. Raises ModelError."""
         found = Intake(say)
-        found.add(*resolve_source(self.config.model).findings)
+        found.add(*_source(self.config).findings)
         found.add(unchecked("data.source", "a plan reads no data"), unchecked("model.causal", "a plan runs no forward pass"))
         return found
 

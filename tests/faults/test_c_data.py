@@ -134,7 +134,9 @@ def test_columns_that_cannot_be_honoured_are_named(model: Path, tmp_path: Path, 
 
 def test_harmless_columns_are_noted(model: Path, tmp_path: Path) -> None:
     columns = {"input_ids": ids_b().tolist(), "position_ids": [list(range(10))] * 3, "url": ["a", "b", "c"]}
-    assert notes(load(model, saved(tmp_path / "d", columns)), "data.columns") == ["only 'input_ids' is read; left out: url"]
+    assert notes(load(model, saved(tmp_path / "d", columns)), "data.columns") == [
+        "d: only 'input_ids' is read; left out: url"
+    ]
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------
@@ -187,8 +189,9 @@ def test_other_encodings_are_named(model: Path, tmp_path: Path, content: bytes, 
         ({"text": None}, "line 2, field 'text' is null"),
         ({"text": ["a"]}, "line 2, field 'text' is a list"),
         ({"text": 3}, "line 2, field 'text' is a number"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "line 2 holds chat data"),
-        ({"prompt": "a", "completion": "b"}, "line 2 holds chat data"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "line 2 is a conversation, the records before it a text"),
+        ({"prompt": "a", "completion": "b"}, "line 2 is a prompt, the records before it a text"),
+        ({"chosen": "a", "rejected": "b"}, "set data.text_field to the one that the loss is over"),
         ({"body": "a"}, "set data.text_field to one of: body"),
         ({"text": TEXT, "loss_mask": [0, 1]}, "'loss_mask' is a list beside a text"),
         ([1], "line 2 is not an object"),

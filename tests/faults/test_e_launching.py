@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 
-from hpc_hess.config import ModelSection
+from hpc_hess.config import DataSection, ModelSection
 from hpc_hess.errors import LaunchError
 from hpc_hess.parallel import launcher, world
 from hpc_hess.parallel.launcher import Launch, detect, master_endpoint, mpi_world, own_address
 from hpc_hess.parallel.orphan import find_launcher, is_gone
 from hpc_hess.parallel.world import World
-from hpc_hess.session.problem import own_code_in_turn
+from hpc_hess.session.problem import fills_a_cache, in_turn
 from tests.support.base_model import config_b
 from tests.support.gpus import PretendedGPUs
 from tests.support.launcher_environments import BATCH_SHELL, HYDRA, OPEN_MPI, SRUN, TORCHRUN
@@ -466,9 +466,11 @@ def _load_own(world_: World, directory: str, cache: str) -> str:
     dynamic_module_utils.HF_MODULES_CACHE = cache
     dynamic_module_utils.shutil = SimpleNamespace(copy=copy_slowly, copyfile=copy_slowly)  # type: ignore[attr-defined]
     section = ModelSection(source=directory, trust_remote_code=True, attention="eager")
-    with world_.together("load"), own_code_in_turn(section, world_):
+
+    def load() -> str:
         return type(build_skeleton(resolve_source(section), section)).__name__
-    return ""
+
+    return in_turn(world_, load, "load", shared=fills_a_cache(section, DataSection()))
 
 
 def test_own_code_is_copied_by_one_rank(tmp_path: Path) -> None:
@@ -487,13 +489,17 @@ def _turns(world_: World, folder: str, locals_: list[int], failing: int) -> tupl
     """Return whose turns were over when this rank had its own."""
     world_.launch = Launch("env", world_.rank, world_.size, locals_[world_.rank], 2, 0, 2)
     seen: list[str] = []
+
+    def work(first: bool) -> bool:
+        time.sleep(0.1)
+        seen.extend(sorted(path.name for path in Path(folder).iterdir()))
+        (Path(folder) / str(world_.rank)).touch()
+        if world_.rank == failing:
+            raise LaunchError("no")
+        return first
+
     try:
-        with world_.together("in turn"), world_.local_first("in turn"):
-            time.sleep(0.1)
-            seen = sorted(path.name for path in Path(folder).iterdir())
-            (Path(folder) / str(world_.rank)).touch()
-            if world_.rank == failing:
-                raise LaunchError("no")
+        assert world_.one_first(work, "in turn") == (world_.rank in (0, 2))
     except LaunchError as error:
         return seen, str(error)
     return seen, ""
@@ -501,13 +507,13 @@ def _turns(world_: World, folder: str, locals_: list[int], failing: int) -> tupl
 
 @pytest.mark.parametrize("failing", [-1, 0, 2, 3])
 def test_one_rank_of_all_then_one_of_each_node_then_the_others(failing: int, tmp_path: Path) -> None:
-    """The cache may be a node's own, or in a home that all nodes share. An error leaves no rank waiting."""
+    """The cache may be a node's own, or in a home that all nodes share. After an error no rank waits or begins."""
     found = run_ranks(_turns, 4, str(tmp_path), [0, 1, 0, 1], failing)
     assert [text for _, text in found] == ["no" if failing >= 0 else ""] * 4
     assert found[0][0] == []
-    assert found[2][0] == ["0"]
-    assert {"0", "2"} <= set(found[1][0])
-    assert {"0", "2"} <= set(found[3][0])
+    assert found[2][0] == ([] if failing == 0 else ["0"])
+    for rank in (1, 3):
+        assert found[rank][0] == [] if failing in (0, 2) else {"0", "2"} <= set(found[rank][0])
 
 
 # -- E6: the launcher is gone ---------------------------------------------------------------------------------

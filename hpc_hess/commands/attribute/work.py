@@ -24,10 +24,11 @@ from hpc_hess.linalg.solve import conjugate_gradients, minres
 from hpc_hess.model.blocks.per_example import ExampleGradients
 from hpc_hess.model.data.data import Samples, load_samples, one_example, text_samples
 from hpc_hess.model.data.tokenizer import LazyTokenizer
+from hpc_hess.model.sources.source import Source
 from hpc_hess.parallel.world import World
 from hpc_hess.registry.operators import OPERATORS
 from hpc_hess.session.operators import build_operator, exact_operator, needs_gradient
-from hpc_hess.session.problem import Problem, load_problem, own_code_in_turn
+from hpc_hess.session.problem import Problem, fills_a_cache, in_turn, load_problem
 from hpc_hess.session.session import opened
 from hpc_hess.sketch import influence
 from hpc_hess.sketch.kinds import SketchSettings
@@ -148,6 +149,19 @@ class _Writer:
 # -- queries -----------------------------------------------------------------------------------------------------------
 
 
+def _query_rows(config: Config, asked: Query, source: Source) -> tuple[Samples, list[str]]:
+    """Return the rows that are asked about, and what a user should know of them. Collective: no."""
+    if asked.text:
+        return text_samples(asked.text, config.data, config.model, source), []
+    section = config.data.model_copy(update={"source": asked.data, "sequences": asked.sequences + 1, "rows": "pack"})
+    samples = load_samples(section, config.model, source)
+    if len(samples) <= asked.sequences:
+        return samples, []
+    section = section.model_copy(update={"sequences": asked.sequences})
+    note = f"the first {asked.sequences} rows of {asked.data} are asked about (--sequences)"
+    return load_samples(section, config.model, source), [note]
+
+
 def query(config: Config, world: World, asked: Query) -> int:
     """Rank the examples of OUT/sketches.h5 for a query; writes OUT/attribution.{json,html}. Collective: yes.
 
@@ -167,19 +181,14 @@ def query(config: Config, world: World, asked: Query) -> int:
         problem = load_problem(config, world, progress)
         remedy = "query with the configuration they were built with, or choose another run.out"
         must_match(attributes, _identity(config, problem), f"{out / NAME} holds sketches", remedy)
-        with world.together("read the query"), own_code_in_turn(config.model, world):
-            # every rank has the text from its own arguments: nothing is read that another command could write
-            if asked.text:
-                samples = text_samples(asked.text, config.data, config.model, problem.source)
-            else:
-                section = config.data.model_copy(
-                    update={"source": asked.data, "sequences": asked.sequences + 1, "rows": "pack"}
-                )
-                samples = load_samples(section, config.model, problem.source)
-                if len(samples) > asked.sequences:
-                    progress.note(f"the first {asked.sequences} rows of {asked.data} are asked about (--sequences)")
-                    section = section.model_copy(update={"sequences": asked.sequences})
-                    samples = load_samples(section, config.model, problem.source)
+        samples, notes = in_turn(
+            world,
+            lambda: _query_rows(config, asked, problem.source),  # every rank has the text from its own arguments
+            "read the query",
+            shared=fills_a_cache(config.model, config.data.model_copy(update={"source": asked.data or ""})),
+        )
+        for note in notes:
+            progress.note(note)
         progress.phase("gradient of the query")
         sketcher = Sketcher(config, problem, samples)
         found = [

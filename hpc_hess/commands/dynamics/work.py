@@ -21,7 +21,7 @@ from hpc_hess.errors import ConfigError
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.memory import release_memory
 from hpc_hess.parallel.world import World
-from hpc_hess.session.problem import own_code_in_turn
+from hpc_hess.session.problem import fills_a_cache, in_turn
 from hpc_hess.session.stopping import EXIT_STOPPED, Stopper
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.lock import RunLock
@@ -52,9 +52,8 @@ def dynamics(config: Config, world: World, *, models: Sequence[str], sequences: 
     HpcHessError : as one sentence for the user; runs keep every committed step.
 
     """
-    points: list[Point] = []
-    with world.together("read the models' configurations"), own_code_in_turn(config.model, world):
-        points = plan(config, models, sequences, out)
+    shared = any(fills_a_cache(config.model.model_copy(update={"source": model}), config.data) for model in models)
+    points = in_turn(world, lambda: plan(config, models, sequences, out), "read the models' configurations", shared=shared)
     with Stopper(world, config.run.time_limit, config.run.grace_s) as stopper:
         for number, point in enumerate(points, 1):
             _say(world, f"\n== {point.name}: {number} of {len(points)}")

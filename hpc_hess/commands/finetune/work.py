@@ -22,7 +22,7 @@ from hpc_hess.model.data.data import objective_of
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.session.model_files import cut_like_selected, read_tensors, save_model
-from hpc_hess.session.problem import Problem, load_problem, own_code_in_turn
+from hpc_hess.session.problem import Problem, fills_a_cache, in_turn, load_problem
 from hpc_hess.session.session import opened
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.disk import explaining
@@ -53,8 +53,8 @@ def finetune(config: Config, world: World, training: Training) -> int:
     out = training.out
     with opened(config, world, out, training.steps) as session:
         progress = session.progress
-        with world.together("read the model's configuration"), own_code_in_turn(config.model, world):
-            source = resolve_source(config.model)
+        name, shared = "read the model's configuration", fills_a_cache(config.model, config.data)
+        source = in_turn(world, lambda: resolve_source(config.model), name, shared=shared)
         bound_to = _identity(config, training, source)
         there: dict[int, dict[str, Any]] = {}
         with attempt(world, out, "read the checkpoints"):

@@ -30,7 +30,8 @@ class Samples:
     ``places`` : the line or row of the source that each row comes from; empty where rows are packed.
     ``num_tokens`` : predicted tokens in the whole set. ``fingerprint`` : sha256 of rows and masks.
     ``notes`` : what a user should know (fewer rows than asked for, a padded last row). ``findings`` : of the intake.
-    ``alone`` : the model minds padding, so micro-batches have one row each, at its own length.
+    ``alone`` : the model minds padding, so micro-batches have one row each, at its own length. ``commit`` : of the Hub.
+    ``truncated`` : rows that are cut after ``sequence_length`` tokens.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,8 @@ class Samples:
     places: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     alone: bool = False
+    commit: str = ""
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -68,7 +71,8 @@ def load_samples(section: DataSection, model: ModelSection, source: Source) -> S
         )
     tokenizer, findings = LazyTokenizer(model, source), list[Finding]()
     by_line = section.rows == "pad"
-    stream = documents(section.source, Reading(section.text_field, tokenizer, by_line, findings.append))
+    commits: list[str] = []
+    stream = documents(section.source, Reading(section, tokenizer, by_line, findings.append, commits.append))
     spec, _ = spec_of(section.source)
     if section.rows == "pack" and spec.has_masks:
         first = list(itertools.islice(stream, section.sequences))
@@ -83,7 +87,7 @@ def load_samples(section: DataSection, model: ModelSection, source: Source) -> S
         rows = [Document(row) for row in packed]
     samples = make_samples(rows, section, vocabulary_size(source.hf_config), tokenizer.padding)
     found = passed("data.source", f"{len(samples)} rows, {samples.num_tokens} predicted tokens")
-    return replace(samples, findings=[found, *findings, *tokenizer.findings])
+    return replace(samples, findings=[found, *findings, *tokenizer.findings], commit="".join(commits[:1]))
 
 
 def text_samples(text: str, section: DataSection, model: ModelSection, source: Source) -> Samples:
@@ -130,24 +134,34 @@ def make_samples(rows: list[Document], section: DataSection, vocabulary: int, pa
     if any(row.predicted is not None for row in rows):
         digest.update(input_ids.masked_fill(attention_mask == 0, -1).numpy().tobytes())
     places = [row.place for row in rows] if all(row.place for row in rows) else []
-    return Samples(
-        input_ids, labels, attention_mask, num_tokens, digest.hexdigest(), _notes([r.ids for r in rows], section), places
-    )
+    notes = _notes(rows, (shifted_targets(labels) != IGNORED).sum(1).tolist(), section)
+    truncated = sum(row.cut > 0 for row in rows)
+    return Samples(input_ids, labels, attention_mask, num_tokens, digest.hexdigest(), notes, places, truncated=truncated)
 
 
-def _notes(rows: list[np.ndarray], section: DataSection) -> list[str]:
+def _notes(rows: list[Document], predicted: list[int], section: DataSection) -> list[str]:
     notes = []
+    if cut := [row.cut for row in rows if row.cut]:
+        notes.append(
+            f"{len(cut)} of {len(rows)} sequences are cut after data.sequence_length = {section.sequence_length} tokens, "
+            f"by up to {max(cut)}"
+        )
+    if idle := predicted.count(0):
+        notes.append(f"{idle} of {len(rows)} sequences have no token that is predicted: see them with hpc-hess data")
     if len(rows) < section.sequences:
         notes.append(f"the data give {len(rows)} sequences of the {section.sequences} asked for; all of them are used")
-    if section.rows == "pack" and len(rows[-1]) < section.sequence_length:
-        notes.append(f"the data end within sequence {len(rows) - 1}, which has {len(rows[-1])} tokens")
+    if section.rows == "pack" and not any(row.place for row in rows) and len(rows[-1].ids) < section.sequence_length:
+        notes.append(f"the data end within sequence {len(rows) - 1}, which has {len(rows[-1].ids)} tokens")
     return notes
 
 
 def _joined(stream: Iterable[Document], tokenizer: LazyTokenizer, separate: bool) -> Iterator[np.ndarray]:
     """Yield the documents, with the tokenizer's end token between those that do not have one."""
     last = None
-    for document in (each.ids for each in stream):
+    for each in stream:
+        if each.predicted is not None:
+            raise DataError(f"{each.place} has a mask, which the first records have not: set data.rows = 'pad'")
+        document = each.ids
         end = tokenizer.end if separate else None
         if end is not None and last not in (None, end):
             yield np.array([end], dtype=np.int64)
@@ -177,7 +191,7 @@ def _pad(stream: Iterable[Document], length: int, count: int) -> Iterator[Docume
     for document in stream:
         if len(document.ids) >= 2:
             predicted = None if document.predicted is None else document.predicted[:length]
-            yield Document(document.ids[:length], predicted, document.place)
+            yield Document(document.ids[:length], predicted, document.place, max(0, len(document.ids) - length))
             given += 1
             if given == count:
                 return

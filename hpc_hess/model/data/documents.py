@@ -1,8 +1,8 @@
-"""Where tokens come from: text, JSON lines, arrays of ids, a datasets directory. Each is a stream of documents."""
+"""Where tokens come from: text, arrays of ids, and what records.py and hub_rows.py read. Each is a stream of documents."""
 
 from __future__ import annotations
 
-import json
+import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpc_hess.config import DataSection
 from hpc_hess.errors import DataError
 from hpc_hess.intake import masks
 from hpc_hess.intake.findings import Finding, noted
+from hpc_hess.model.data.tokenizer import LazyTokenizer
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.registry.sources import DATA, DataSpec
 from hpc_hess.registry.table import load
 
 Tokenise = Callable[[str], list[int]]
 _FIRST_CHARACTERS = 1 << 16
-_CHAT = ("messages", "conversations", "conversation", "dialog", "prompt", "completion", "chosen")
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids (n,), int64. ``predicted`` (n,): which of them the loss predicts, None for all. ``place``: of what it is."""
+    """Token ids (n,), int64. ``predicted`` (n,): which of them the loss predicts, None for all. ``place``: of what it is.
+
+    ``cut``: tokens at its end that are left out, as it is longer than a row.
+    """
 
     ids: np.ndarray
     predicted: np.ndarray | None = None
     place: str = ""
+    cut: int = 0
 
 
 Say = Callable[[Finding], object]
@@ -37,14 +42,25 @@ Say = Callable[[Finding], object]
 class Reading(NamedTuple):
     """How documents are read.
 
-    ``text_field`` : what holds the text of a record. ``tokenise`` : is called only if there is text. ``by_line`` : each
+    ``section`` : what the configuration says of the data. ``tokenizer`` : is loaded only if it is used. ``by_line`` : each
     non-blank line of a text file is a document of its own. ``say`` : is told what was found beside the tokens.
+    ``commit`` : is told the commit of a data set of the Hub.
     """
 
-    text_field: str
-    tokenise: Tokenise
+    section: DataSection
+    tokenizer: LazyTokenizer
     by_line: bool
     say: Say
+    commit: Callable[[str], object] = str
+
+    @property
+    def text_field(self) -> str:
+        """What holds the text of a record."""
+        return self.section.text_field
+
+    def tokenise(self, text: str) -> list[int]:
+        """Return the ids of a document, with the tokenizer's own special tokens. Raises DataError."""
+        return self.tokenizer(text)
 
 
 def _document(ids: Any, place: str = "") -> Document:
@@ -60,7 +76,9 @@ def documents(source: str, reading: Reading) -> Iterator[Document]:
 
     """
     spec, text = spec_of(source)
-    place = _existing(source, text, spec) if spec.path else text
+    place = {"": lambda: text, "files": lambda: _files(source, text, spec)}.get(
+        spec.path, lambda: _existing(source, text, spec)
+    )()
     found: Iterator[Document] = load(spec.documents)(place, reading)
     return found
 
@@ -83,6 +101,22 @@ def _existing(source: str, text: str, spec: DataSpec) -> Path:
     if path.is_dir() != (spec.path == "a directory"):
         raise DataError(f"data.source = '{source}' should name {spec.path}, as in {spec.said}")
     return path
+
+
+def _files(source: str, text: str, spec: DataSpec) -> list[Path]:
+    """Return the files that a path, a directory of shards or a pattern names, in the order of their names."""
+    path = find_path(text) if text else None
+    if path is not None and path.is_file():
+        return [path]
+    if path is not None:
+        found = sorted(each for each in path.rglob("*") if each.suffix in spec.suffixes and each.is_file())
+        if not found:
+            raise DataError(f"{path} holds no {' or '.join(spec.suffixes)} file: data.source = '{source}'")
+        return found
+    found = sorted(Path(each) for each in glob.glob(str(Path(text).expanduser()), recursive=True) if Path(each).is_file())
+    if not found:
+        raise DataError(f"no such data: {text or source}; data.source = '{source}'")
+    return found
 
 
 def plain_text(path: Path, reading: Reading) -> Iterator[Document]:
@@ -131,7 +165,13 @@ def _read_text(path: Path, characters: int) -> tuple[str, bool]:
         raise _not_text(path, error) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_whole(path: Path) -> str:
+    """Return the text of a file. Raises DataError: it is not UTF-8."""
+    return "".join(line for _, line in lines_of(path))
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers. Raises DataError: the file is not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -142,57 +182,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _text_lines(path: Path, tokenise: Tokenise) -> Iterator[Document]:
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         yield _document(tokenise(line.rstrip("\n")), f"{path.name}, line {number}")
-
-
-def json_lines(path: Path, reading: Reading) -> Iterator[Document]:
-    """Yield the text of each record of a file of JSON lines."""
-    field, said = reading.text_field, False
-    for number, line in _lines(path):
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place} is not JSON: {error}") from None
-        except RecursionError:
-            raise DataError(f"{place} is nested too deeply") from None
-        if not isinstance(record, dict):
-            raise DataError(f'{place} is not an object: each line should be {{"{field}": "..."}}')
-        text = _text_of(record, field, place)
-        for name in masks.suspicious(record):
-            if isinstance(record[name], list):
-                raise DataError(
-                    f"{place}: '{name}' is a list beside a text, whose tokens it cannot be matched with: take it out, or "
-                    "save input_ids and labels with the datasets library"
-                )
-        if (others := record.keys() - {field}) and not said:
-            said = True
-            reading.say(noted("data.columns", f"{path.name}: only '{field}' is read; left out: {', '.join(sorted(others))}"))
-        yield _document(reading.tokenise(text), f"{path.name}, line {number}")
-
-
-def _text_of(record: dict[str, Any], field: str, place: str) -> str:
-    """Return the text of a record, or raise DataError: it has none, or one that is not valid Unicode."""
-    value = record.get(field)
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"{place}, field '{field}' is not valid Unicode (a lone surrogate): mend that line") from None
-        return value
-    if field in record:
-        kinds = {type(None): "null", list: "a list", dict: "an object", bool: "true or false"}
-        raise DataError(f"{place}, field '{field}' is {kinds.get(type(value), 'a number')}: it should be a text")
-    if chat := [name for name in _CHAT if name in record]:
-        raise DataError(
-            f"{place} holds chat data ({', '.join(chat)}), which are not rendered: write them as text with the tokenizer's "
-            f"apply_chat_template(..., tokenize=False) into a field '{field}', or save input_ids and labels with the "
-            "datasets library"
-        )
-    texts = [name for name, each in record.items() if isinstance(each, str)]
-    remedy = f"set data.text_field to one of: {', '.join(texts)}" if texts else "each line should hold a text"
-    raise DataError(f"{place} has no field '{field}' (it has {', '.join(record) or 'nothing'}): {remedy}")
 
 
 def token_ids(path: Path, reading: Reading) -> Iterator[Document]:
@@ -236,38 +227,3 @@ def _only_array(path: Path, loaded: Any) -> tuple[np.ndarray, dict[str, np.ndarr
     if len(chosen) != 1:
         raise DataError(f"{path} holds the arrays {names}: name the one to use 'input_ids'")
     return loaded[chosen[0]], {name: loaded[name] for name in masks.suspicious(rest)}
-
-
-def saved_rows(path: Path, reading: Reading) -> Iterator[Document]:
-    """Yield the rows of a directory that Hugging Face datasets saved."""
-    field, say = reading.text_field, reading.say
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("data.source = datasets:... needs the package: pip install 'hpc-hess[datasets]'") from None
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise DataError(f"{path} is not a directory written by datasets.save_to_disk: {error}") from None
-    if isinstance(dataset, datasets.DatasetDict):
-        splits = list(dataset)
-        raise DataError(f"{path} holds the splits {splits}: set data.source = 'datasets:{path / splits[0]}'")
-    dataset, names = dataset.with_format(None), list(dataset.column_names)
-    column = next((name for name in ("input_ids", field) if name in names), None)
-    if column is None:
-        _text_of(dataset[0] if len(dataset) else {}, field, f"{path}, row 0")
-    beside = masks.suspicious(names) if column == "input_ids" else []
-    if left_out := [name for name in names if name not in (column, *beside)]:
-        say(noted("data.columns", f"only '{column}' is read; left out: {', '.join(left_out)}"))
-    if beside:
-        say(noted("data.mask", f"tokens that are predicted follow {', '.join(beside)}"))
-    for number, row in enumerate(dataset.select_columns([column, *beside])):
-        place = f"{path.name}, row {number}"
-        value = row[column]
-        if column == field and column != "input_ids":
-            yield _document(reading.tokenise(_text_of(row, field, place)), place)
-        elif isinstance(value, list) and all(isinstance(i, int) for i in value):
-            ids, predicted = masks.applied(np.asarray(value, np.int64), {n: row[n] for n in beside}, place)
-            yield Document(ids, predicted, place)
-        else:
-            raise DataError(f"{place}: column '{column}' should be text or a list of token ids")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import DataError
@@ -35,6 +39,58 @@ class LazyTokenizer:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids
 
+    def with_offsets(self, text: str, *, special: bool, place: str) -> tuple[list[int], np.ndarray]:
+        """Return ids (n,), and the characters [n, 2] that each stands for. ``special``: with the tokenizer's own tokens.
+
+        Raises
+        ------
+        DataError : the tokenizer does not tell them; ``place`` is what the error names.
+
+        """
+        if not self._used:
+            self._used = True
+            self._check(text[:_PROBE])
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                f"{place}: {type(self._tokenizer).__name__} does not tell which characters a token stands for: set "
+                "model.tokenizer to a directory with tokenizer.json, or data.loss_on = 'all'"
+            )
+        found = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
+
+    def chat(self, turns: list[dict[str, Any]], place: str, **options: Any) -> Any:
+        """Return what the tokenizer's chat template makes of a conversation. Raises DataError."""
+        if not self._template:
+            raise DataError(
+                f"{place} is a conversation, and the tokenizer has no chat template: set model.tokenizer to a directory "
+                "with chat_template.jinja, such as that of the model's chat version"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(turns, **options)
+        except Exception as error:  # a template is a program
+            reason = [*str(error).strip().splitlines(), ""][0] or type(error).__name__
+            raise DataError(
+                f"{place}: the chat template fails: {reason}; mend the turns, or set model.tokenizer to a directory with "
+                "another chat_template.jinja"
+            ) from None
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the chat template marks what the assistant wrote."""
+        return bool(re.search(r"\{%-?\s*generation\b", self._template)) and bool(self._tokenizer.is_fast)
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The tokens that stand beside the ordinary text, such as those that end a turn."""
+        return [*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()]
+
+    @property
+    def _template(self) -> str:
+        found = getattr(self._tokenizer, "chat_template", None)
+        if isinstance(found, dict):
+            found = found.get("default")
+        return found or ""
+
     def text(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; the ids themselves where there is no tokenizer."""
         ids = [int(i) for i in ids]
@@ -42,6 +98,18 @@ class LazyTokenizer:
             return str(self._tokenizer.decode(ids))
         except DataError:
             return " ".join(map(str, ids))
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """Return the text of each token where it stands; the ids with a blank where there is no tokenizer."""
+        try:
+            decode = self._tokenizer.decode
+        except DataError:
+            return [f"{i} " for i in ids]
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        found = [decode(ids[:1], **options)]
+        for pair in itertools.pairwise(ids):  # alone, a word loses the blank before it
+            found.append(decode(list(pair), **options)[len(decode([pair[0]], **options)) :])
+        return found
 
     @property
     def end(self) -> int | None:

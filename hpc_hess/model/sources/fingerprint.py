@@ -15,6 +15,7 @@ from hpc_hess.errors import ModelError
 from hpc_hess.model.sources.paths import hash_file
 
 _KIND = "tensors:"  # what a fingerprint of this kind begins with
+_COMMIT = "commit:"
 _READ = 1 << 26  # bytes of all weights that are read; less than that is read whole
 _BLOCK = 1 << 12
 _ENDS = 1 << 20  # of each file: what fingerprints of the earlier kind saw
@@ -27,6 +28,7 @@ class Fingerprint(str):
     """A fingerprint that also knows what it was under the earlier kind, which older run directories hold."""
 
     _earlier: Callable[[], str]
+    _tensors: Fingerprint | None = None
 
     @classmethod
     def of(cls, text: str, earlier: Callable[[], str]) -> Fingerprint:
@@ -35,8 +37,17 @@ class Fingerprint(str):
         self._earlier = earlier
         return self
 
+    @classmethod
+    def of_commit(cls, commit: str, tensors: Fingerprint) -> Fingerprint:
+        """Return the fingerprint of a commit of the Hub; ``tensors`` is the one that its directory alone would have."""
+        self = cls(_COMMIT + commit)
+        self._tensors = tensors
+        return self
+
     def accepts(self, found: object) -> bool:
-        """Return whether a stored fingerprint, of either kind, is of this model. Reads files for the earlier kind."""
+        """Return whether a stored fingerprint, of any kind, is of this model. Reads files for the earlier kind."""
+        if self._tensors is not None:
+            return found == str(self) or self._tensors.accepts(found)
         if not isinstance(found, str) or found.startswith(_KIND):
             return found == str(self)
         return found == self._earlier()

@@ -1,13 +1,12 @@
 """What ``model.source`` names: an entry of the registry, by its name or by a path.
 
-Nothing ever goes to the network: a model is on disk or it does not exist.
+Nothing here goes to the network; names of the Hub are the matter of sources/hub_models.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +39,8 @@ class Source:
     ``kind`` is an entry of the registry, whose reader serves the weights; ``name`` is for reports; ``path`` where it
     lies: a directory, or one file of it; ``hf_config`` the Hugging Face configuration; ``tokenizer_path`` what a tokenizer
     is opened from, None when the source has none; ``fingerprint`` a sha256 over configuration, every stored tensor
-    (sampled), own code (and the seed, when random); ``files`` the safetensors files; ``own_code`` whether the directory's
-    Python code is run; ``findings`` what the intake found about all this.
+    (sampled), own code (and the seed, when random), or the commit of the Hub; ``files`` the safetensors files; ``own_code``
+    whether the directory's Python code is run; ``findings`` what the intake found about all this; ``commit`` of the Hub.
     """
 
     kind: str
@@ -53,6 +52,7 @@ class Source:
     files: WeightFiles | None = None
     own_code: bool = False
     findings: list[Finding] = field(default_factory=list)
+    commit: str = ""
 
 
 def resolve_source(section: ModelSection) -> Source:
@@ -60,7 +60,7 @@ def resolve_source(section: ModelSection) -> Source:
 
     Raises
     ------
-    ModelError : nothing there, a Hub name, weights in a form that is not read, a quantised checkpoint, an unreadable
+    ModelError : nothing there or on the Hub, weights in a form that is not read, a quantised checkpoint, an unreadable
         configuration, files outside of the directory, code that is needed and not trusted or not there.
 
     """
@@ -102,6 +102,17 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
     return Source(
         "safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
     )
+
+
+def of_repository(path: Path, section: ModelSection) -> Source:
+    """Return the source of a directory whose weights are still to come. Raises ModelError."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{section.source} has no config.json: model.source should be a Hugging Face causal LM")
+    values = _read_config(path / "config.json")
+    own_code, found = _own_code(path, values, section.trust_remote_code)
+    hf_config = _load_config(path, own_code, values)
+    print_of = fingerprint("safetensors", [told(hf_config)], [])
+    return Source("safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, None, own_code, [*found])
 
 
 def of_gguf(text: str, section: ModelSection) -> Source | None:
@@ -167,11 +178,6 @@ def _nothing(text: str) -> ModelError:
         refuse_pickle(path)
     if path is not None and path.suffix == ".safetensors":
         return ModelError(f"{path} is one weight file: set model.source to its directory, which also holds config.json")
-    if path is None and re.fullmatch(r"[^./~:][^/:]*/[^/:]+", text) and not text.endswith((".json", ".gguf")):
-        return ModelError(
-            f"no such model directory: {text}; if it is a name on the Hugging Face Hub, download it first "
-            f"(`hf download {text} --local-dir DIR`) and set model.source = 'DIR'"
-        )
     forms = MODELS.listed(lambda spec: spec.form, "nor")
     return ModelError(f"{path} is neither {forms}" if path else f"no such model: {text} is neither {forms}")
 

@@ -126,6 +126,7 @@ def make_result(
             "kind": problem.source.kind,
             "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
             "fingerprint": problem.source.fingerprint,
+            **({"commit": problem.source.commit} if problem.source.commit else {}),
         },
         "data": {
             "tokens": problem.samples.num_tokens,
@@ -133,6 +134,7 @@ def make_result(
             "source": config.data.source,
             "sequence_length": config.data.sequence_length,
             "fingerprint": problem.samples.fingerprint,
+            **({"commit": problem.samples.commit} if problem.samples.commit else {}),
         },
         "operator": {
             "name": config.operator.kind,
