@@ -1,13 +1,17 @@
-"""Memory that control groups leave to a process, in both versions of their file system."""
+"""Memory that control groups leave to a process, in both versions of their file system; pages that are kept for it."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from hpc_hess import system
 from hpc_hess.parallel.memory import host_bytes_free
-from hpc_hess.system import group_bytes_free
+from hpc_hess.system import group_bytes_free, reusing_freed_pages
 
 
 def group(folder: Path, *files: tuple[str, str]) -> None:
@@ -60,3 +64,19 @@ def test_version_1(tmp_path: Path) -> None:
 def test_a_system_without_control_groups(tmp_path: Path) -> None:
     assert list(group_bytes_free(tmp_path, tmp_path / "none")) == []
     assert host_bytes_free() > 0
+
+
+def test_freed_pages_are_kept_until_the_outermost_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    library = SimpleNamespace(mallopt=lambda *words: calls.append(words), malloc_trim=lambda pad: calls.append("trim"))
+    monkeypatch.setattr(system, "_c_library", lambda: library)
+    with contextlib.suppress(KeyError), reusing_freed_pages():
+        begun = list(calls)
+        with reusing_freed_pages():
+            pass
+        assert calls == begun
+        raise KeyError
+    assert calls[-1] == "trim"
+    assert "trim" not in begun
+    with reusing_freed_pages():
+        assert calls[-len(begun) :] == begun  # again, after an error
