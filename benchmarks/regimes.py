@@ -7,7 +7,8 @@ the same parameters. Number formats:
 * bfloat16: float32 masters and vectors, forward and backward on a bfloat16 copy of the parameters (what FSDP's mixed
   precision does). The program refuses this for differences; here the objective makes the copy;
 * bfloat16, weights too: the same at parameters that bfloat16 can hold, as in a checkpoint released in it. The reference
-  is taken there as well, so that casting the parameters costs nothing until they are moved.
+  is taken there as well, so that casting the parameters costs nothing until they are moved;
+* emulated ones: float32, with matrix products as tensor cores make them (regimes_emulated); differences with tf32 alone.
 
 ``python -m benchmarks.regimes`` measures the toys, then regimes_krylov, and draws the figures; ``--smollm2`` measures
 SmolLM2-135M instead (minutes; ``--dtypes`` cuts it in pieces). Results of other models in the files are kept.
@@ -27,6 +28,7 @@ from benchmarks import regimes_krylov
 from benchmarks.frame import Option, Table, benchmark, machine
 from benchmarks.llamas import random_llama
 from benchmarks.regimes_curves import CURVES, DTYPES, SMOLLM2, VECTORS, summary, truncation_of
+from benchmarks.regimes_emulated import rounding
 from benchmarks.regimes_figures import draw
 from benchmarks.regimes_formats import BFloat16Objective, exact_product, hold_bfloat16_weights, load
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian
@@ -75,6 +77,8 @@ class Plan:
     vectors: tuple[str, ...] = VECTORS
 
     def steps(self, dtype: str) -> list[float]:
+        if dtype not in self.powers:
+            return []
         low, high, stride = self.powers[dtype]
         return [float(10**k) for k in np.arange(low, high + 0.01, stride)]
 
@@ -85,11 +89,18 @@ TOY_PLAN = Plan(
         "float32": (-6, 1.5, 0.5),
         "bfloat16": (-4, 1.5, 0.5),
         "bfloat16, weights too": (-4, 1.5, 0.5),
+        "tf32 (emulated)": (-4, 1.5, 0.5),
     },
     20,
 )
 SMOLLM2_PLAN = Plan(
-    {"float64": (-7, 0, 1), "float32": (-4.5, 1, 0.5), "bfloat16": (-1.5, 1.5, 0.5), "bfloat16, weights too": (-1, 1, 1)},
+    {
+        "float64": (-7, 0, 1),
+        "float32": (-4.5, 1, 0.5),
+        "bfloat16": (-1.5, 1.5, 0.5),
+        "bfloat16, weights too": (-1, 1, 1),
+        "tf32 (emulated)": (-3, 1, 1),
+    },
     8,
     ("random", "Ritz"),
 )
@@ -139,16 +150,18 @@ def _curves(
     exact_errors: dict[str, float] = {}
     if exact is not None:
         for kind, v in vectors.items():
-            exact_errors[kind] = _error(exact.matvec(v), references[kind])
+            with rounding(dtype):
+                exact_errors[kind] = _error(exact.matvec(v), references[kind])
         del exact
     gradient = Gradient(problem.model, BFloat16Objective(problem.objective)) if low else problem.gradient
-    base = gradient.at_theta0()
     curves = []
     for kind, v in vectors.items():
         u = space.wrap(v.data.to(space.dtype))
         spread = concentration(v)
-        auto = _difference(gradient, base, u, references[kind], "auto")
-        points = [_difference(gradient, base, u, references[kind], eps) for eps in steps]
+        with rounding(dtype):
+            base = gradient.at_theta0() if steps else (0.0, space.zeros())
+            swept: tuple[Any, ...] = ("auto", *steps) if steps else ()
+            points = [_difference(gradient, base, u, references[kind], step) for step in swept]
         curves.append(
             {
                 "model": name,
@@ -158,8 +171,8 @@ def _curves(
                 "participation": spread.participation,
                 "product_norm": float(references[kind].norm()),
                 "exact_error": exact_errors.get(kind),
-                "auto": auto,
-                "points": [p for p in points if p],
+                "auto": points[0] if points else None,
+                "points": [p for p in points[1:] if p],
             }
         )
     return curves
@@ -218,6 +231,7 @@ def main(
         SMOLLM2: "1 x 128 tokens of the GPL-3, --smollm2",
         "threads": torch.get_num_threads(),
     }
+    table.command = "python -m benchmarks.regimes [--smollm2]"  # the rows of both
     for curve in curves:
         table.add(summary(curve, truncation_of(curves, curve)))
     stored.write_text(json.dumps({"machine": machine(), "curves": curves}, default=float) + "\n")

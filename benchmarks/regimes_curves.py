@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.regimes_emulated import EMULATED
+
 SMOLLM2 = "SmolLM2-135M"
-DTYPES = ("float64", "float32", "bfloat16", "bfloat16, weights too")
+DTYPES = ("float64", "float32", "bfloat16", "bfloat16, weights too", *EMULATED)
 VECTORS = ("random", "Ritz", "final norm")
 CURVES, KRYLOV_CURVES = "regimes_curves.json", "regimes_krylov_curves.json"  # files beside the tables
 
@@ -78,6 +80,14 @@ def usable(curve: dict[str, Any], bound: float = 0.01) -> tuple[float | None, fl
 
 def summary(curve: dict[str, Any], truncation: float | None) -> dict[str, Any]:
     """One row of the table."""
+    common = {
+        "model": curve["model"],
+        "format": curve["dtype"],
+        "vector": curve["vector"],
+        "participation": curve["participation"],
+    }
+    if not curve["points"]:
+        return common | {"exact product's error": curve["exact_error"]}
     best, auto, fitted = min(curve["points"], key=lambda p: p["error"]), curve["auto"], fit(curve, truncation)
     low, high = usable(curve)
     ends = [curve["points"][0]["eps"], curve["points"][-1]["eps"]]
@@ -86,11 +96,7 @@ def summary(curve: dict[str, Any], truncation: float | None) -> dict[str, Any]:
         if low is not None and math.isnan(low)
         else (f"{'<' if low is None else ''}{low or ends[0]:.1e} to {'>' if high is None else ''}{high or ends[1]:.1e}")
     )
-    return {
-        "model": curve["model"],
-        "format": curve["dtype"],
-        "vector": curve["vector"],
-        "participation": curve["participation"],
+    return common | {
         "error < 1 %, eps": span,
         "best eps": best["eps"],
         "best error": best["error"],

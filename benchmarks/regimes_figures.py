@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from benchmarks.regimes_curves import CURVES, DTYPES, KRYLOV_CURVES, SMOLLM2, VECTORS, fit, truncation_of
 from hpc_hess.report.style import CYCLE, INK, MUTED, STYLE
 
-COLOURS = dict(zip(DTYPES, (INK, CYCLE[0], CYCLE[1], CYCLE[4]), strict=True))
-_LINES = dict(zip(DTYPES, ("o-", "o-", "o-", "o:"), strict=True))  # the last lies on the one before
+COLOURS = dict(zip(DTYPES[:5], (INK, CYCLE[0], CYCLE[1], CYCLE[4], CYCLE[2]), strict=True))
+_LINES = dict(zip(COLOURS, ("o-", "o-", "o-", "o:", "o-"), strict=True))  # the dotted one lies on the one before
 PRODUCTS = {
     "exact float64": INK,
     "exact float32": CYCLE[0],
@@ -48,7 +48,7 @@ def draw_sweep(curves: list[dict[str, Any]], folder: Path) -> None:
                 continue
             axes.axhline(0.01, color=MUTED, lw=0.8, ls=(0, (1, 2)), zorder=1)
             for curve in curves:
-                if (curve["model"], curve["vector"]) == (model, kind):
+                if (curve["model"], curve["vector"]) == (model, kind) and curve["points"]:
                     _draw_curve(axes, curve, truncation_of(curves, curve))
             axes.set_xscale("log")
             axes.set_yscale("log")

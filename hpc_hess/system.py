@@ -117,6 +117,7 @@ def peak_resident_bytes() -> int:
 # mallopt's parameters from glibc's malloc.h, and the values that it comes to by itself in a program like this
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
 _USUAL = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+_reusing = False
 
 
 @contextlib.contextmanager
@@ -125,8 +126,12 @@ def reusing_freed_pages() -> Iterator[None]:
 
     Else each large buffer is mapped afresh and the system clears its pages: a third of a lock-step product's time on a
     CPU, 13 to 25 % of a gradient's. Not for longer than a product: what outlives a buffer's neighbours would leave holes
-    of the size of vectors.
+    of the size of vectors. A block within another changes nothing.
     """
+    global _reusing
+    if _reusing:
+        yield
+        return
     try:
         library = _c_library()
         mallopt, trim = library.mallopt, library.malloc_trim
@@ -135,9 +140,11 @@ def reusing_freed_pages() -> Iterator[None]:
         return
     mallopt(_TRIM_THRESHOLD, -1)
     mallopt(_MMAP_MAX, 0)
+    _reusing = True
     try:
         yield
     finally:
+        _reusing = False
         for key, value in _USUAL.items():
             mallopt(key, value)
         trim(0)

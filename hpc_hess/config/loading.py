@@ -22,6 +22,9 @@ DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
 TOY = str(PACKAGE / "launch/configs/toy.toml")
 
 
+_ROUNDED = {"bfloat16": 40, "tf32": 2.5}  # least error of a difference in it, in %: docs/regimes.md
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file, apply ``section.key=value`` overrides, validate.
 
@@ -161,11 +164,11 @@ def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:
 
 def _check_combinations(config: Config) -> None:
     model, operator, lanczos = config.model, config.operator, config.lanczos
-    if operator.method == "finite_difference" and model.compute_dtype == "bfloat16":
+    if operator.method == "finite_difference" and model.compute_dtype in _ROUNDED:
         raise ConfigError(
-            "finite differences cannot be computed in bfloat16: the forward pass rounds the step away (measured error "
-            'over 40 % at every step size); set model.compute_dtype = "float32", or operator.method = "exact", which '
-            "takes no step"
+            f"finite differences cannot be computed in {model.compute_dtype}: the forward pass rounds the step away "
+            f"(measured error over {_ROUNDED[model.compute_dtype]} % at every step size); set "
+            'model.compute_dtype = "float32", or operator.method = "exact", which takes no step'
         )
     spec = OPERATORS[operator.kind]
     if operator.method not in spec.methods:

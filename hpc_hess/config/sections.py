@@ -47,9 +47,10 @@ class ModelSection(Section):
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
     """Precision of the parameters, the vectors and the basis."""
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision of the forward and backward pass. bfloat16 needs exact products; float64 needs `model.master_dtype` =
-    float64."""
+    compute_dtype: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
+    """Precision of the forward and backward pass. tf32 and bfloat16 need exact products; float64 needs
+    `model.master_dtype` = float64. tf32: float32, but the matrix products of exact products round their operands to 10
+    bits of mantissa; of NVIDIA GPUs."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Which attention kernel the model uses. Exact products switch to one that has derivatives, and say so."""
     activation_checkpointing: bool = False

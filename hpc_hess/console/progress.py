@@ -7,10 +7,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import IO, Any
 
-from hpc_hess.console.words import duration, number, printable, probes_text
+from hpc_hess.console.words import duration, number, printable, probes_text, roughly
 
 _LINE_INTERVAL_S = 2.0
 
@@ -31,8 +32,13 @@ class Progress:
         """Say that ``done`` steps were finished by an earlier start of the same run."""
         self.done = done
 
-    def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
-        """Report a finished step of ``probes``: 1-based ``step``, seconds of one product, extreme Ritz values."""
+    def step(
+        self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float, aside_s: float = 0.0
+    ) -> None:
+        """Report a finished step of ``probes``: 1-based ``step``, seconds of one product, extreme Ritz values.
+
+        ``aside_s`` : seconds since the last one that steps do not take in general, such as for a calibration.
+        """
 
     def status(self, text: str) -> None:
         """Say how far something is that is no Lanczos step: the newest text counts."""
@@ -51,27 +57,34 @@ class Progress:
 
 
 class _Clock:
-    """Time left, from the wall time of the last ten steps, whatever happened between them."""
+    """Time left, from the wall time of the last ten steps, whatever happened between them.
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now, self._last = now, now()
+    The first ones of a start are not counted: they warm up, compile, and are compared with a reference.
+    """
+
+    def __init__(self, now: Callable[[], float], today: Callable[[], datetime]) -> None:
+        self._now, self._today, self._last, self._warm = now, today, now(), False
         self._seconds: deque[float] = deque(maxlen=10)
 
     def begin(self) -> None:
         """Say that what comes next is a step; what lies before (loading, say) is not counted."""
         self._last = self._now()
 
-    def end_steps(self, count: int) -> None:
-        """Count the time since the last call as ``count`` steps: of probes that advanced together."""
+    def end_steps(self, count: int, aside_s: float) -> None:
+        """Count the time since the last call, but ``aside_s``, as ``count`` steps: of probes that advanced together."""
         now = self._now()
-        self._seconds.extend([(now - self._last) / count] * count)
-        self._last = now
+        if self._warm:
+            self._seconds.extend([(now - self._last - aside_s) / count] * count)
+        self._last, self._warm = now, True
 
     def left(self, steps: int) -> str:
-        """Describe the time that ``steps`` more steps take; nothing before the first one and after the last."""
+        """Describe the time that ``steps`` more steps take, and its end; nothing where no step counts, or none is left."""
         if not self._seconds or steps <= 0:
             return ""
-        return f" | {duration(sum(self._seconds) / len(self._seconds) * steps)} left"
+        seconds, now = sum(self._seconds) / len(self._seconds) * steps, self._today()
+        end = now + timedelta(seconds=seconds)
+        day = "" if end.date() == now.date() else f"{end:%Y-%m-%d} "
+        return f" | about {roughly(seconds)} left, until {day}{end:%H:%M}"
 
 
 def _described(hvp_s: float, ritz_min: float, ritz_max: float) -> str:
@@ -81,9 +94,16 @@ def _described(hvp_s: float, ritz_min: float, ritz_max: float) -> str:
 class _Lines(Progress):
     """Plain lines, at most one per two seconds besides phases and notes, flushed: logs of batch jobs are pipes."""
 
-    def __init__(self, total_steps: int, done: int, stream: IO[str], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        done: int,
+        stream: IO[str],
+        now: Callable[[], float] = time.monotonic,
+        today: Callable[[], datetime] = datetime.now,
+    ) -> None:
         super().__init__(total_steps, done)
-        self._stream, self._now, self._clock = stream, now, _Clock(now)
+        self._stream, self._now, self._clock = stream, now, _Clock(now, today)
         self._phase, self._shown_at, self._held = "", -float("inf"), ""
 
     def _print(self, text: str) -> None:
@@ -96,9 +116,11 @@ class _Lines(Progress):
         self._phase = text
         self._clock.begin()
 
-    def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
+    def step(
+        self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float, aside_s: float = 0.0
+    ) -> None:
         self.done += len(probes)
-        self._clock.end_steps(len(probes))
+        self._clock.end_steps(len(probes), aside_s)
         left = self.total_steps - self.done
         place = f"{probes_text(probes)} step {step} ({self.done}/{self.total_steps})"
         self._held = f"{place} | {_described(hvp_s, ritz_min, ritz_max)}{self._clock.left(left)}"
@@ -127,14 +149,14 @@ class _Lines(Progress):
 class _Bar(Progress):
     """A rich progress bar with the phase before it and the numbers after it; notes scroll above."""
 
-    def __init__(self, total_steps: int, done: int, stream: IO[str], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, total_steps: int, done: int, stream: IO[str]) -> None:
         # late: plain-line ranks and the API never pay for rich
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
         super().__init__(total_steps, done)
-        self._clock, self._closed, self._stream = _Clock(now), False, stream
+        self._clock, self._closed, self._stream = _Clock(time.monotonic, datetime.now), False, stream
         self._bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -151,9 +173,11 @@ class _Bar(Progress):
         self._bar.update(self._task, description=text)
         self._clock.begin()
 
-    def step(self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float) -> None:
+    def step(
+        self, *, probes: Sequence[int], step: int, hvp_s: float, ritz_min: float, ritz_max: float, aside_s: float = 0.0
+    ) -> None:
         self.done += len(probes)
-        self._clock.end_steps(len(probes))
+        self._clock.end_steps(len(probes), aside_s)
         numbers = _described(hvp_s, ritz_min, ritz_max) + self._clock.left(self.total_steps - self.done)
         self._bar.update(self._task, completed=self.done, numbers=printable(numbers, self._stream))
 

@@ -44,6 +44,13 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
+def roughly(seconds: float) -> str:
+    """Format seconds of which the last digits mean nothing: ``40 s``, ``6 min``, ``3 h 07 min``, ``2 d 04 h``."""
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 3570 else duration(max(seconds, 3600))
+
+
 def size(num_bytes: float | None) -> str:
     """Format bytes in binary units: ``512 B``, ``1.25 GiB``."""
     if num_bytes is None or not math.isfinite(num_bytes):
@@ -146,7 +153,7 @@ ERROR_TERMS: dict[str, tuple[str, str]] = {
     "ritz_ends.highest": ("Highest Ritz pair (θ, y)", "yᵀHy and ‖Hy - θy‖ with the exact product"),
     "hvp_relative_is": (
         "How it is known",
-        "measured against the exact product (of bfloat16: in float32), or predicted from measured noise",
+        "measured against the exact product (of bfloat16 and tf32: in float32), or predicted from measured noise",
     ),
     "hvp_relative_probe": ("Product on the first probe", "relative error, against that product"),
     "hvp_relative_ritz": ("Product on the extreme Ritz vector", "relative error, against that product"),

@@ -136,6 +136,31 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+def require_tf32(device: torch.device) -> None:
+    """Raise LaunchError, which names the remedy, unless a device has tensor cores that multiply in TF32."""
+    if device.type == "cuda" and torch.version.hip is None:
+        if _properties(device).major >= 8:
+            return
+        found = f"{name(device)} has none"
+    else:
+        found = f"this rank computes on {'another GPU' if is_gpu(device) else 'a CPU'}"
+    raise LaunchError(
+        'model.compute_dtype = "tf32" needs an NVIDIA GPU with tensor cores for it (A100 or newer), and '
+        f'{found}: set model.compute_dtype = "float32"'
+    )
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Round the operands of float32 matrix products on GPUs to 10 bits of mantissa in the block; sums stay float32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def make_deterministic() -> None:
     """Let only kernels run that give the same bits each time; one that has no such form then says so, by name.
 

@@ -209,6 +209,17 @@ def displace(
     return total
 
 
+def difference(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """Do a = factor * (a - b) in place, in one sweep, and return |a|^2 (shape (1,)) of the new a, as :func:`dot` would."""
+    total, buffer = _zeros(1, a), torch.empty(0, dtype=torch.float64, device=a.device)
+    with _few_threads_as_one():
+        for block in _blocks(2, a.numel(), a.device):
+            buffer = buffer if buffer.numel() else buffer.new_empty(block.stop)  # the first block is the widest
+            part = buffer[: block.stop - block.start].copy_(a[block].sub_(b[block]).mul_(factor))
+            total += torch.mv(part.unsqueeze(0), part)
+    return total
+
+
 def moments(v: torch.Tensor) -> torch.Tensor:
     """Return sum v_i^2 and sum v_i^4 as a float64 tensor of shape (2,)."""
     total, buffer = _zeros(2, v), torch.empty(0, dtype=v.dtype, device=v.device)

@@ -25,6 +25,10 @@ class VectorSpace:
         """Return the zero vector."""
         return Vector(self, torch.zeros(self.size_local, dtype=self.dtype, device=self.device))
 
+    def empty(self) -> Vector:
+        """Return a vector of any values, in memory that nothing has touched."""
+        return Vector(self, torch.empty(self.size_local, dtype=self.dtype, device=self.device))
+
     def wrap(self, data: torch.Tensor) -> Vector:
         """Return a Vector over an existing flat local tensor, without copying."""
         if data.shape != (self.size_local,):
@@ -67,6 +71,10 @@ class Vector:
         """Multiply by ``a`` in place; return self."""
         self.data.mul_(a)
         return self
+
+    def difference_(self, x: Vector, factor: float) -> float:
+        """Overwrite with ``factor`` (self - x); return the norm in float64. Collective: yes."""
+        return math.sqrt(float(self.space.sum(kernels.difference(self.data, x.data, factor), "difference")))
 
     def axpy_(self, a: float, x: Vector) -> Vector:
         """Add ``a`` times ``x`` in place; return self."""

@@ -157,7 +157,7 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     low, high = extremes(result)
     error = (result.get("errors") or {}).get("hvp_relative")
     if isinstance(error, int | float) and error > 0.01:
-        rounded = (result.get("operator") or {}).get("dtype") == "bfloat16"
+        rounded = (result.get("operator") or {}).get("dtype") in ("bfloat16", "tf32")
         mended = 'operator.scheme = "fourth" or operator.method = "exact"'
         found.append(
             f"A product is off by {number(100 * error, 2)} %: features of the spectrum finer than that are not real; "
@@ -191,7 +191,7 @@ def _choices(result: Mapping[str, Any]) -> list[str]:
 
 
 # An exact product's rounding moves symmetry by less than this, relative to the largest |eigenvalue|.
-_ROUNDING = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.3}
+_ROUNDING = {"float64": 1e-5, "float32": 1e-3, "tf32": 0.03, "bfloat16": 0.3}
 
 
 def _asymmetry(result: Mapping[str, Any], scale: float) -> str | None:

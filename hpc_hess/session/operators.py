@@ -19,6 +19,7 @@ from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.sharded.precision import survives
+from hpc_hess.parallel import devices
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.registry.operators import OPERATORS, OperatorSpec
 from hpc_hess.session.problem import Problem, dtype_of
@@ -143,15 +144,19 @@ def exact_operator(config: Config, problem: Problem, *, reference: bool = False)
     row_bytes = space.size_local * torch.empty(0, dtype=space.dtype).element_size()
     # the host's memory for the basis counts as free until it is written to
     basis_bytes = basis_rows(lanczos.reorthogonalise, lanczos.steps) * row_bytes
-    return exact_or_whole(
+    computes_in = config.model.master_dtype if reference else config.model.compute_dtype
+    product = exact_or_whole(
         exact_product(spec_of(config)),
         problem.model,
         problem.objective,
         plain=problem.plain,
-        compute_dtype=dtype_of(config.model.master_dtype if reference else config.model.compute_dtype),
+        compute_dtype=dtype_of(computes_in),
         settings=streaming_settings(config, compile=not reference),
         reserved=basis_bytes if space.device.type == "cpu" else 0,
     )
+    if computes_in == "tf32":
+        product.arithmetic = devices.tf32
+    return product
 
 
 def streaming_settings(config: Config, *, compile: bool = True) -> Settings:
@@ -190,6 +195,8 @@ def what_is_computed(config: Config, problem: Problem) -> str:
     matrix, model = spec_of(config).matrix, config.model
     if problem.sketch is not None:
         matrix = f"{matrix} ({config.sketch.kind.upper()} to {config.sketch.dimension:,} dimensions)"
+    if model.compute_dtype == "tf32":
+        return f"{matrix} of the fp32 function, matrix products in tf32"
     if model.compute_dtype != "bfloat16":
         return f"{matrix} of the {model.compute_dtype.replace('float', 'fp')} function"
     exact = problem.model.world.all_true(survives(problem.model.module, torch.bfloat16), "weights in bfloat16")

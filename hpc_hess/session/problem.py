@@ -64,8 +64,8 @@ class Problem:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the torch dtype of a configuration value."""
-    return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[name]
+    """Return the torch dtype of a configuration value; tf32 is a way to multiply what is stored as float32."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 class Inputs(NamedTuple):
@@ -100,6 +100,9 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
 
     """
     devices.make_exact_float32()
+    if config.model.compute_dtype == "tf32":
+        with world.together("look for tensor cores"):
+            devices.require_tf32(world.device)
     if config.parallel.deterministic:
         devices.make_deterministic()
     source, skeleton, samples = inputs or read_inputs(config, world)

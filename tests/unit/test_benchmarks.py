@@ -23,6 +23,7 @@ PARTS = {
     "peer_products",
     "processes",
     "regimes_curves",
+    "regimes_emulated",
     "regimes_figures",
     "regimes_formats",
     "results_page",

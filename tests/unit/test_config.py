@@ -135,13 +135,14 @@ def test_an_override_of_an_unknown_key_names_the_nearest() -> None:
     assert "did you mean 'lanczos.steps'?" in refusal(overrides=["lanczos.step=3"])
 
 
-def test_bfloat16_with_finite_differences_is_refused_with_the_reason() -> None:
-    text = refusal({"model": {"compute_dtype": "bfloat16"}})
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", "40 %"), ("tf32", "2.5 %")])
+def test_rounded_products_with_finite_differences_are_refused_with_the_reason(dtype: str, least: str) -> None:
+    text = refusal({"model": {"compute_dtype": dtype}})
     assert "finite differences" in text
-    assert "rounds the step away" in text
+    assert f"rounds the step away (measured error over {least}" in text
     assert 'model.compute_dtype = "float32"' in text
-    exact = make_config({"model": {"compute_dtype": "bfloat16"}, "operator": {"method": "exact"}})
-    assert exact.model.compute_dtype == "bfloat16"
+    exact = make_config({"model": {"compute_dtype": dtype}, "operator": {"method": "exact"}})
+    assert exact.model.compute_dtype == dtype
 
 
 def test_contradictions() -> None:

@@ -85,3 +85,14 @@ def test_rows_of_a_wider_matrix() -> None:
     """A window of a ring is a slice of rows; its columns are contiguous, its rows need not start at 0."""
     v, w, _ = _data(8, 5_000, torch.float32, torch.float64)
     np.testing.assert_allclose(kernels.project(v[3:6], w).numpy(), _np(v)[3:6] @ _np(w), rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 4097, 3 << 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_difference_is_that_of_its_three_steps_to_the_last_bit(size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(size, generator=generator, dtype=dtype) for _ in range(2))
+    steps = a.clone().add_(b, alpha=-1.0).mul_(1 / 3)
+    square = kernels.difference(a, b, 1 / 3)
+    assert torch.equal(a, steps)
+    assert torch.equal(square, kernels.dot(steps, steps))

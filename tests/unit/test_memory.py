@@ -1,14 +1,18 @@
-"""Memory that control groups leave to a process, in both versions of their file system; the search for garbage."""
+"""Memory that control groups leave to a process, in both versions of their file system; pages kept; garbage."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from hpc_hess import system
 from hpc_hess.parallel.memory import host_bytes_free
-from hpc_hess.system import group_bytes_free, importing
+from hpc_hess.system import group_bytes_free, importing, reusing_freed_pages
 
 
 def group(folder: Path, *files: tuple[str, str]) -> None:
@@ -74,3 +78,19 @@ def test_no_garbage_is_looked_for_while_modules_are_imported() -> None:
         assert not gc.isenabled()  # as its owner has it
     finally:
         gc.enable()
+
+
+def test_freed_pages_are_kept_until_the_outermost_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    library = SimpleNamespace(mallopt=lambda *words: calls.append(words), malloc_trim=lambda pad: calls.append("trim"))
+    monkeypatch.setattr(system, "_c_library", lambda: library)
+    with contextlib.suppress(KeyError), reusing_freed_pages():
+        begun = list(calls)
+        with reusing_freed_pages():
+            pass
+        assert calls == begun
+        raise KeyError
+    assert calls[-1] == "trim"
+    assert "trim" not in begun
+    with reusing_freed_pages():
+        assert calls[-len(begun) :] == begun  # again, after an error

@@ -2,8 +2,12 @@ import io
 import os
 import pty
 import threading
+from datetime import datetime, timedelta
+
+import pytest
 
 from hpc_hess.console.progress import _Lines, make_progress
+from hpc_hess.console.words import roughly
 
 
 class Clock:
@@ -13,6 +17,9 @@ class Clock:
     def __call__(self):
         return self.seconds
 
+    def today(self):
+        return datetime(2026, 12, 3, 23, 39) + timedelta(seconds=self.seconds - 100.0)
+
 
 def feed(progress, clock, seconds, probe, step):
     clock.seconds += seconds
@@ -21,39 +28,71 @@ def feed(progress, clock, seconds, probe, step):
 
 def test_plain_lines_are_one_a_step_with_the_time_left():
     stream, clock = io.StringIO(), Clock()
-    with _Lines(6, 0, stream, clock) as progress:
+    with _Lines(6, 0, stream, clock, clock.today) as progress:
         progress.phase("loading")
-        clock.seconds += 1000  # loading is not a step
+        clock.seconds += 600  # loading is not a step
         progress.phase("probe 1/2")
-        for step in (1, 2, 3):
-            feed(progress, clock, 5.0, 0, step)
+        feed(
+            progress, clock, 500.0, 0, 1
+        )  # nor does the first one, in which the step size is chosen, say how long others take
+        for step in (2, 3):
+            feed(progress, clock, 50.0, 0, step)
         progress.phase("probe 2/2")
         for step in (1, 2, 3):
-            feed(progress, clock, 5.0, 1, step)
+            feed(progress, clock, 50.0, 1, step)
     assert stream.getvalue().splitlines() == [
         "[loading]",
         "[probe 1/2]",
-        "probe 1 step 1 (1/6) | Hv 5 s | λ in [-1, 10] | 25 s left",
-        "probe 1 step 2 (2/6) | Hv 5 s | λ in [-2, 20] | 20 s left",
-        "probe 1 step 3 (3/6) | Hv 5 s | λ in [-3, 30] | 15 s left",
+        "probe 1 step 1 (1/6) | Hv 8 min 20 s | λ in [-1, 10]",
+        "probe 1 step 2 (2/6) | Hv 50 s | λ in [-2, 20] | about 3 min left, until 2026-12-04 00:01",
+        "probe 1 step 3 (3/6) | Hv 50 s | λ in [-3, 30] | about 2 min left, until 2026-12-04 00:01",
         "[probe 2/2]",
-        "probe 2 step 1 (4/6) | Hv 5 s | λ in [-1, 10] | 10 s left",
-        "probe 2 step 2 (5/6) | Hv 5 s | λ in [-2, 20] | 5 s left",
-        "probe 2 step 3 (6/6) | Hv 5 s | λ in [-3, 30]",
+        "probe 2 step 1 (4/6) | Hv 50 s | λ in [-1, 10] | about 2 min left, until 2026-12-04 00:01",
+        "probe 2 step 2 (5/6) | Hv 50 s | λ in [-2, 20] | about 50 s left, until 00:01",
+        "probe 2 step 3 (6/6) | Hv 50 s | λ in [-3, 30]",
     ]
 
 
 def test_probes_in_lock_step_advance_the_count_together():
     stream, clock = io.StringIO(), Clock()
-    with _Lines(9, 0, stream, clock) as progress:
+    with _Lines(9, 0, stream, clock, clock.today) as progress:
         for step, probes in ((1, range(3)), (2, range(3)), (3, [0, 2])):
             clock.seconds += 2.0 * len(probes)
             progress.step(probes=probes, step=step, hvp_s=2.0, ritz_min=-1.0, ritz_max=1.0)
     assert stream.getvalue().splitlines() == [
-        "probes 1 to 3 step 1 (3/9) | Hv 2 s | λ in [-1, 1] | 12 s left",
-        "probes 1 to 3 step 2 (6/9) | Hv 2 s | λ in [-1, 1] | 6 s left",
-        "probes 1, 3 step 3 (8/9) | Hv 2 s | λ in [-1, 1] | 2 s left",
+        "probes 1 to 3 step 1 (3/9) | Hv 2 s | λ in [-1, 1]",
+        "probes 1 to 3 step 2 (6/9) | Hv 2 s | λ in [-1, 1] | about 6 s left, until 23:39",
+        "probes 1, 3 step 3 (8/9) | Hv 2 s | λ in [-1, 1] | about 2 s left, until 23:39",
     ]
+
+
+def test_a_later_calibration_is_not_taken_for_what_steps_need():
+    stream, clock = io.StringIO(), Clock()
+    with _Lines(5, 0, stream, clock, clock.today) as progress:
+        for step, aside in ((1, 300.0), (2, 300.0), (3, 0.0)):
+            clock.seconds += 10.0 + aside
+            progress.step(probes=[0], step=step, hvp_s=10.0, ritz_min=-1.0, ritz_max=1.0, aside_s=aside)
+    assert [line.split(" | ")[3:] for line in stream.getvalue().splitlines()] == [
+        [],
+        ["about 30 s left, until 23:49"],
+        ["about 20 s left, until 23:49"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "1 s"),
+        (40.4, "40 s"),
+        (99.4, "99 s"),
+        (110, "2 min"),
+        (3569, "59 min"),
+        (3570, "1 h 00 min"),
+        (11220, "3 h 07 min"),
+    ],
+)
+def test_estimates_have_few_digits(seconds, text):
+    assert roughly(seconds) == text
 
 
 def test_quick_steps_are_thinned_and_the_last_is_always_shown():
@@ -73,12 +112,13 @@ def test_quick_steps_are_thinned_and_the_last_is_always_shown():
 
 def test_a_resumed_run_counts_what_was_done():
     stream, clock = io.StringIO(), Clock()
-    progress = _Lines(20, 0, stream, clock)
-    progress.resume_at(17)
+    progress = _Lines(20, 0, stream, clock, clock.today)
+    progress.resume_at(16)
     progress.phase("probe 1/1")
+    feed(progress, clock, 40.0, 0, 17)
     feed(progress, clock, 4.0, 0, 18)
     progress.close()
-    assert "step 18 (18/20) | Hv 4 s | λ in [-18, 180] | 8 s left" in stream.getvalue()
+    assert "step 18 (18/20) | Hv 4 s | λ in [-18, 180] | about 8 s left, until 23:39" in stream.getvalue()
 
 
 def test_other_ranks_are_silent(capsys):

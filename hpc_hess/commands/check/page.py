@@ -26,7 +26,8 @@ def check_text(found: Mapping[str, Any]) -> str:
         )
     for vector in found.get("vectors", []):
         if "rounding" in vector:
-            lines.append(f"bf16 against fp32        off by {vector['rounding']:.1e} of |Hv| on the {vector['name']}")
+            short = vector["format"].replace("bfloat", "bf")
+            lines.append(f"{short} against fp32        off by {vector['rounding']:.1e} of |Hv| on the {vector['name']}")
             continue
         lines += ["", f"{vector['name']}:", "  scheme     step       error      predicted  gradients"]
         for row in vector["schemes"]:

@@ -33,7 +33,7 @@ def check(config: Config, world: World) -> int:
     """Measure the configuration's products and write check.json and check.png to its run directory. Collective: yes.
 
     Determinism, symmetry, linearity; every scheme against the exact product on a probe and on the extreme Ritz vector
-    of a short Lanczos run; a sweep over steps on both. In bfloat16, instead, the product against that in float32.
+    of a short Lanczos run; a sweep over steps on both. In bfloat16 and tf32, instead, the product against that in float32.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     }
     progress.phase("exact product")
     spec, point = spec_of(config), Point(*base, problem.model)
-    rounded = config.model.compute_dtype == "bfloat16"
+    rounded = config.model.compute_dtype != config.model.master_dtype
     exact: LinearOperator | None = None
     try:
         product = exact_operator(config, problem, reference=True)
@@ -110,7 +110,11 @@ def _measure(config: Config, problem: Problem, progress: Progress) -> dict[str, 
     vectors = (("probe", u), ("Ritz vector", y))
     if rounded:
         found["vectors"] = [
-            {"name": name, "rounding": relative_difference(exact.matvec(vector), reference.matvec(vector))}
+            {
+                "name": name,
+                "format": config.model.compute_dtype,
+                "rounding": relative_difference(exact.matvec(vector), reference.matvec(vector)),
+            }
             for name, vector in vectors
         ]
     elif "finite_difference" in spec.methods:

@@ -90,7 +90,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
 def _computes(result: Mapping[str, Any]) -> list[str]:
     """Say which function's matrix it is where the arithmetic is rounded, and how far off its products are."""
     operator, error = result.get("operator") or {}, (result.get("errors") or {}).get("hvp_relative")
-    if operator.get("dtype") != "bfloat16" or not operator.get("computes"):
+    if operator.get("dtype") not in ("bfloat16", "tf32") or not operator.get("computes"):
         return []
     off = "not compared with fp32" if error is None else f"its products differ by {number(100 * error, 2)} % from fp32"
     return [_line("computed", f"{operator['computes']}; {off}")]

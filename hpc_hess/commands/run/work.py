@@ -15,6 +15,7 @@ from hpc_hess.config import Config
 from hpc_hess.console.words import probes_text
 from hpc_hess.curvature.exact.exact import StreamedOperator
 from hpc_hess.curvature.exact.whole_model import ExactOperator, WholeModel
+from hpc_hess.parallel import devices
 from hpc_hess.parallel.world import World
 from hpc_hess.profiling.flops import measure_limits
 from hpc_hess.report.spectrum import warnings
@@ -113,7 +114,9 @@ def _ended(session: Session, result: dict[str, Any]) -> int:
 
 def _limits(config: Config, world: World) -> list[float]:
     """Return what every rank reaches at least of a matrix product and of a copy. Collective: yes."""
-    mine = measure_limits(world.device, dtype_of(config.model.compute_dtype))
+    dtype = config.model.compute_dtype
+    with devices.tf32() if dtype == "tf32" else contextlib.nullcontext():
+        mine = measure_limits(world.device, dtype_of(dtype))
     return [-world.max_over_ranks(-rate, "speed of the machine") for rate in mine]
 
 

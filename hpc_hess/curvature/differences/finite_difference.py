@@ -19,6 +19,7 @@ from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.errors import NumericsError
 from hpc_hess.intake.choices import Choices
 from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.parallel.memory import reusing_freed_pages
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
 _LOST = 1e-3  # share of a step that storing it to the nearest may lose before it is dithered
@@ -77,7 +78,7 @@ class FiniteDifferenceHessian:
         try:
             eps = self._choose_step(v, spread) if isinstance(self.step, str) else self.step
             calibration_s = time.perf_counter() - began
-            realised, result, gradients = self._quotient(v, eps, spread.norm)
+            realised, result, size, gradients = self._quotient(v, eps, spread.norm)
             moved = self._look() if self.choices is None else None  # where the last gradient was taken
         finally:
             self.gradient.model.write_parameters(self.theta0)
@@ -86,7 +87,7 @@ class FiniteDifferenceHessian:
         controller.product_gradients += gradients
         error = None
         if isinstance(self.step, str):
-            error = controller.predicted_error(spread, eps, result.norm() / spread.norm)
+            error = controller.predicted_error(spread, eps, size / spread.norm)
         self.records.append(
             ProductRecord(
                 eps,
@@ -146,21 +147,24 @@ class FiniteDifferenceHessian:
         self.gradient.model.write_parameters(self.theta0)
         return self.gradient()[1]
 
-    def _quotient(self, v: Vector, eps: float, norm: float) -> tuple[float, Vector, int]:
-        """Return the realised share of ``eps``, the product, and the gradients spent."""
+    def _quotient(self, v: Vector, eps: float, norm: float) -> tuple[float, Vector, float, int]:
+        """Return the realised share of ``eps``, the product, its norm, and the gradients spent."""
         if self.scheme == "forward":
             assert self.base is not None
             distance, result = self._shifted(v, eps / norm, norm)
             self._check_realised(distance / eps, eps)
-            return distance / eps, result.axpy_(-1.0, self.base).scale_(norm / distance), 1
-        distance, result = self._difference(v, eps / norm, norm)
+            return distance / eps, result, result.difference_(self.base, norm / distance), 1
+        distance, result, other = self._both(v, eps / norm, norm)
         realised = distance / (2 * eps)
         self._check_realised(realised, eps)
         if self.scheme == "central":
-            return realised, result.scale_(norm / distance), 2
-        double, wide = self._difference(v, 2 * eps / norm, norm)
+            return realised, result, result.difference_(other, norm / distance), 2
         # Richardson: the error of order eps^2 cancels
-        return realised, result.scale_(4 * norm / (3 * distance)).axpy_(-norm / (3 * double), wide), 4
+        result.axpy_(-1.0, other)
+        double, wide, other = self._both(v, 2 * eps / norm, norm)
+        wide.axpy_(-1.0, other)
+        result.scale_(4 * norm / (3 * distance)).axpy_(-norm / (3 * double), wide)
+        return realised, result, result.norm(), 4
 
     def _shifted(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
         """Return the realised step <theta - theta_0, v> / |v| and the gradient at theta = theta_0 + factor v."""
@@ -180,13 +184,15 @@ class FiniteDifferenceHessian:
                 return along, attempt
         return along, True
 
-    def _difference(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector]:
-        """Return the realised distance and g(theta_0 + factor v) - g(theta_0 - factor v)."""
-        forth, dithered = self._move(v, factor, norm)
-        _, plus = self.gradient()
-        back, _ = self._move(v, -factor, norm, dither=dithered)
-        _, self._minus = self.gradient(self._minus)
-        return (forth - back) / norm, plus.axpy_(-1.0, self._minus)
+    def _both(self, v: Vector, factor: float, norm: float) -> tuple[float, Vector, Vector]:
+        """Return the realised distance, g(theta_0 + factor v) and g(theta_0 - factor v), which the next call overwrites."""
+        plus, self._minus = self.space.empty(), self._minus or self.space.empty()
+        with reusing_freed_pages():  # of the first gradient, by the second
+            forth, dithered = self._move(v, factor, norm)
+            self.gradient(plus)
+            back, _ = self._move(v, -factor, norm, dither=dithered)
+            self.gradient(self._minus)
+        return (forth - back) / norm, plus, self._minus
 
     def _check_realised(self, realised: float, eps: float) -> None:
         """Refuse a step that storing loses even when it is dithered: ``realised`` is its share that was stored."""

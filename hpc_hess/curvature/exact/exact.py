@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -37,6 +37,7 @@ class StreamedOperator:
     num_products : directions multiplied so far.
     watch : sees the sums over micro-batches grow.
     start : what the way back starts with at the logits: it makes the matrix. Of the class.
+    arithmetic : a context that products are made in.
     notes : sentences for the log and the report: kernels that were switched, a slower way that was needed. Products add to
         them what is compiled, and what cannot be.
     repaying : whether the blocks are compiled.
@@ -82,6 +83,7 @@ class StreamedOperator:
             raise ModelError("a sharded model needs its skeleton without hooks for exact products: pass plain")
         self.space, self.num_products = model.space, 0
         self.watch: Watch = Unwatched()
+        self.arithmetic: Callable[[], AbstractContextManager[None]] = nullcontext
         self._model, self._scale = model, 1.0 / objective.num_tokens
         self._batches = [batch.to(objective.device) for batch in objective.micro_batches]
         self._exchange = Exchange(model, compute_dtype)
@@ -141,7 +143,7 @@ class StreamedOperator:
         """
         results = [self.space.zeros() for _ in vectors]
         groups = [range(len(vectors))] if self._settings.lock_step else [[k] for k in range(len(vectors))]
-        with self._kernels(), reusing_freed_pages():
+        with self._kernels(), reusing_freed_pages(), self.arithmetic():
             for group in groups:
                 self._exchange.begin([vectors[k].data for k in group], [results[k].data for k in group])
                 with self.repaying.programs(len(group), self.space.device) as programs:

@@ -319,7 +319,7 @@ def _machine(tensors: list[torch.Tensor]) -> str:
     device = tensors[0].device
     if device.type == "cpu":
         return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return str(torch.get_device_module(device).get_device_name(device))
+    return f"{torch.get_device_module(device).get_device_name(device)}, {torch.get_float32_matmul_precision()}"
 
 
 def why_not(device: torch.device) -> str:

@@ -8,7 +8,7 @@ agreed upon before anything is gathered. Whatever depends on the parameters is s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,7 @@ class WholeModel:
         self._batches = [i for i in range(objective.num_micro_batches) if not self._is_dummy(i)]
         self._reason, self._reserved = reason, reserved
         self.notes: list[str] = []
+        self.arithmetic: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._prepare()
 
     def matvec(self, v: Vector) -> Vector:
@@ -114,7 +115,7 @@ class WholeModel:
         W = {name: full[name] for name in stacked}
         V = {name: rows[0] for name, rows in stacked.items()}
         total = {name: torch.zeros(t.shape, dtype=self.space.dtype, device=t.device) for name, t in W.items()}
-        with self._model.world.together("exact product"), self._running(full):
+        with self._model.world.together("exact product"), self._running(full), self.arithmetic():
             for index in self._batches:
                 for name, tangent in self._tangents(index, W, V, self._way).items():
                     total[name].add_(tangent)

@@ -301,6 +301,7 @@ class Loop:
             hvp_s=hvp_s,
             ritz_min=min(v[0] for v in values),
             ritz_max=max(v[-1] for v in values),
+            aside_s=record.calibration_s,
         )
 
     def _reference(self) -> CurvatureOperator | None:

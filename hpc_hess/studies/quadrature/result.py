@@ -225,7 +225,7 @@ def _rates(config: Config, tally: Tally, size_local: int) -> dict[str, Any]:
 
 
 def _product_errors(tally: Tally, largest: float) -> dict[str, Any]:
-    """Measured where the exact product (of bfloat16: in float32) was at hand, else predicted by the step controller.
+    """Measured where the exact product (in the masters' precision) was at hand, else predicted by the step controller.
 
     ``hvp_absolute`` is the largest measured |E v| of a unit vector v, of the first probe and of both extreme Ritz vectors:
     it widens every interval. A predicted relative error is taken of ``largest``, the largest |Ritz value|.
