@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -193,3 +194,11 @@ def test_products_can_be_traced(kind: str, directions: int) -> None:
     with torch.no_grad():
         graph = make_fx(product(ours))(*inputs(10))
         _compare(graph(*inputs(20)), product(theirs)(*inputs(20)))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_plans_trace_it_without_numbers() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        q = torch.empty(2, 4, QUERIES, 4)
+        found = attention(q, q, q, Mask.of(torch.ones(2, 1, QUERIES, QUERIES, dtype=torch.bool), False))
+    assert found.shape == q.shape

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Tensor = torch.Tensor
@@ -32,7 +33,7 @@ Maybe = Tensor | None
 
 # Entries of a chunk, over batch, heads, queries and keys: on a CPU its matrices stay in the cache, on a GPU they fill it.
 CHUNK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 25}
-_TRACED = 1 << 24  # in a traced graph every chunk is written out
+_TRACED = 1 << 24  # in a traced graph every chunk is written out; plans trace without numbers
 _LEAST_ROWS = 16
 
 
@@ -279,8 +280,9 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 def _parts(form: Form, x: Inputs) -> Iterator[_Part]:
     """Yield the chunks: whole examples, whole heads, or some queries of one head (of keys)."""
     (batch, heads, groups, queries, _), keys = x.q.shape, x.k.shape[-2]
-    traced = get_proxy_mode() is not None
-    entries = _TRACED if traced else CHUNK_ENTRIES.get(x.q.device.type, CHUNK_ENTRIES["cuda"])
+    traced = get_proxy_mode() is not None or is_fake(x.q)
+    entries = CHUNK_ENTRIES.get(x.q.device.type, CHUNK_ENTRIES["cuda"])
+    entries = max(entries, _TRACED) if traced else entries
     rows = min(queries, max(_LEAST_ROWS, entries // (groups * keys)))
     some_heads = min(heads, max(1, entries // (groups * queries * keys)))
     examples = min(batch, max(1, entries // (heads * groups * queries * keys)))
