@@ -1,39 +1,32 @@
 """Attention that can be differentiated forwards and backwards, in memory that grows with the sequence and not its square.
 
-Small products of queries and keys go through elementary operations. Large ones go through functions whose derivatives
-are their own: each takes the queries in chunks and computes a chunk's probabilities again wherever it needs them, so
-that nothing as large as queries x keys outlives a chunk. Derivatives of a chunk are those of the elementary operations.
+Its functions are those of attention_chunks. What is asked of them, in exact products and gradients:
 
-There are two such functions, since exact products differentiate a tangent backwards (curvature.tangents): attention,
-whose tangent is the second function, and that tangent, whose own way back is differentiated no further.
+    value                    the cotangents of q, k, v        and their derivatives, by double backward
+    value and tangent        their pull                       (differentiated no further)
+
+Under vmap over directions each function runs once for all of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+import torch.autograd.forward_ad as forward_ad
 
 from hpc_hess.errors import ModelError
-
-# Entries of queries x keys, over batch and heads, of a chunk. Below twice as many, elementary operations are as fast.
-CHUNK_ENTRIES = 1 << 22
-_LEAST_ROWS = 16
-
-Tensors = Sequence[Any]  # of tensors
+from hpc_hess.model.blocks.attention_chunks import Form, Inputs, duals, gradients, pulls, values, wide
 
 
 @dataclass(frozen=True)
 class Mask:
     """What each query sees.
 
-    ``allowed`` : bool, or None for everything; ``bias`` : added to the scores where allowed; both broadcast to
-    [..., queries, keys]. ``causal`` : the keys up to the query's own place, in place of the other two.
+    ``allowed`` : bool, or None for everything; ``bias`` : added to the scores; both broadcast to [..., queries, keys].
+    ``causal`` : the keys up to the query's own place, in place of the other two. A query that ``allowed`` lets see nothing
+    gets zeros.
     """
 
     allowed: torch.Tensor | None = None
@@ -47,165 +40,248 @@ class Mask:
             return cls(causal=causal)
         return cls(allowed=mask) if mask.dtype == torch.bool else cls(mask > -torch.inf, mask)
 
-    def rows(self, low: int, high: int, keys: int) -> Mask:
-        """Return the part of some queries and the first ``keys`` keys."""
-        if self.causal:
-            places = torch.arange(low, high)[:, None]
-            return Mask(torch.arange(keys)[None] <= places)
-
-        def part(whole: torch.Tensor | None) -> torch.Tensor | None:
-            if whole is None:
-                return None
-            return whole[..., slice(low, high) if whole.shape[-2] > 1 else slice(None), :keys]
-
-        return Mask(part(self.allowed), part(self.bias))
-
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Mask,
+    scale: float | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return softmax(scale query key^T + bias) value: [..., queries, d]. A query that sees nothing gets zeros.
+    """Return softmax(cap tanh(scale query key^T / cap) + bias) value: [..., heads, queries, d].
 
-    ``query`` [..., queries, c], ``key`` [..., keys, c], ``value`` [..., keys, d]; the masks broadcast to
-    [..., queries, keys]. ``scale`` is 1 / sqrt(c) unless given. Collective: no.
+    ``query`` [..., heads, queries, c], ``key`` [..., K, keys, c], ``value`` [..., K, keys, d]: each of the K heads serves
+    heads / K neighbouring ones. ``scale`` is 1 / sqrt(c) unless given; no ``cap`` unless given. ``sinks`` [heads]: scores
+    of one more key, whose value is zero. A bias that is differentiated itself takes memory as the matrices of queries x
+    keys do. Collective: no.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    entries = math.prod(query.shape[:-1]) * key.shape[-2]
-    if entries < 2 * CHUNK_ENTRIES or (mask.bias is not None and mask.bias.requires_grad):
-        whole = mask.rows(0, query.shape[-2], key.shape[-2]) if mask.causal else mask
-        return _elementary(query, key, value, whole, scale)
-    masks = (mask.allowed, mask.bias, mask.causal)
-    return _Attention.apply(query, key, value, *masks, scale)
+    if mask.bias is not None and (mask.bias.requires_grad or forward_ad.unpack_dual(mask.bias).tangent is not None):
+        return elementary(query, key, value, mask, scale, cap, sinks)
+    q, k, v = (t[(None,) * max(0, 4 - t.ndim)] for t in (query, key, value))
+    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
+    q, k, v = (t.expand(*batch, *t.shape[-3:]).flatten(0, -4) for t in (q, k, v))
+    heads = k.shape[1]
+    if q.shape[1] % heads or v.shape[1] != heads:  # broadcast in another way
+        return elementary(query, key, value, mask, scale, cap, sinks)
+    q = q.unflatten(1, (heads, q.shape[1] // heads))
+    masks = [None if t is None else _spread(t, batch, q, k) for t in (mask.allowed, mask.bias)]
+    x = [q, k, v, sinks if sinks is None else sinks.view(q.shape[1:3])]
+    options = (mask.causal, scale, cap)
+    both = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in x]
+    if all(dot is None for _, dot in both):
+        (out,) = _Attention.apply(*x, *masks, None, *options)
+    else:
+        primals = [t for t, _ in both]
+        dots = [None if t is None else torch.zeros_like(t)[None] if d is None else d[None] for t, d in both]
+        out, out_dot, _ = _Dual.apply(*primals, *masks, None, *dots, *options)
+        out = forward_ad.make_dual(out, out_dot[0])
+    return out.reshape(*batch, -1, *out.shape[-2:])[(0,) * max(0, 4 - query.ndim)]
 
 
-def _elementary(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float) -> torch.Tensor:
-    scores = (q * scale) @ k.transpose(-1, -2)
-    allowed = None if mask.allowed is None else mask.allowed.to(scores.device)
-    if mask.bias is not None and allowed is not None:
-        scores = scores + mask.bias.masked_fill(~allowed, 0.0)
+def _spread(mask: torch.Tensor, batch: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Return a mask as [B, K, G, queries, keys], 1 where it is the same for all but for the keys."""
+    mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
+    if len(batch) > 1:
+        mask = mask.expand(*batch, *mask.shape[-3:]).flatten(0, -4)
+    mask = mask.expand(*mask.shape[:-1], k.shape[-2])
+    return mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, q.shape[1:3])
+
+
+def elementary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Mask,
+    scale: float | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As :func:`attention`, by operations that each hold a whole matrix of queries x keys."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = q.shape[-3] // k.shape[-3] if q.ndim > 2 else 1
+    k, v = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (k, v))
+    scores, allowed = (q * scale) @ k.transpose(-1, -2), mask.allowed
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if mask.causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask.bias is not None:
+        scores = scores + (mask.bias if allowed is None else mask.bias.masked_fill(~allowed, 0.0))
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    out = torch.softmax(wide(scores), -1).to(v.dtype) @ v
+    scores = wide(scores)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    out = torch.softmax(scores, -1)[..., : k.shape[-2]].to(v.dtype) @ v
     # as from the fused kernels
     return out if allowed is None else out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` in fp32 at least: statistics are taken so, as the fused kernels do."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+# Arguments of the functions below: q, k, v, sinks, allowed, bias, o (the same for all directions), then tensors with the
+# directions in front, then causal, scale, cap. functorch must see every tensor among them.
+_SHARED, _OPTIONS = 7, 3
 
 
-def _chunks(q: torch.Tensor, k: torch.Tensor, mask: Mask) -> Iterator[tuple[slice, slice, Mask]]:
-    """Yield rows of queries, the keys that they may see, and their mask."""
-    queries, keys = q.shape[-2], k.shape[-2]
-    rows = max(_LEAST_ROWS, CHUNK_ENTRIES // (math.prod(q.shape[:-2]) * keys))
-    for low in range(0, queries, rows):
-        high = min(low + rows, queries)
-        seen = min(high, keys) if mask.causal else keys
-        yield slice(low, high), slice(0, seen), mask.rows(low, high, seen)
+def _read(args: Any) -> tuple[Form, Inputs, torch.Tensor, Any]:
+    """Return the form, q to sinks, o, and the tensors with directions."""
+    *tensors, causal, scale, cap = args
+    return Form(tensors[4], tensors[5], causal, scale, cap), Inputs(*tensors[:4]), tensors[6], tensors[_SHARED:]
 
 
-def _part(tensors: Tensors, rows: slice, keys: slice) -> Tensors:
-    """Return a chunk of (q, k, v) or of (q, k, v, q_dot, k_dot, v_dot)."""
-    return tuple(t[..., rows if i % 3 == 0 else keys, :] for i, t in enumerate(tensors))
+def _present(*inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    return tuple(t for found in inputs for t in found if t is not None)
 
 
-class _Sums:
-    """Gradients of (q, k, v, ...): those of queries chunk by chunk, those of keys and values summed over the chunks."""
+class _Function(torch.autograd.Function):
+    """Of the arguments above, to a tuple of results; the first ``shared_results`` have no directions in front."""
 
-    def __init__(self, length: int) -> None:
-        self._length, self._rows, self._sums = length, dict[int, list[torch.Tensor]](), dict[int, torch.Tensor]()
+    shared_results = 0
+    last_may_be_one = False  # for all directions
 
-    def add(self, found: Tensors) -> None:
-        for i, part in enumerate(found):
-            if i % 3 == 0:
-                self._rows.setdefault(i, []).append(part)
-            else:
-                part = pad(part, (0, 0, 0, self._length - part.shape[-2]))
-                self._sums[i] = self._sums[i] + part if i in self._sums else part
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        size, options = info.batch_size, args[-_OPTIONS:]
+        tensors = list(zip(args[:-_OPTIONS], in_dims[:-_OPTIONS], strict=True))
+        if any(dim is not None for _, dim in tensors[:_SHARED]):
+            return cls._over_heads(size, tensors, options)
+        given = [t for t, _ in tensors]
+        for i, (t, dim) in enumerate(tensors[_SHARED:], start=_SHARED):
+            one = cls.last_may_be_one and i == len(tensors) - 1 and dim is None and len(t) == 1
+            if t is not None and not one:
+                given[i] = _front(t, dim, size).flatten(0, 1)
+        count = len(given[_SHARED])
+        found = cls.apply(*given, *options)
+        several = [i >= cls.shared_results and len(t) == count for i, t in enumerate(found)]
+        out = tuple(t.unflatten(0, (size, -1)) if s else t for t, s in zip(found, several, strict=True))
+        return out, tuple(0 if s else None for s in several)
 
-    def all(self) -> Tensors:
-        return tuple(
-            torch.cat(self._rows[i], -2) if i % 3 == 0 else self._sums[i] for i in range(len(self._rows) + len(self._sums))
-        )
+    @classmethod
+    def _over_heads(cls, size: int, tensors: Any, options: Any) -> Any:
+        """Take what differs in q, k or v as more heads."""
+
+        def axis(t: torch.Tensor, directed: bool) -> int:
+            return int(directed) + int(t.ndim > 2 + directed)  # sinks have no examples
+
+        given: list[torch.Tensor | None] = []
+        (q, dim), *_ = tensors
+        heads = _front(q, dim, size).shape[2]
+        for i, (t, dim) in enumerate(tensors):
+            if t is not None:
+                t = _front(t, dim, size)
+                at = axis(t[0], i >= _SHARED)
+                t = t.movedim(0, at)
+                if t.shape[at + 1] != heads:  # a mask for all of them
+                    t = t.expand(*t.shape[: at + 1], heads, *t.shape[at + 2 :])
+                t = t.flatten(at, at + 1)
+            given.append(t)
+        found = cls.apply(*given, *options)
+        axes = [axis(t, i >= cls.shared_results) for i, t in enumerate(found)]
+        return tuple(t.unflatten(a, (size, -1)) for t, a in zip(found, axes, strict=True)), tuple(axes)
 
 
-# The functions take masks one by one: functorch must see every tensor among the arguments.
+def _front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-class _Attention(torch.autograd.Function):
-    """Attention of (q, k, v, allowed, bias, causal, scale) in chunks."""
+class _Attention(_Function):
+    """To o."""
 
-    generate_vmap_rule = True
+    shared_results = 1
 
     @staticmethod
-    def forward(*inputs: Any) -> torch.Tensor:
-        return _in_chunks(_elementary_of, inputs)
+    def forward(*args: Any) -> Any:
+        form, x, _, _ = _read(args)
+        return (values(form, x),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, inputs)
-        ctx.save_for_forward(*inputs[:-2])
+        ctx.options = inputs[-_OPTIONS:]
+        ctx.save_for_backward(*inputs[:6], *output)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        tensors, masks = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        dots = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents[:3], strict=True)]
-        return _Tangent.apply(*tensors, *dots, *masks, ctx.causal, ctx.scale)
+    def backward(ctx: Any, bar: Any) -> Any:
+        found = _Gradient.apply(*ctx.saved_tensors, bar[None], *ctx.options)
+        return *_derivatives(t[0] for t in found), *(None,) * (3 + _OPTIONS)
+
+
+class _Gradient(_Function):
+    """With o; of one cotangent of o for each direction, to those of q, k, v, sinks."""
 
     @staticmethod
-    def backward(ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-        return _pulled_back(_elementary_of, ctx, out_bar)
-
-
-class _Tangent(torch.autograd.Function):
-    """The tangent of attention: of (q, k, v, q_dot, k_dot, v_dot, allowed, bias, causal, scale), in chunks."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> torch.Tensor:
-        return _in_chunks(_tangent_of, inputs)
+    def forward(*args: Any) -> Any:
+        form, x, o, (bars,) = _read(args)
+        return _present(gradients(form, x, o, bars))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _keep(ctx, inputs)
+        ctx.options = inputs[-_OPTIONS:]
+        ctx.save_for_backward(*inputs[:-_OPTIONS])
 
     @staticmethod
-    def backward(ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-        return _pulled_back(_tangent_of, ctx, out_bar)
+    def backward(ctx: Any, *along: Any) -> Any:
+        """What was found, along tangents of q to sinks, is <bars, o_dot>."""
+        *shared, o, bars = ctx.saved_tensors
+        dots = _derivatives(along)
+        _, o_dot, r = _Dual.apply(*shared, None, *dots, *ctx.options)
+        by_x: Any = (None,) * 4
+        if any(ctx.needs_input_grad[:4]):
+            found = _Pull.apply(*shared, o, *dots, o_dot, r, torch.zeros_like(bars), bars, *ctx.options)
+            by_x = _derivatives(t.sum(0) for t in found[: len(along)])
+        return *by_x, None, None, None, o_dot, *(None,) * _OPTIONS
 
 
-def _elementary_of(mask: Mask, scale: float, *tensors: Any) -> torch.Tensor:
-    q, k, v = tensors
-    return _elementary(q, k, v, mask, scale)
+class _Dual(_Function):
+    """Of tangents of q, k, v, sinks, to o, o_dot and r: see attention_chunks."""
+
+    shared_results = 1
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        form, x, _, dots = _read(args)
+        return duals(form, x, Inputs(*dots))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        o, o_dot, r = output
+        ctx.options = inputs[-_OPTIONS:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6], o, *inputs[_SHARED:-_OPTIONS], o_dot, r)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Any, dot_bar: Any, _: Any) -> Any:
+        saved = ctx.saved_tensors
+        rest, number = (None,) * _OPTIONS, sum(t is not None for t in saved[:4])
+        if dot_bar is None:  # J^T alone
+            found = _Gradient.apply(*saved[:_SHARED], bar[None], *ctx.options)
+            return *_derivatives(t[0] for t in found), None, None, None, *(None,) * 4, *rest
+        count = len(dot_bar)
+        bars = torch.zeros_like(dot_bar) if bar is None else (bar / count if count > 1 else bar).expand_as(dot_bar)
+        found = _Pull.apply(*saved, bars, dot_bar, *ctx.options)
+        by_x = _derivatives(t.sum(0) for t in found[:number])
+        return *by_x, None, None, None, *_derivatives(found[number:]), *rest
 
 
-def _tangent_of(mask: Mask, scale: float, *tensors: Any) -> torch.Tensor:
-    """Return the tangent of one chunk: tensors are (q, k, v, q_dot, k_dot, v_dot)."""
-    return torch.func.jvp(partial(_elementary_of, mask, scale), tensors[:3], tensors[3:])[1]
+class _Pull(_Function):
+    """With o; of the tangents, o_dot, r and the cotangents of o and o_dot, to those of q to sinks and of their tangents."""
+
+    last_may_be_one = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        form, x, o, (*dots, o_dot, r, o1, o2) = _read(args)
+        return _present(*pulls(form, x, Inputs(*dots), o, o_dot, r, o1, o2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """There is no way further."""
 
 
-def _in_chunks(f: Callable[..., torch.Tensor], inputs: Tensors) -> torch.Tensor:
-    """Return ``f`` of (tensors..., allowed, bias, causal, scale), chunk by chunk."""
-    *tensors, allowed, bias, causal, scale = inputs
-    chunks = _chunks(tensors[0], tensors[1], Mask(allowed, bias, causal))
-    return torch.cat([f(part, scale, *_part(tensors, rows, keys)) for rows, keys, part in chunks], -2)
-
-
-def _keep(ctx: Any, inputs: Tensors) -> None:
-    ctx.causal, ctx.scale = inputs[-2:]
-    ctx.save_for_backward(*inputs[:-2])
-
-
-def _pulled_back(f: Callable[..., torch.Tensor], ctx: Any, out_bar: torch.Tensor) -> tuple[Any, ...]:
-    """Return the gradients of <out_bar, f> by all inputs, chunk by chunk: the masks and the scale have none."""
-    *tensors, allowed, bias = ctx.saved_tensors
-    sums = _Sums(tensors[1].shape[-2])
-    for rows, keys, part in _chunks(tensors[0], tensors[1], Mask(allowed, bias, ctx.causal)):
-        pull = torch.func.vjp(partial(f, part, ctx.scale), *_part(tensors, rows, keys))[1]
-        sums.add(pull(out_bar[..., rows, :]))
-    return *sums.all(), None, None, None, None
+def _derivatives(found: Any) -> tuple[Any, ...]:
+    """Return those by q, k, v and sinks: the last lacks where there are none."""
+    return (*found, None)[:4]
 
 
 def scaled_dot_product_attention(
@@ -221,7 +297,4 @@ def scaled_dot_product_attention(
     """Stand in for torch's function of that name. Raises ModelError where dropout is on."""
     if dropout_p:
         raise ModelError("attention dropout is on: call model.eval() before taking exact products")
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     return attention(query, key, value, Mask.of(attn_mask, is_causal), scale)

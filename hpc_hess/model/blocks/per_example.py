@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from hpc_hess.errors import ModelError, SplitError
 from hpc_hess.model.blocks.blocks import SplitModel
+from hpc_hess.model.blocks.eager import attention_in_chunks
 from hpc_hess.model.blocks.exchange import Exchange, Tensors
 from hpc_hess.model.blocks.recording import record
 from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, shifted_targets
@@ -64,7 +65,7 @@ class ExampleGradients:
         model = self._model
         objective = CausalLMObjective([batch], batch.num_tokens, model.space.device)
         named = {n: p for n, p in model.module.named_parameters() if n in self._places}
-        with torch.enable_grad():
+        with torch.enable_grad(), attention_in_chunks([]):
             loss = objective.contribution(model.module, 0).total
             wanted = list(named.values())
             found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
@@ -110,7 +111,8 @@ class _Streamed:
 
     def run(self, batch: MicroBatch, give: Callable[[Tensors], None]) -> float:
         split, batch = self._split, batch.to(self._device)
-        with self._world.guard("gradient of an example"), honest_casts(self._exchange.dtype), torch.no_grad():
+        guard = self._world.guard("gradient of an example")
+        with guard, honest_casts(self._exchange.dtype), torch.no_grad(), attention_in_chunks([]):
             full = self._fetch(0)
             arguments, tensors = split.arguments(full, batch)
             boundary, extras, kept = tensors[0], tensors[1:], list[Several]()

@@ -7,6 +7,7 @@ wrappers set on an instance (frozen routing, checkpointing) take part.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from hpc_hess.model.blocks.attention import scaled_dot_product_attention, wide
+from hpc_hess.model.blocks.attention import scaled_dot_product_attention
+from hpc_hess.model.blocks.attention_chunks import wide
+from hpc_hess.model.blocks.eager import attention_in_chunks
 from hpc_hess.model.blocks.experts import own_experts
 
 Places = list[tuple[nn.Module, str]]
@@ -124,29 +127,30 @@ def differentiable_kernels(module: nn.Module) -> Iterator[list[str]]:
     """Use kernels that can be differentiated twice and forwards; yield one sentence for each switch.
 
     Fused attention and grouped experts have neither forward derivatives nor double backward. The function computed is
-    the same up to rounding.
+    the same up to rounding. The list grows while the module runs, by attention that keeps matrices of queries x keys.
     """
     configs = {id(c): c for c in (getattr(m, "config", None) for m in module.modules()) if c is not None}
-    notes: dict[str, None] = {}
+    switched: dict[str, None] = {}
     saved: list[tuple[Any, str, Any]] = []
     try:
         for config in configs.values():
             attention = getattr(config, "_attn_implementation", None)
             if attention == "sdpa":  # intercepted below
-                notes["attention computed without fused kernels for exact products: they lack derivatives"] = None
+                switched["attention computed without fused kernels for exact products: they lack derivatives"] = None
             elif isinstance(attention, str) and attention != "eager":
                 saved.append((config, "_attn_implementation", attention))
-                notes[f'attention computed by "eager" for exact products: "{attention}" lacks derivatives'] = None
+                switched[f'attention computed by "eager" for exact products: "{attention}" lacks derivatives'] = None
             experts = getattr(config, "_experts_implementation", None)
             if isinstance(experts, str) and experts != "batched_mm":
                 saved.append((config, "_experts_implementation", experts))
                 if experts != "eager":
-                    notes[f'tokens are sorted by expert for exact products: "{experts}" lacks derivatives'] = None
+                    switched[f'tokens are sorted by expert for exact products: "{experts}" lacks derivatives'] = None
         for config, key, _ in saved:
             setattr(config, key, "eager" if key == "_attn_implementation" else own_experts())
+        notes = list(switched)
         # F.multi_head_attention_forward calls the fused kernel where no mode sees it
-        with _Decomposed(), sdpa_kernel(SDPBackend.MATH):
-            yield list(notes)
+        with _Decomposed(notes), attention_in_chunks(notes), sdpa_kernel(SDPBackend.MATH):
+            yield notes
     finally:
         for config, key, used in saved:
             setattr(config, key, used)
@@ -160,7 +164,15 @@ class _Decomposed(TorchFunctionMode):
     SDPA's own decomposition gives NaN for tokens that see nothing (left padding).
     """
 
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__()
+        self._notes = notes
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SOFTMAX and args and args[0].ndim >= 4 and math.prod(args[0].shape[-2:]) >= _LARGE:
+            note = "attention is written out in the model's code: its matrices of queries x keys take memory at this length"
+            if note not in self._notes:
+                self._notes.append(note)
         return _DECOMPOSITIONS.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -192,6 +204,9 @@ def _affine(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
 
+
+_SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
+_LARGE = 1 << 20  # queries x keys of a head
 
 _DECOMPOSITIONS: dict[Any, Any] = {
     F.layer_norm: _layer_norm,
