@@ -32,7 +32,7 @@ Tensor = torch.Tensor
 Maybe = Tensor | None
 
 # Entries of a chunk, over batch, heads, queries and keys: on a CPU its matrices stay in the cache, on a GPU they fill it.
-CHUNK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 25}
+CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 25}
 _TRACED = 1 << 24  # in a traced graph every chunk is written out; plans trace without numbers
 _LEAST_ROWS = 16
 
