@@ -10,14 +10,18 @@ Under vmap over directions each function runs once for all of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from hpc_hess.errors import ModelError
 from hpc_hess.model.blocks.attention_chunks import Form, Inputs, duals, gradients, pulls, values, wide
+
+WRITTEN_OUT = 1 << 22  # entries of queries x keys up to which a traced graph holds every operation
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,39 @@ def _read(args: Any) -> tuple[Form, Inputs, torch.Tensor, Any]:
     return Form(tensors[4], tensors[5], causal, scale, cap), Inputs(*tensors[:4]), tensors[6], tensors[_SHARED:]
 
 
+def _computed(what: str, *args: Any) -> list[torch.Tensor]:
+    """Return the results of one of the functions below."""
+    form, x, o, rest = _read(args)
+    if what == "values":
+        return [values(form, x)]
+    if what == "duals":
+        return list(duals(form, x, Inputs(*rest)))
+    if what == "gradients":
+        return list(_present(gradients(form, x, o, *rest)))
+    *dots, o_dot, r, o1, o2 = rest
+    return list(_present(*pulls(form, x, Inputs(*dots), o, o_dot, r, o1, o2)))
+
+
+@torch.library.custom_op("hpc_hess::attention", mutates_args=())
+def _one_node(
+    what: str, tensors: list[torch.Tensor | None], causal: bool, scale: float, cap: float | None
+) -> list[torch.Tensor]:
+    return _computed(what, *tensors, causal, scale, cap)
+
+
+@_one_node.register_fake
+def _(what: str, tensors: Any, causal: bool, scale: float, cap: float | None) -> list[torch.Tensor]:
+    return _computed(what, *tensors, causal, scale, cap)
+
+
+def _results(what: str, args: Any) -> tuple[torch.Tensor, ...]:
+    """As :func:`_computed`; large in a traced graph it is one node, which takes its chunks when it runs."""
+    if get_proxy_mode() is None or math.prod(args[0].shape[:-1]) * args[1].shape[-2] <= WRITTEN_OUT:
+        return tuple(_computed(what, *args))
+    *tensors, causal, scale, cap = args
+    return tuple(_one_node(what, tensors, causal, scale, cap))
+
+
 def _present(*inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return tuple(t for found in inputs for t in found if t is not None)
 
@@ -193,8 +230,7 @@ class _Attention(_Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        form, x, _, _ = _read(args)
-        return (values(form, x),)
+        return _results("values", args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -212,8 +248,7 @@ class _Gradient(_Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        form, x, o, (bars,) = _read(args)
-        return _present(gradients(form, x, o, bars))
+        return _results("gradients", args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -240,8 +275,7 @@ class _Dual(_Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        form, x, _, dots = _read(args)
-        return duals(form, x, Inputs(*dots))
+        return _results("duals", args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -271,8 +305,7 @@ class _Pull(_Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        form, x, o, (*dots, o_dot, r, o1, o2) = _read(args)
-        return _present(*pulls(form, x, Inputs(*dots), o, o_dot, r, o1, o2))
+        return _results("pulls", args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
