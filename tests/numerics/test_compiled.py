@@ -17,6 +17,7 @@ from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.exact.repaying import Repaying
 from hpc_hess.curvature.exact.streaming import Settings
+from hpc_hess.model.blocks import attention
 from hpc_hess.parallel.world import World
 from tests.support.exact_case import ToyBlock, ToyLM, case, error, micro_batches, objective, vectors, widened
 from tests.support.exact_case import whole_model as whole
@@ -85,6 +86,18 @@ def test_graphs_compute_what_the_model_does(name: str, kind: type[StreamedOperat
     assert max(error(f, e.data) for f, e in zip(found, [*expected, expected[0]], strict=True)) < 1e-14
     assert of(operator).compiled == 2 * PROGRAMS, "all layers share their programs, of two widths"
     assert not about_compiling(operator)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_large_attention_is_one_node_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WRITTEN_OUT", 0)
+    graphs: list[fx.GraphModule] = []
+    monkeypatch.setattr(programs, "compile_graph", lambda graph, *_: graphs.append(graph) or graph)
+    operator, wrong = llama(None)
+    assert wrong() < 1e-6
+    assert not about_compiling(operator)
+    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes if "hpc_hess.attention" in str(node.target)]
+    assert len(calls) == 2 * (1 + 2), "there: value and tangent; back: these and their pull; of two shapes"
 
 
 @pytest.mark.parametrize(

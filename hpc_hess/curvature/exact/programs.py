@@ -76,7 +76,11 @@ class Programs:
         """Return what ``work``'s function does, for all directions of ``port``."""
         (common, shared_form), (own, each_form) = tree_flatten(shared), tree_flatten(each)
         forms = shared_form, each_form
-        constants = tuple(None if isinstance(t, torch.Tensor) else _constant(t) for t in [*common, *own])
+        others = [t for t in [*common, *own] if not isinstance(t, torch.Tensor)]
+        if strange := [t for t in others if not isinstance(t, _CONSTANTS)]:
+            self._note(work.stage.title, f"it takes a {type(strange[0]).__name__}")
+            return work.function(shared, each)
+        constants = tuple(map(repr, others))
         tensors = [t for t in common if isinstance(t, torch.Tensor)]
         single = [t for t in own if isinstance(t, torch.Tensor)]
         found: list[_Entry] = []
@@ -242,12 +246,6 @@ def _filled(structure: tuple[list[bool], Any], tensors: list[torch.Tensor]) -> T
 
 def _flat(results: tuple[list[torch.Tensor], list[torch.Tensor]]) -> list[torch.Tensor]:
     return [*results[0], *results[1]]
-
-
-def _constant(value: Any) -> str:
-    if not isinstance(value, _CONSTANTS):
-        raise UntraceableError(f"it takes a {type(value).__name__}")
-    return repr(value)
 
 
 def _signature(*lists: list[torch.Tensor]) -> tuple[Any, ...]:

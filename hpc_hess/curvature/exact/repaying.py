@@ -43,9 +43,9 @@ class Repaying:
 
     @contextmanager
     def programs(self, width: int, device: torch.device) -> Iterator[Programs | None]:
-        """Give what runs the stages in a product with ``width`` vectors. Collective: yes, with "auto"."""
-        if self._mode == "on" or width in self.widths:
-            yield self._compiling(device)
+        """Give what runs the stages in a product with ``width`` vectors. Collective: yes."""
+        if (self._mode == "on" or width in self.widths) and self._able(device):
+            yield self._programs
             return
         began = time.perf_counter()
         yield None
@@ -58,18 +58,20 @@ class Repaying:
         left = max(self._expected - sum(self._done.values()), self._done[width])
         each_s = self._world.max_over_ranks(seconds, "time of an exact product") / width
         cost_s = PROGRAM_S * self._count
-        if GAIN * each_s * left > cost_s and self._compiling(device) is not None:
+        if GAIN * each_s * left > cost_s and self._able(device):
             self.widths.add(width)
             self._notes.append(
                 f"from here on compiled: about {left} products of {each_s:.3g} s are left, and {self._count} programs take "
                 f"{cost_s / 60:.0f} min, once"
             )
 
-    def _compiling(self, device: torch.device) -> Programs | None:
+    def _able(self, device: torch.device) -> bool:
+        """Return whether all ranks can compile, or none will. Collective: yes, the first time."""
         if self._programs is None and self._mode != "off":
-            if reason := why_not(device):
-                self._notes.append(f"exact products are not compiled: {reason}")
-                self._mode = "off"
-            else:
+            reason = why_not(device)
+            if self._world.all_true(not reason, "can every rank compile?"):
                 self._programs = Programs(self._kernels, self._directory, self._notes)
-        return self._programs
+            else:
+                self._notes.append(f"exact products are not compiled: {reason or 'another rank cannot'}")
+                self._mode = "off"
+        return self._programs is not None
