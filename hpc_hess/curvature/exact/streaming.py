@@ -239,7 +239,7 @@ class _Sweep:
         scale = torch.tensor(self.scale, dtype=torch.float64, device=targets.device)
         work, total = head.stage.loss(self.settings.start), list[torch.Tensor]()
         parts: list[tuple[Several, Several | None]] = []
-        for chunk in predicted.new_tensor(range(len(predicted))).split(self._chunk()):
+        for chunk in predicted.new_tensor(range(len(predicted))).split(self._chunk(len(predicted))):
             places, counted = (chunk, None) if self.programs is None else _filled_up(chunk)
             inputs = (rows[places],), targets[predicted[places]], scale, counted
             h_bar, (tangents, h_bar_dot) = self._run(work, head.shared(*inputs), head.each((rows_dot[places],)))
@@ -259,9 +259,11 @@ class _Sweep:
         self._add(tuple(sums), list(sums.values()))
         return x_bar_dot, x_bar
 
-    def _chunk(self) -> int:
-        """Tokens whose logits and tangents fit the budget."""
-        return max(1, self.settings.logit_budget // (self.split.known.vocabulary * (1 + self.exchange.num_directions)))
+    def _chunk(self, tokens: int) -> int:
+        """Return how many of the tokens go together: their logits and tangents fit the budget, and all chunks are alike."""
+        most = self.settings.logit_budget // (self.split.known.vocabulary * (1 + self.exchange.num_directions))
+        count = -(-tokens // max(1, most))
+        return -(-tokens // max(1, count))
 
     @staticmethod
     def _spread(parts: Sequence[Several], places: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
