@@ -123,7 +123,7 @@ class OperatorSection(Section):
     """The matrix: {entries}."""
     method: Literal["finite_difference", "exact"] = "finite_difference"
     """How it is multiplied: by differences of gradients, or exactly: streamed block by block, without a step, at about
-    twice the cost."""
+    1.3 times the cost."""
     scheme: Literal["forward", "central", "fourth"] = "central"
     """Finite differences with 1, 2 or 4 gradients a product; more are more accurate."""
     step: Literal["auto"] | float = "auto"

@@ -239,7 +239,8 @@ class _Sweep:
         scale = torch.tensor(self.scale, dtype=torch.float64, device=targets.device)
         work, total = head.stage.loss(self.settings.start), list[torch.Tensor]()
         parts: list[tuple[Several, Several | None]] = []
-        for chunk in predicted.new_tensor(range(len(predicted))).split(self._chunk(len(predicted))):
+        tokens = predicted.new_tensor(range(len(predicted)))
+        for chunk in tokens.split(self._chunk(len(tokens))) if len(tokens) else ():
             places, counted = (chunk, None) if self.programs is None else _filled_up(chunk)
             inputs = (rows[places],), targets[predicted[places]], scale, counted
             h_bar, (tangents, h_bar_dot) = self._run(work, head.shared(*inputs), head.each((rows_dot[places],)))
@@ -262,8 +263,7 @@ class _Sweep:
     def _chunk(self, tokens: int) -> int:
         """Return how many of the tokens go together: their logits and tangents fit the budget, and all chunks are alike."""
         most = self.settings.logit_budget // (self.split.known.vocabulary * (1 + self.exchange.num_directions))
-        count = -(-tokens // max(1, most))
-        return -(-tokens // max(1, count))
+        return -(-tokens // -(-tokens // max(1, most)))
 
     @staticmethod
     def _spread(parts: Sequence[Several], places: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
