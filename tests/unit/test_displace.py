@@ -24,7 +24,7 @@ def test_to_the_nearest_and_what_was_realised(dtype):
 def test_moments(size):
     v = torch.randn(size)
     exact = v.double().square()
-    assert kernels.moments(v).tolist() == pytest.approx([exact.sum().item(), exact.square().sum().item()], rel=1e-7)
+    assert kernels.moments(v).tolist() == pytest.approx([exact.sum().item(), exact.square().sum().item()], rel=3e-7)
 
 
 @pytest.mark.parametrize("share", [0.3, -0.3, 1.7])

@@ -13,6 +13,8 @@ EXCEPTIONS = {
     "api/spectra.py": {"eigenpairs"},
     "curvature/exact/tangents.py": {"pull_again", "push_keeping"},  # a function, its point, its direction
     "model/blocks/attention.py": {"scaled_dot_product_attention"},  # torch's own
+    "model/blocks/attention_chunks.py": {"pulls"},  # what stands in its formula
+    "model/blocks/eager.py": {"_attend", "_ours", "_same"},  # as transformers' own
     "report/comparison.py": {"write_comparison"},  # what a page holds, by name
     "storage/build.py": {"build"},  # how a store lies on disk, by name
     "storage/opening.py": {"rebuild"},

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hpc_hess.curvature.exact.ports import Mapped, Single
 from hpc_hess.curvature.exact.self_check import disagreement, first_line
 from hpc_hess.curvature.exact.stages import Stage, Tree, Work
+from hpc_hess.parallel import devices
 
 Kernels = Callable[[], AbstractContextManager[Any]]
 Together = Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[list[torch.Tensor], list[torch.Tensor]]]
@@ -317,7 +318,7 @@ def _machine(tensors: list[torch.Tensor]) -> str:
     device = tensors[0].device
     if device.type == "cpu":
         return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return f"{torch.get_device_module(device).get_device_name(device)}, {torch.get_float32_matmul_precision()}"
+    return f"{devices.name(device)}, {torch.get_float32_matmul_precision()}"
 
 
 def why_not(device: torch.device) -> str:

@@ -32,7 +32,8 @@ Tensor = torch.Tensor
 Maybe = Tensor | None
 
 # Entries of a chunk, over batch, heads, queries and keys: on a CPU its matrices stay in the cache, on a GPU they fill it.
-CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 25}
+CHUNK_ENTRIES = {"cpu": 1 << 19}
+_LARGE = 1 << 25  # of other devices
 _TRACED = 1 << 24  # in a traced graph every chunk is written out; plans trace without numbers
 _LEAST_ROWS = 16
 
@@ -281,7 +282,7 @@ def _parts(form: Form, x: Inputs) -> Iterator[_Part]:
     """Yield the chunks: whole examples, whole heads, or some queries of one head (of keys)."""
     (batch, heads, groups, queries, _), keys = x.q.shape, x.k.shape[-2]
     traced = get_proxy_mode() is not None or is_fake(x.q)
-    entries = CHUNK_ENTRIES.get(x.q.device.type, CHUNK_ENTRIES["cuda"])
+    entries = CHUNK_ENTRIES.get(x.q.device.type, _LARGE)
     entries = max(entries, _TRACED) if traced else entries
     rows = min(queries, max(_LEAST_ROWS, entries // (groups * keys)))
     some_heads = min(heads, max(1, entries // (groups * queries * keys)))

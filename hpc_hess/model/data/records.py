@@ -30,13 +30,13 @@ def _begins_with(path: Path, letter: str) -> bool:
 def _lines_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for number, line in lines_of(path):
         place = f"{path}, line {number}"
-        yield _object(_parsed(line, place), place, "line"), f"{path.name}, line {number}"
+        yield _record(_parsed(line, place), place, "line"), f"{path.name}, line {number}"
 
 
 def _array_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for number, record in enumerate(_parsed(read_whole(path), str(path))):
         place = f"{path}, record {number}"
-        yield _object(record, place, "record"), f"{path.name}, record {number}"
+        yield _record(record, place, "record"), f"{path.name}, record {number}"
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -48,7 +48,7 @@ def _parsed(text: str, place: str) -> Any:
         raise DataError(f"{place} is nested too deeply") from None
 
 
-def _object(record: Any, place: str, each: str) -> dict[str, Any]:
+def _record(record: Any, place: str, each: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f'{place} is not an object: each {each} should be {{"text": "..."}} or {{"messages": [...]}}')
     return record
