@@ -106,15 +106,6 @@ def test_own_code_is_off_unless_asked_for(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
-    toy_directory("gpt_oss", tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"quantised \(mxfp4\)"):
-        resolve(tmp_path)
-
-
 def test_not_a_causal_model_and_no_such_attention(tmp_path: Path) -> None:
     from transformers import T5Config
 
