@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_hess.config import ModelSection
@@ -35,6 +34,7 @@ from tests.support.quantised_models import (
     to_fp8,
 )
 from tests.support.spawn import run_ranks
+from tests.support.stored_models import whole_parameters
 
 
 def opened(path: Path, **settings: Any) -> tuple[torch.nn.Module, Any]:
@@ -151,8 +151,7 @@ def parameters_of_ranks(world: World, path: str) -> dict[str, np.ndarray]:
     skeleton, reader = opened(Path(path))
     model = shard_model(skeleton, world, master_dtype=torch.float32, compute_dtype=torch.float32)
     fill(model.module, reader, world.shard_rank, world.shard_size)
-    found = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.module.named_parameters()}
-    return {name: tensor.detach().numpy() for name, tensor in found.items()}
+    return whole_parameters(model.module)
 
 
 @pytest.mark.parametrize("form", ["mxfp4", "fp8"])

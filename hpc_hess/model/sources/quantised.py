@@ -32,6 +32,11 @@ _ACTIVATIONS = re.compile(r"\.(?:(?:input|output|activation|q|k|v|kv)_scale|inpu
 _MERGED = re.compile(r"\.experts\.\d+\.")
 
 
+def cover(low: int, high: int, size: int) -> tuple[int, int]:
+    """Return which blocks of ``size`` entries meet [low, high)."""
+    return low // size, -(-high // size)
+
+
 @dataclass(frozen=True)
 class Mxfp4:
     """Experts [E, K, N] of 4 bits an entry: ``blocks`` [E, N, K/32, 16] uint8 and ``scales`` [E, N, K/32], powers of two."""
@@ -54,7 +59,7 @@ class Mxfp4:
     def read(self, box: Box) -> torch.Tensor:
         """Return the box in float32."""
         experts, (low, high), columns = box
-        groups = _cover(low, high, _GROUP)
+        groups = cover(low, high, _GROUP)
         packed = self.blocks.read((experts, columns, groups, (0, _GROUP // 2)))
         exponents = self.scales.read((experts, columns, groups)).to(torch.int32).sub_(127)
         values = _PAIRS.index_select(0, packed.flatten().int()).reshape(*packed.shape[:3], _GROUP)
@@ -89,7 +94,7 @@ class Scaled:
         if math.prod(self.scale.shape) == 1:
             return values.mul_(self._factor(tuple((0, 1) for _ in self.scale.shape)).reshape(()))
         height, width = self.block
-        rows, columns = _cover(top, bottom, height), _cover(left, right, width)
+        rows, columns = cover(top, bottom, height), cover(left, right, width)
         factor = self._factor((*lead, rows, columns)).index_select(-2, torch.arange(top, bottom) // height - rows[0])
         for k in range(columns[0], columns[1]):
             inside = slice(max(k * width, left) - left, min((k + 1) * width, right) - left)
@@ -130,8 +135,13 @@ def dequantised(
                 f"{directory / tensor.file} holds '{key}' ({tensor.dtype}) without '{scale}': {_incomplete(how)}"
             )
     count = sum(not isinstance(tensor, Stored) for tensor in found.values())
-    text = f"what is computed is of the dequantised weights ({how.method}, {count} tensors); activations are not quantised"
-    return found, [noted("weights.files", text)]
+    return found, [note(how.method, count)]
+
+
+def note(form: str, count: int) -> Finding:
+    """Return what is to be said of ``count`` tensors in a quantised form."""
+    text = f"what is computed is of the dequantised weights ({form}, {count} tensors); activations are not quantised"
+    return noted("weights.files", text)
 
 
 def _incomplete(how: Quantisation) -> str:
@@ -166,8 +176,3 @@ def _require(fits: bool, weight: Stored, scale: Stored, directory: Path) -> None
             f"{directory / weight.file} holds {told}, which do not go together as the quantization_config of config.json "
             "says: check that the files belong to this configuration"
         )
-
-
-def _cover(low: int, high: int, size: int) -> tuple[int, int]:
-    """Return which blocks of ``size`` entries meet [low, high)."""
-    return low // size, -(-high // size)
