@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hpc_hess.errors import ModelError
@@ -22,9 +23,12 @@ from hpc_hess.model.sources.lazy import Box
 from hpc_hess.model.sources.stored import Stored
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # values of 4 bits
-_PAIRS = torch.tensor([[_E2M1[byte & 15], _E2M1[byte >> 4]] for byte in range(256)])  # the lower half comes first
+# the two values of each byte, the lower half first, as one item; the scale that each byte is the exponent of
+_PAIRS = np.array([[_E2M1[byte & 15], _E2M1[byte >> 4]] for byte in range(256)], np.float32).view(np.uint64).reshape(-1)
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
 _GROUP = 32  # entries under one scale of MXFP4
 _BYTES = ("F8_E4M3", "F8_E5M2", "I8")
+_CHUNK = 1 << 20  # bytes that are looked up at a time: numpy makes an index of 8 bytes of each
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPONENTS = ("U8", "F8_E8M0")
 # of activations and of the keys and values that generation keeps: neither is part of the weights
@@ -61,9 +65,9 @@ class Mxfp4:
         experts, (low, high), columns = box
         groups = cover(low, high, _GROUP)
         packed = self.blocks.read((experts, columns, groups, (0, _GROUP // 2)))
-        exponents = self.scales.read((experts, columns, groups)).to(torch.int32).sub_(127)
-        values = _PAIRS.index_select(0, packed.flatten().int()).reshape(*packed.shape[:3], _GROUP)
-        torch.ldexp(values, exponents.unsqueeze(-1), out=values)
+        powers = _POWERS[self.scales.read((experts, columns, groups)).view(torch.uint8).int()]
+        values = torch.from_numpy(_look_up(_PAIRS, packed).view(np.float32)).reshape(*packed.shape[:3], _GROUP)
+        values.mul_(powers.unsqueeze(-1))
         start = groups[0] * _GROUP
         return values.flatten(2)[..., low - start : high - start].transpose(1, 2)
 
@@ -90,7 +94,7 @@ class Scaled:
     def read(self, box: Box) -> torch.Tensor:
         """Return the box, in ``dtype``."""
         *lead, (top, bottom), (left, right) = box
-        values = self.weight.read(box).to(_TYPES[self.dtype])
+        values = _values(self.weight.read(box)).to(_TYPES[self.dtype])
         if math.prod(self.scale.shape) == 1:
             return values.mul_(self._factor(tuple((0, 1) for _ in self.scale.shape)).reshape(()))
         height, width = self.block
@@ -106,6 +110,24 @@ class Scaled:
         if scale.dtype == torch.uint8:  # the exponents of powers of two
             scale = (scale.float() - 127.0).exp2()
         return scale.to(_TYPES[self.dtype])
+
+
+def _values(stored: torch.Tensor) -> torch.Tensor:
+    """Return numbers of 8 bits in float32: those of floating point by a table, five times as fast as the conversion."""
+    if stored.dtype == torch.int8:
+        return stored.float()
+    table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float().numpy()
+    return torch.from_numpy(_look_up(table, stored)).reshape(stored.shape)
+
+
+def _look_up(table: np.ndarray, stored: torch.Tensor) -> np.ndarray:
+    """Return the item of ``table`` for each byte, flat."""
+    index = stored.contiguous().view(torch.uint8).numpy().reshape(-1)
+    found = np.empty(index.size, table.dtype)
+    for start in range(0, index.size, _CHUNK):
+        place = slice(start, start + _CHUNK)
+        np.take(table, index[place], out=found[place], mode="clip")
+    return found
 
 
 def dequantised(
