@@ -34,7 +34,7 @@ from tests.support.quantised_models import (
     to_fp8,
 )
 from tests.support.spawn import run_ranks
-from tests.support.stored_models import whole_parameters
+from tests.support.stored_models import findings, go, whole_parameters
 
 
 def opened(path: Path, **settings: Any) -> tuple[torch.nn.Module, Any]:
@@ -164,6 +164,13 @@ def test_two_ranks_hold_what_one_holds(form: str, tmp_path: Path) -> None:
     for rank in run_ranks(parameters_of_ranks, 2, str(tmp_path)):
         for name, whole in rank.items():
             assert np.array_equal(whole, reader.read(name, 0, 0, whole.shape[0]).numpy()), name
+
+
+def test_the_result_and_the_report_say_so(tmp_path: Path, world: World) -> None:
+    save("llama_untied", tmp_path / "model", fp8_config((4, 8)), to_fp8((4, 8)), intermediate_size=24)
+    result = go(tmp_path / "model", tmp_path, world)
+    assert "of the dequantised weights (fp8, 21 tensors)" in findings(result, "weights.files")[-1]
+    assert "of the dequantised weights" in (tmp_path / "run" / "report.html").read_text()
 
 
 class Largest(TorchDispatchMode):
