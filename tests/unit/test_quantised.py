@@ -168,7 +168,7 @@ def test_two_ranks_hold_what_one_holds(form: str, tmp_path: Path) -> None:
 
 def test_the_result_and_the_report_say_so(tmp_path: Path, world: World) -> None:
     save("llama_untied", tmp_path / "model", fp8_config((4, 8)), to_fp8((4, 8)), intermediate_size=24)
-    result = go(tmp_path / "model", tmp_path, world)
+    result = go(tmp_path / "model", tmp_path, world, run__report=True)
     assert "of the dequantised weights (fp8, 21 tensors)" in findings(result, "weights.files")[-1]
     assert "of the dequantised weights" in (tmp_path / "run" / "report.html").read_text()
 
