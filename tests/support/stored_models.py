@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import ModelSection, make_config
@@ -37,6 +39,12 @@ def load(path: Path, **settings: Any) -> tuple[torch.nn.Module, WeightReader, So
                 torch.utils.swap_tensors(parameter, torch.nn.Parameter(torch.empty(parameter.shape)))
     fill(skeleton, reader)
     return skeleton, reader, source
+
+
+def whole_parameters(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Return every parameter of a sharded model, gathered. Collective: yes."""
+    found = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
+    return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
 
 def loss_of(path: Path, **settings: Any) -> float:

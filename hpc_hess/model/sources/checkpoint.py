@@ -1,4 +1,4 @@
-"""Weights from a directory of safetensors files, read slice by slice."""
+"""Weights from a directory of safetensors files, read slice by slice; quantised ones are dequantised as they are read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.directory import WeightFiles
 from hpc_hess.intake.findings import Finding, noted, passed
+from hpc_hess.intake.quantisation import Quantisation, declared
 from hpc_hess.intake.tensors import ROTARY, Architecture, companion, names, sort_unused, wrong_type
 from hpc_hess.model.sources.conversion import Mapped, model_tensors
 from hpc_hess.model.sources.lazy import Computed, Lazy
+from hpc_hess.model.sources.quantised import Mxfp4, Scaled, dequantised
 from hpc_hess.model.sources.source import Source
 from hpc_hess.model.sources.stored import SafetensorsFiles, Stored
 
@@ -31,27 +33,36 @@ class SafetensorsReader:
     files : which files hold the weights.
     skeleton : the model, before or after sharding; gives names, shapes and the architecture's conversion table.
     ignore_unused : take the model although the files hold tensors that it does not take.
+    quantisation : the one that config.json declares.
 
     Raises
     ------
-    ModelError : a file is damaged; a tensor is quantised, or has no place in the model; a parameter has no tensor, or
-        one of another shape; two tensors that the configuration ties differ.
+    ModelError : a file is damaged; a tensor is quantised as config.json does not say, or has no place in the model; a
+        parameter has no tensor, or one of another shape; two tensors that the configuration ties differ.
 
     """
 
-    def __init__(self, files: WeightFiles, skeleton: nn.Module, ignore_unused: bool = False) -> None:
+    def __init__(
+        self, files: WeightFiles, skeleton: nn.Module, ignore_unused: bool = False, quantisation: Quantisation | None = None
+    ) -> None:
         self._directory = files.directory
         self._files = SafetensorsFiles(files)
-        stored = self._files.tensors()
+        held = self._files.tensors()
+        stored: Mapping[str, Stored | Mxfp4 | Scaled] = held
+        notes: list[Finding] = []
+        if quantisation is not None:
+            stored, notes = dequantised(held, quantisation, self._directory)
         mapped = model_tensors(stored, skeleton)
         self._tensors = mapped.tensors
-        _check_types(self._directory, stored, mapped, skeleton)
+        says = f"config.json declares {quantisation.method}" if quantisation else "config.json has no quantization_config"
+        _check_types(self._directory, stored, mapped, skeleton, says)
         self._tie(skeleton)
         self._check(skeleton, stored)
-        types = ", ".join(sorted({tensor.dtype for tensor in stored.values()}))
+        types = ", ".join(sorted({tensor.dtype for tensor in held.values()}))
         where = files.names[0] if len(files.names) == 1 else f"{len(files.names)} files"
         self.findings = [
-            passed("weights.files", f"{len(stored)} tensors ({types}) of {where}"),
+            passed("weights.files", f"{len(held)} tensors ({types}) of {where}"),
+            *notes,
             *unused_findings(self._directory, stored, mapped, skeleton, ignore_unused),
             *_missing_buffers(mapped, skeleton),
         ]
@@ -124,9 +135,11 @@ class SafetensorsReader:
                 )
 
 
-def _check_types(directory: Path, stored: Mapping[str, Stored], mapped: Mapped, skeleton: nn.Module) -> None:
-    """Refuse tensors that are stored in a type, or beside scales, that only a declared quantisation explains."""
-    remedy = "config.json has no quantization_config: dequantise the checkpoint to bfloat16 or float32 safetensors first"
+def _check_types(
+    directory: Path, stored: Mapping[str, Stored | Mxfp4 | Scaled], mapped: Mapped, skeleton: nn.Module, says: str
+) -> None:
+    """Refuse tensors that are stored in a type, or beside scales, that what config.json ``says`` does not explain."""
+    remedy = f"{says}: dequantise the checkpoint to bfloat16 or float32 safetensors first"
     for name, place in [*skeleton.named_parameters(), *skeleton.named_buffers()]:
         for key in mapped.sources.get(name, ()):
             if kind := wrong_type(stored[key].dtype, place.is_floating_point()):
@@ -217,4 +230,5 @@ def _same(a: Lazy, b: Lazy) -> bool:
 def reader(source: Source, section: ModelSection, skeleton: nn.Module) -> SafetensorsReader:
     """Return the reader of a directory, as a ModelSpec names it."""
     assert source.files is not None
-    return SafetensorsReader(source.files, skeleton, section.unused == "ignore")
+    how = declared(source.hf_config, source.path)
+    return SafetensorsReader(source.files, skeleton, section.unused == "ignore", how)

@@ -25,22 +25,6 @@ class Lazy(Protocol):
 
 
 @dataclass(frozen=True)
-class Resident:
-    """A tensor that is in memory already."""
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        return tuple(self.tensor.shape)
-
-    def read(self, box: Box) -> torch.Tensor:
-        """Return a view of the box."""
-        return self.tensor[tuple(slice(low, high) for low, high in box)]
-
-
-@dataclass(frozen=True)
 class Stacked:
     """Equal tensors along a new dimension: experts kept one by one in the file."""
 
@@ -110,6 +94,27 @@ class Part:
         low, high = box[self.dim]
         shifted = (low + self.start, high + self.start)
         return self.whole.read((*box[: self.dim], shifted, *box[self.dim + 1 :]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor whose row ``order[k]`` comes as row k; rows that follow each other lie near each other."""
+
+    inner: Lazy
+    order: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The inner shape."""
+        return self.inner.shape
+
+    def read(self, box: Box) -> torch.Tensor:
+        """Read the rows between the first and the last that are needed, return them in their order."""
+        order = self.order[box[0][0] : box[0][1]]
+        if not len(order):
+            return _empty(box)
+        low = int(order.min())
+        return self.inner.read(((low, int(order.max()) + 1), *box[1:])).index_select(0, order - low)
 
 
 @dataclass(frozen=True)

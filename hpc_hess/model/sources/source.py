@@ -26,6 +26,7 @@ from hpc_hess.intake.directory import (
 )
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.intake.own_code import code_files, decide
+from hpc_hess.intake.quantisation import declared
 from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint, gguf_table, safetensors_table, told
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.registry.sources import MODELS
@@ -60,7 +61,7 @@ def resolve_source(section: ModelSection) -> Source:
 
     Raises
     ------
-    ModelError : nothing there or on the Hub, weights in a form that is not read, a quantised checkpoint, an unreadable
+    ModelError : nothing there or on the Hub, weights in a form or quantisation that is not read, an unreadable
         configuration, files outside of the directory, code that is needed and not trusted or not there.
 
     """
@@ -216,11 +217,7 @@ def _load_config(path: Path, own_code: bool, values: dict[str, Any]) -> Any:
     refuse_negative(values, directory / "config.json")
     target = directory if path.name == "config.json" else path
     config = _parsed(path, values, str(target), trust_remote_code=own_code)
-    for part in (config, config.get_text_config()):
-        quantization = getattr(part, "quantization_config", None)
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-            raise ModelError(f"{path} is quantised ({method}): dequantise it to bfloat16 or float32 safetensors first")
+    declared(config, path)
     return config
 
 
