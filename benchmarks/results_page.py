@@ -520,6 +520,19 @@ TABLES: dict[str, Callable[[], str]] = {
             "compiling, s": "compiling, s",
         },
     ),
+    "startup": lambda: table(
+        [
+            {
+                "what": row["what"],
+                "asked": row.get("asked", ""),
+                "CPU seconds": row["measured"],
+                "before": row.get("before", ""),
+                "files": row.get("files", ""),
+            }
+            for row in rows("startup")
+            if not row["what"].startswith("imports")
+        ]
+    ),
     "kernels": lambda: table(rows("compiled_kernels")),
     "products-1b": lambda: chosen("products_llama_1b", _PRODUCT),
     "products-05b": lambda: chosen("products_llama_05b", _PRODUCT),
