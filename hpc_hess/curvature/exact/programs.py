@@ -181,7 +181,10 @@ class Programs:
                 self.compiled += 1
                 return compile_graph(graph, tensors, path)
         except OSError as error:
-            self._notes.append(f"compiled programs are not kept in {self._directory} ({first_line(error)})")
+            self._notes.append(
+                f"compiled programs are not kept in {self._directory} ({first_line(error)}): set operator.programs to a "
+                "directory that can be written"
+            )
             self._directory = None
             return self._compiled(graph, tensors)
 
