@@ -276,6 +276,9 @@ class Config(Section):
         dump = self.model_dump()
         for section, key in _NOT_IDENTITY:
             dump[section].pop(key)
+        for section, key in _UNKNOWN_TO_EARLIER:
+            if dump[section][key] == type(getattr(self, section)).model_fields[key].default:
+                dump[section].pop(key)
         dump.pop("run")
         dump.pop("store")
         dump.pop("studies")
@@ -283,6 +286,15 @@ class Config(Section):
             dump.pop("sketch")
         return dump
 
+
+# Keys that run directories of earlier versions do not have: their defaults mean what was computed then.
+_UNKNOWN_TO_EARLIER = [
+    ("model", "revision"),
+    ("data", "loss_on"),
+    ("data", "config"),
+    ("data", "split"),
+    ("data", "revision"),
+]
 
 # Keys a resumed run may change: they move work around without changing the function or the vectors (a group of probes
 # that is going on keeps its width, for the rounding).
