@@ -169,7 +169,7 @@ def in_turn(world: World, read: Callable[[], T], name: str, *, shared: bool) -> 
         with reaching("all" if first else "none"):
             return read()
 
-    if shared:
+    if world.any_true(shared, name):  # a path may exist on some nodes only
         return world.one_first(turn, name)
     with world.together(name):
         value = read()

@@ -22,13 +22,12 @@ from filelock import FileLock
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hpc_hess.curvature.exact.ports import Mapped, Single
+from hpc_hess.curvature.exact.ports import Mapped, Single, Together
 from hpc_hess.curvature.exact.self_check import disagreement, first_line
 from hpc_hess.curvature.exact.stages import Stage, Tree, Work
 from hpc_hess.parallel import devices
 
 Kernels = Callable[[], AbstractContextManager[Any]]
-Together = Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 MOST_SHAPES = 6  # programs of one function; of further shapes it is computed without compiling
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
