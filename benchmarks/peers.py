@@ -185,8 +185,9 @@ def line(model: str, title: str, found: dict[str, Any]) -> dict[str, Any]:
     "Products and Lanczos steps beside other tools",
     note="A product is timed between two gradients of the same process; medians. A Lanczos step is the mean over a process "
     "of so many steps: hpc_hess and hessian-eigenthings reorthogonalise against the whole basis, curvlinops against none, "
-    "pyhessian against all. Our exact products are compiled before. Calibration of our finite differences (done again every few products) is apart. The peers' "
-    "gradients are autograd's of the whole loss; ours are written into a vector, with chunks of the cross-entropy.",
+    "pyhessian against all. Our exact products are compiled before. Calibration of our finite differences (done again every "
+    "few products) is apart. The peers' gradients are autograd's of the whole loss; ours are written into a vector, with "
+    "chunks of the cross-entropy.",
 )
 def main(
     table: Table,
