@@ -1,5 +1,6 @@
 """An exact product of SmolLM2-135M over one long sequence: CPU time in gradients and peak memory, by length.
 
+"compiled": the second product, when everything is compiled.
 Each measurement runs in a process of its own. ``--compare`` adds products with attention from elementary operations,
 which hold several matrices of queries x keys, where they fit.
 """
@@ -15,12 +16,13 @@ from benchmarks.processes import apart
 
 
 def measure(what: str, length: int, threads: int) -> dict[str, float]:
-    """Return CPU seconds and peak memory of "gradient", "exact", or "elementary" (exact, without closed forms)."""
+    """Return CPU seconds and peak memory of "gradient", "exact", "compiled", or "elementary" (without closed forms)."""
     import torch
 
     from hpc_hess.config import make_config
     from hpc_hess.console.progress import Progress
     from hpc_hess.curvature.exact.exact import ExactHessian
+    from hpc_hess.curvature.exact.streaming import Settings
     from hpc_hess.model.blocks import attention
     from hpc_hess.parallel.world import World
     from hpc_hess.session.problem import load_problem
@@ -35,8 +37,11 @@ def measure(what: str, length: int, threads: int) -> dict[str, float]:
         began = time.process_time()
         problem.gradient()
     else:
-        operator = ExactHessian(problem.model, problem.objective, plain=problem.plain)
+        settings = Settings(compile="on" if what == "compiled" else "off")
+        operator = ExactHessian(problem.model, problem.objective, plain=problem.plain, settings=settings)
         v = start_vector(problem.model.space, 0, 0, "gaussian")
+        if what == "compiled":
+            operator.matvec(v)
         began = time.process_time()
         operator.matvec(v)
     seconds = time.process_time() - began
@@ -51,19 +56,20 @@ def main(
     table: Table,
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192),
     compare: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048),
+    compiled: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048, 4096),
     threads: int = 1,
 ) -> None:
     table.settings["dtype"] = "float32"
     for length in lengths:
         found = {}
-        for what in ["gradient", "exact", *(["elementary"] if length in compare else [])]:
+        also = {"compiled": compiled, "elementary": compare}
+        for what in ["gradient", "exact", *(name for name, lengths in also.items() if length in lengths)]:
             (found[what],) = apart(measure, what, length, threads, threads=threads)
             print(length, what, found[what], flush=True)
         row = {"tokens": length, "gradient, CPU s": found["gradient"]["s"], "gradient, GB": found["gradient"]["gb"]}
-        for what, name in (("exact", "exact"), ("elementary", "elementary")):
-            if what in found:
-                ratio = found[what]["s"] / found["gradient"]["s"]
-                row |= {f"{name}, gradients": ratio, f"{name}, GB": found[what]["gb"]}
+        for what in [what for what in found if what != "gradient"]:
+            ratio = found[what]["s"] / found["gradient"]["s"]
+            row |= {f"{what}, gradients": ratio, f"{what}, GB": found[what]["gb"]}
         table.add(row)
 
 
