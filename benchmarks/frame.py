@@ -28,6 +28,9 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from benchmarks import tables
+from hpc_hess.system import ask_for_large_pages
+
+ask_for_large_pages(os.environ)  # as the program does, for this process and those that it starts
 
 _LIMIT = re.compile(r"(<=|>=|<|>) *([-+.\de]+)")
 
