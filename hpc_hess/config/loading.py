@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from hpc_hess.config.sections import Config, Section, registered_settings
 from hpc_hess.errors import ConfigError
 from hpc_hess.registry.operators import OPERATORS
+from hpc_hess.registry.tasks import TASKS
 
 PACKAGE = Path(__file__).resolve().parents[1]  # holds launch/configs and launch/data
 DEMO = str(PACKAGE / "launch/configs/smollm2.toml")
@@ -173,6 +174,11 @@ def _check_combinations(config: Config) -> None:
     spec = OPERATORS[operator.kind]
     if operator.method not in spec.methods:
         raise ConfigError(f'operator.kind = "{operator.kind}" needs operator.method = {spec.by}')
+    if spec.of_tokens and TASKS[model.task].predicts != "token":
+        raise ConfigError(
+            f'operator.kind = "{operator.kind}" is of a loss over tokens, and model.task = "{model.task}" predicts labels: '
+            'set operator.kind = "hessian"'
+        )
     if isinstance(operator.step, float) and not 0 < operator.step < math.inf:
         raise ConfigError(f'operator.step = {operator.step} is not valid: it should be "auto" or greater than 0')
     if isinstance(lanczos.reorthogonalise, int) and lanczos.reorthogonalise < 1:

@@ -12,6 +12,7 @@ from hpc_hess.registry.operators import OPERATORS
 from hpc_hess.registry.sources import DATA, MODELS
 from hpc_hess.registry.studies import STUDIES
 from hpc_hess.registry.table import Registry, load
+from hpc_hess.registry.tasks import TASKS
 
 
 class OneOf:
@@ -43,6 +44,8 @@ class ModelSection(Section):
     """The model: {entries}."""
     revision: str = ""
     """Branch, tag or commit of a model of the Hub. Empty: its main branch, as the local cache has it."""
+    task: Annotated[str, BeforeValidator(OneOf(TASKS))] = "causal-lm"
+    """What the model predicts: {entries}. docs/tasks.md has an example of each."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -108,6 +111,18 @@ class DataSection(Section):
     loss_on: Literal["auto", "all", "assistant", "completion"] = "auto"
     """Which tokens are predicted. auto: the assistant's of conversations, the completions of prompts, of token ids those
     that their masks say, else all."""
+    text_columns: list[str] = Field(default=[], max_length=2)
+    """Of tasks with labels: the column that holds the text, or the two columns of a pair of texts, such as SNLI's
+    ["premise", "hypothesis"]. Empty: `data.text_field`."""
+    label_column: str = ""
+    """The column that holds the label: a class number, or a name of the model's label2id; for seq2seq-lm the target text.
+    Empty: label; for seq2seq-lm target."""
+    image_column: str = "pixel_values"
+    """The column, or array, that holds the images: [channels, height, width] each, as the model takes them."""
+    masked: float = Field(default=0.15, gt=0, le=1)
+    """Share of the tokens that masked-lm predicts: 80 % of them are replaced by the mask token, 10 % by a random one."""
+    mask_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the choice of masked tokens. It is the same on any number of ranks."""
     config: str = ""
     """Configuration (subset) of a data set of the Hub. Empty: its only one, or its default."""
     split: str = "train"
@@ -290,6 +305,12 @@ class Config(Section):
 # Keys that run directories of earlier versions do not have: their defaults mean what was computed then.
 _UNKNOWN_TO_EARLIER = [
     ("model", "revision"),
+    ("model", "task"),
+    ("data", "text_columns"),
+    ("data", "label_column"),
+    ("data", "image_column"),
+    ("data", "masked"),
+    ("data", "mask_seed"),
     ("data", "loss_on"),
     ("data", "config"),
     ("data", "split"),

@@ -75,16 +75,11 @@ def check_causal(
     return passed("model.causal", "with experts held fixed, changing a row's last token leaves the logits before it")
 
 
-def check_padding(
-    logits: Logits, ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, world: World
-) -> tuple[Finding, bool]:
-    """Compare a padded row (1, L), the same on every rank, with the row alone. Two forward passes. Collective: yes.
+def check_padding(alone: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype, world: World) -> tuple[Finding, bool]:
+    """Compare the logits (n, V) of a row by itself, the same on every rank, with those of the padded row. Collective: yes.
 
     Returns the finding, and whether rows have to be computed alone.
     """
-    length = int(mask.sum())
-    alone = logits(ids[:, :length], mask[:, :length])
-    padded = logits(ids, mask)[:length]
     allowed = _TOLERANCE[dtype] * float(alone.abs().max())
     moved = world.max_over_ranks(float((padded - alone).abs().max()), "padding")
     if world.any_true(not moved <= allowed, "padding"):

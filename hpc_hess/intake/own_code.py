@@ -15,7 +15,7 @@ _CONFIG, _MODEL = "AutoConfig", "AutoModelForCausalLM"
 
 
 def decide(
-    directory: Path, config: Mapping[str, Any], *, trusted: bool, known_config: bool, known_model: bool
+    directory: Path, config: Mapping[str, Any], *, trusted: bool, known_config: bool, known_model: bool, auto: str = _MODEL
 ) -> tuple[bool, list[Finding]]:
     """Return whether the directory's own code is to be run, and what a user should know about it.
 
@@ -23,7 +23,8 @@ def decide(
     ----------
     config : the contents of config.json.
     trusted : ``model.trust_remote_code``.
-    known_config, known_model : whether transformers has a class of its own for the configuration, for the causal LM.
+    known_config, known_model : whether transformers has a class of its own for the configuration, for the model.
+    auto : the class of transformers that builds the model.
 
     Raises
     ------
@@ -35,13 +36,13 @@ def decide(
         if auto_map is None:
             return False, []
         raise ModelError(f"auto_map of {directory / 'config.json'} should be a table of classes, not {auto_map!r}")
-    needed = [name for name, known in ((_CONFIG, known_config), (_MODEL, known_model)) if not known]
-    lacking = _lacking(directory, auto_map, [name for name in (_CONFIG, _MODEL) if name in auto_map])
+    needed = [name for name, known in ((_CONFIG, known_config), (auto, known_model)) if not known]
+    lacking = _lacking(directory, auto_map, [name for name in (_CONFIG, auto) if name in auto_map])
     if needed:
         if missing := [name for name in needed if name not in auto_map]:
             raise ModelError(
                 f"{directory / 'config.json'} names code for {', '.join(auto_map)}, but none for {missing[0]}, and "
-                f"transformers has no causal language model of type {config.get('model_type')!r}: use a checkpoint with one"
+                f"transformers has no such model of type {config.get('model_type')!r}: use a checkpoint with one"
             )
         if lacking:
             raise ModelError(f"{directory} needs its own Python code, but {lacking}")
@@ -51,7 +52,7 @@ def decide(
                 "model.trust_remote_code = true"
             )
         return True, []
-    if not any(name in auto_map for name in (_CONFIG, _MODEL)):
+    if not any(name in auto_map for name in (_CONFIG, auto)):
         return False, []
     kind = f"transformers' own class for model type '{config.get('model_type')}' is taken"
     if not trusted:

@@ -23,12 +23,13 @@ from hpc_hess.intake.choices import Choices
 from hpc_hess.intake.findings import Intake, unchecked
 from hpc_hess.linalg.lanczos import basis_rows
 from hpc_hess.linalg.operator import LinearOperator, products
+from hpc_hess.model.data.data import without_numbers
 from hpc_hess.model.sharded.accumulation import Unwatched
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.sharded.loss import LabelObjective, TokenObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import checkpoint_blocks, shard_model
-from hpc_hess.model.sharded.skeleton import build_skeleton, text_config, vocabulary_size
+from hpc_hess.model.sharded.skeleton import build_skeleton, text_config
 from hpc_hess.model.sources.hub import reaching
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel import kernels
@@ -84,7 +85,6 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
     """
     source = _source(config)
     skeleton = build_skeleton(source, config.model)
-    vocabulary = vocabulary_size(source.hf_config)
     plain = copy.deepcopy(skeleton) if ranks > 1 else None
     tracer = Tracer(num_experts(source.hf_config))
     replicate = config.parallel.replicate
@@ -106,7 +106,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
                 master_dtype=dtype_of(config.model.master_dtype),
                 compute_dtype=dtype_of(config.model.compute_dtype),
             )
-        objective = _objective(config, ranks, vocabulary, world.device)
+        objective = _objective(config, ranks, source.hf_config, world.device)
         routing = Routing(model.module, config.operator.routing)
         routing.attach()
         gradient = Gradient(model, objective, routing)
@@ -125,7 +125,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
             found = products(operator, vectors)
         del spare
         peak = product.peak
-        if wants_reference(config):
+        if wants_reference(config) and isinstance(objective, TokenObjective):
             with tracer.category("vectors"):
                 exact = _exact(config, gradient, objective, plain, config.model.master_dtype)
                 reference = built(spec_of(config), exact, point)
@@ -144,7 +144,7 @@ def trace(config: Config, ranks: int, local_ranks: int, *, gloo: bool = False) -
             ranks,
             min(ranks, local_ranks),
             count,
-            objective.micro_batches[0].input_ids.numel(),
+            objective.micro_batches[0].size,
             config.operator.method,
             width,
             rows,
@@ -255,19 +255,22 @@ class _MicroBatches(Unwatched):
         self.work, self.calls = self._found.work, self.calls + 1
 
 
-def _objective(config: Config, ranks: int, vocabulary: int, device: torch.device) -> CausalLMObjective:
-    """Return rank 0's first micro-batch, of tokens without numbers."""
-    data = config.data
-    rows = min(data.micro_batch, -(-data.sequences // ranks))
-    ids = torch.zeros(rows, data.sequence_length, dtype=torch.int64)
-    batch = MicroBatch(list(range(rows)), ids, torch.ones_like(ids), ids.clone())
-    return CausalLMObjective([batch], data.sequences * (data.sequence_length - 1), device)
+def _objective(config: Config, ranks: int, hf_config: Any, device: torch.device) -> LabelObjective:
+    """Return rank 0's first micro-batch, without numbers. Raises ConfigError: its exact product cannot be traced."""
+    rows = min(config.data.micro_batch, -(-config.data.sequences // ranks))
+    objective = without_numbers(config.data, config.model, hf_config, rows, device)
+    if config.operator.method == "exact" and not isinstance(objective, TokenObjective):
+        raise ConfigError(
+            f'exact products of model.task = "{config.model.task}" take the model as a whole, which cannot be planned: run '
+            'it, or set operator.method = "finite_difference"'
+        )
+    return objective
 
 
 def _product(
     config: Config,
     gradient: Gradient,
-    objective: CausalLMObjective,
+    objective: LabelObjective,
     plain: torch.nn.Module | None,
     watch: _MicroBatches,
     base: Vector | None,
@@ -283,8 +286,9 @@ def _product(
 
 
 def _exact(
-    config: Config, gradient: Gradient, objective: CausalLMObjective, plain: torch.nn.Module | None, compute_dtype: str
+    config: Config, gradient: Gradient, objective: LabelObjective, plain: torch.nn.Module | None, compute_dtype: str
 ) -> StreamedOperator:
+    assert isinstance(objective, TokenObjective)
     return exact_product(spec_of(config))(
         gradient.model,
         objective,

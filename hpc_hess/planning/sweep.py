@@ -125,6 +125,8 @@ def measured(folder: Path) -> Measured:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({type(error).__name__}): run it to its end first") from None
     lanczos, data, ranks = config["lanczos"], result["data"], result["world_size"]
+    if "tokens" not in data:
+        raise ConfigError(f"{folder} is a run on labels, whose cost is not one of tokens: leave this directory out")
     window = Window(lanczos["reorthogonalise"], lanczos["steps"])
     steps = [e for e in events if e.get("event") == "step" and e["probe"] == 0]
     if not steps:

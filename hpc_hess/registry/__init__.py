@@ -1,1 +1,1 @@
-"""What a configuration can name, a line each: curvature operators, sources of models, sources of data"""
+"""What a configuration can name, a line each: curvature operators, tasks, sources of models and of data"""

@@ -26,6 +26,7 @@ class OperatorSpec:
     needs_gradient : whether ``build`` needs the gradient at theta_0.
     vectors : vectors of the parameters that it holds besides, for the memory.
     positive : whether it is positive semi-definite.
+    of_tokens : whether the loss has to be a mean over tokens.
     has_class_means : whether the means of the classes' loss gradients make a part of it, which a study can take out.
 
     """
@@ -39,6 +40,7 @@ class OperatorSpec:
     needs_gradient: bool = False
     vectors: int = 0
     positive: bool = False
+    of_tokens: bool = False
     has_class_means: bool = False
 
     @property
@@ -88,5 +90,6 @@ OPERATORS: Registry[OperatorSpec] = Registry(
         "the Hessian of exp(loss)",
         build="hpc_hess.curvature.perplexity:of_perplexity",
         needs_gradient=True,
+        of_tokens=True,
     ),
 )

@@ -50,7 +50,7 @@ MODELS: Registry[ModelSpec] = Registry(
     ModelSpec(
         "safetensors",
         "a directory",
-        "of a Hugging Face causal LM with safetensors",
+        "of a Hugging Face model with safetensors",
         f"{_MODELS}.source:of_directory",
         f"{_MODELS}.checkpoint:reader",
         "path",
@@ -90,6 +90,7 @@ class DataSpec(_Form):
     separate : documents do not go on from one another: an end token comes between those that are packed.
     has_masks : rows may say which of their tokens are predicted; those are not packed.
     is_text : a tokenizer may be needed.
+    has_columns : its rows have columns by name, as tasks with labels need.
 
     """
 
@@ -102,6 +103,7 @@ class DataSpec(_Form):
     separate: bool = False
     has_masks: bool = False
     is_text: bool = True
+    has_columns: bool = False
 
 
 DATA: Registry[DataSpec] = Registry(
@@ -115,9 +117,26 @@ DATA: Registry[DataSpec] = Registry(
         (".jsonl", ".json", ".ndjson"),
         separate=True,
         has_masks=True,
+        has_columns=True,
     ),
     DataSpec(
-        "parquet", "parquet:FILES", "", f"{_RECORDS}:parquet_rows", "files", (".parquet",), separate=True, has_masks=True
+        "parquet",
+        "parquet:FILES",
+        "",
+        f"{_RECORDS}:parquet_rows",
+        "files",
+        (".parquet",),
+        separate=True,
+        has_masks=True,
+        has_columns=True,
+    ),
+    DataSpec(
+        "arrays",
+        "arrays:FILE.npz",
+        "images and labels",
+        "hpc_hess.model.data.images:array_rows",
+        is_text=False,
+        has_columns=True,
     ),
     DataSpec("tokens", "tokens:FILE.npy", "token ids", f"{_DATA}:token_ids", has_masks=True, is_text=False),
     DataSpec(
@@ -128,6 +147,7 @@ DATA: Registry[DataSpec] = Registry(
         "a directory",
         separate=True,
         has_masks=True,
+        has_columns=True,
     ),
     DataSpec(
         "hub",
@@ -137,5 +157,6 @@ DATA: Registry[DataSpec] = Registry(
         "",
         separate=True,
         has_masks=True,
+        has_columns=True,
     ),
 )

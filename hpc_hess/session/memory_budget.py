@@ -13,7 +13,7 @@ import torch
 from hpc_hess.config import Config, LanczosSection
 from hpc_hess.errors import ConfigError
 from hpc_hess.linalg.lanczos import basis_rows
-from hpc_hess.model.sharded.blocklist import find_blocks
+from hpc_hess.model.sharded.blocklist import all_blocks
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.basis import PANEL_BYTES, Basis, BasisOnDisk
 from hpc_hess.parallel.memory import device_bytes_free, host_bytes_free, release_memory
@@ -203,7 +203,7 @@ def exact_product_bytes(config: Config, model: ShardedModel) -> int:
     if not checked and config.operator.method != "exact":
         return beside
     numel = {id(p): p.numel() for p in model.module.parameters()}
-    of_blocks = [[id(p) for p in block.parameters()] for block in find_blocks(model.module) or ()]
+    of_blocks = [[id(p) for p in block.parameters()] for block in all_blocks(model.module) or ()]
     outside = numel.keys() - {p for block in of_blocks for p in block}
     stage = max([sum(numel[p] for p in block) for block in of_blocks] + [numel[p] for p in outside])
     held = (_STAGES if model.sharded else _STAGES_ALONE) * stage

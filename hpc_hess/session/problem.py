@@ -19,7 +19,7 @@ from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.data.trial import spanned_finding, try_forward
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.loss import LabelObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.sharded.skeleton import build_skeleton
@@ -44,7 +44,7 @@ class Problem:
     source: Source
     samples: Samples
     model: ShardedModel
-    objective: CausalLMObjective
+    objective: LabelObjective
     gradient: Gradient
     plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
     program_bytes: int  # in this process before anything of the model's size was there
@@ -144,7 +144,7 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
     if config.model.activation_checkpointing:
         checkpoint_blocks(model.module)
     batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
-    objective = CausalLMObjective(batches, samples.num_tokens, world.device)
+    objective = samples.objective(batches, samples.num_tokens, world.device)
     sketch = None
     if config.operator.sketched:
         sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))

@@ -19,7 +19,7 @@ import torch
 from hpc_hess.commands.arguments import OF_SKETCHES, Query
 from hpc_hess.config import Config
 from hpc_hess.console.progress import Progress, make_progress
-from hpc_hess.errors import NumericsError, StoreError
+from hpc_hess.errors import ConfigError, NumericsError, StoreError
 from hpc_hess.linalg.solve import conjugate_gradients, minres
 from hpc_hess.model.blocks.per_example import ExampleGradients
 from hpc_hess.model.data.data import Samples, load_samples, one_example, text_samples
@@ -66,6 +66,15 @@ class Sketcher:
         return found[:, :D], found[:, D].tolist()
 
 
+def _require_causal(config: Config) -> None:
+    """Raise ConfigError: gradients of single examples are those of causal language models."""
+    if config.model.task != "causal-lm":
+        raise ConfigError(
+            f'hpc-hess attribute is for causal language models, not for model.task = "{config.model.task}": set '
+            'model.task = "causal-lm", and a model of that kind'
+        )
+
+
 def build(config: Config, world: World) -> int:
     """Sketch the gradient of every example of the data set into OUT/sketches.h5; returns the exit code. Collective: yes.
 
@@ -74,6 +83,7 @@ def build(config: Config, world: World) -> int:
     HpcHessError : as one sentence for the user; what is written stays.
 
     """
+    _require_causal(config)
     out = Path(config.run.out)
     SketchSettings.of(config.sketch)  # an error now, not after the weights are read
     with opened(config, world, out, config.data.sequences) as session:
@@ -170,6 +180,7 @@ def query(config: Config, world: World, asked: Query) -> int:
     HpcHessError : no sketches, or of another model, sketch or selection.
 
     """
+    _require_causal(config)
     world.make_mesh(config.parallel.replicate)
     out = Path(config.run.out)
     with make_progress(world.rank == 0, asked.sequences) as progress:

@@ -24,7 +24,7 @@ from hpc_hess.config import Config
 from hpc_hess.console.words import number
 from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.model.data.data import objective_of
-from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.loss import LabelObjective
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import Problem, load_problem
 from hpc_hess.session.session import Session, opened
@@ -232,7 +232,7 @@ class _Job:
         self._progress.status(f"step {step + 1} | loss {number(loss, 5)}")
         return loss
 
-    def _objective(self, rows: Sequence[int]) -> CausalLMObjective:
+    def _objective(self, rows: Sequence[int]) -> LabelObjective:
         world, device = self._world, self._problem.model.space.device
         return objective_of(self._problem.samples, rows, world.rank, world.size, self._row, device)
 

@@ -55,8 +55,9 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     scale = max(abs(low or 0.0), abs(high or 0.0))
     data, timing = result.get("data") or {}, result.get("timing") or {}
     head = f"{model_name(result.get('model'))}: {size_text(result)}"
-    if data.get("tokens"):
-        head += f", {data['tokens']:,} tokens"
+    for unit in ("tokens", "labels"):
+        if data.get(unit):
+            head += f", {data[unit]:,} {unit}"
     head += f", {plural(result.get('steps'), 'step')}, {plural(len(result.get('probes') or []), 'probe')}"
     lines = [head, *_computes(result)]
     for label, value, residual in (("lambda max", high, above), ("lambda min", low, below)):

@@ -20,7 +20,7 @@ from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.model.blocks.recording import record
 from hpc_hess.model.blocks.splice import differentiable_kernels
 from hpc_hess.model.sharded.accumulation import Unwatched, Watch
-from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.loss import TokenObjective
 from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.in_step import in_step
@@ -67,17 +67,17 @@ class StreamedOperator:
     def __init__(
         self,
         model: ShardedModel,
-        objective: CausalLMObjective,
+        objective: TokenObjective,
         *,
         plain: nn.Module | None = None,
         compute_dtype: torch.dtype | None = None,
         settings: Settings | None = None,
         choose: Callable[..., Choice] = choose_way,
     ) -> None:
-        if not isinstance(objective, CausalLMObjective):
+        if not isinstance(objective, TokenObjective):
             raise ModelError(
-                "exact products need the causal LM's default loss (they take its derivatives in closed form): use "
-                'operator.method = "finite_difference" with a loss of your own'
+                "exact products block by block need the default loss of tokens (they take its derivatives in closed form): "
+                'use operator.method = "finite_difference" with a loss of your own'
             )
         if model.sharded and plain is None:
             raise ModelError("a sharded model needs its skeleton without hooks for exact products: pass plain")

@@ -30,7 +30,7 @@ from hpc_hess.curvature.exact.tangents import Pull, Several, Tensors, Way
 from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.model.sharded.accumulation import Watch
-from hpc_hess.model.sharded.loss import MicroBatch, shifted_targets
+from hpc_hess.model.sharded.loss import MicroBatch
 
 Run = Callable[[Single | Mapped, Work, Tree, Tree], tuple[Tree, Tree]]  # as programs.Programs
 
@@ -233,7 +233,7 @@ class _Sweep:
         head = _Point(logits_stage(self.split, selected, way), full, V)
         push, pull = final.stage.push("none"), final.stage.pull("none", gauss_newton=self.gauss_newton)
         ((hidden,), _), ((hidden_dot,), _) = push.function(final.shared(x), final.each(x_dot))
-        targets = shifted_targets(self.batch.labels).flatten()
+        targets = self.batch.targets().flatten()
         predicted = (targets >= 0).nonzero().flatten()
         rows, rows_dot = hidden.flatten(0, -2)[predicted], hidden_dot.flatten(0, -2)[predicted]
         scale = torch.tensor(self.scale, dtype=torch.float64, device=targets.device)

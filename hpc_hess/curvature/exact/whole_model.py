@@ -32,8 +32,8 @@ from hpc_hess.model.blocks.splice import (
     replaced_forwards,
     substituted,
 )
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, shifted_targets
-from hpc_hess.model.sharded.precision import honest_casts, whole_rows
+from hpc_hess.model.sharded.loss import CallableObjective, LabelObjective, TokenObjective
+from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.memory import device_bytes_free, gigabytes
 from hpc_hess.parallel.vector import Vector
@@ -50,7 +50,7 @@ class WholeModel:
     Parameters
     ----------
     model, plain, compute_dtype : as for StreamedOperator.
-    objective : the causal LM's, or a loss of one's own (one process, the Hessian).
+    objective : of tokens or labels, or a loss of one's own (one process, the Hessian).
     start : what the way back starts with at the logits: it makes the matrix.
     reason : why the model is not split into blocks, for the notes.
     reserved : bytes of this rank's memory that are spoken for, though still free.
@@ -69,7 +69,7 @@ class WholeModel:
     def __init__(
         self,
         model: ShardedModel,
-        objective: CausalLMObjective | CallableObjective,
+        objective: LabelObjective | CallableObjective,
         start: Start = HESSIAN,
         *,
         plain: nn.Module | None = None,
@@ -80,6 +80,8 @@ class WholeModel:
         own_loss = isinstance(objective, CallableObjective)
         if own_loss and (start is not HESSIAN or model.sharded):
             raise ModelError("of a loss of one's own only the Hessian is known, on one process")
+        if isinstance(objective, LabelObjective) and start is not HESSIAN and objective.loss != "cross_entropy":
+            raise ModelError('the labels are numbers, of which only the Hessian is known: set operator.kind = "hessian"')
         if model.sharded and plain is None:
             raise ModelError("a sharded model needs its skeleton without hooks for exact products: pass plain")
         self.space, self.num_products, self._start = model.space, 0, start
@@ -137,8 +139,8 @@ class WholeModel:
         if self._start is HESSIAN:
             pull = pull_again(lambda W, _: self._loss(index, W), W, V, (), (), way, gauss_newton=False)
             return pull((torch.zeros_like(self._unit),), (self._unit,))[0]
-        assert isinstance(self._objective, CausalLMObjective)
-        targets = shifted_targets(self._objective.micro_batches[index].labels.to(self.space.device)).flatten()
+        assert isinstance(self._objective, LabelObjective)
+        targets = self._objective.micro_batches[index].targets().flatten().to(self.space.device)
         predicted = (targets >= 0).nonzero().flatten()
 
         def f(W: Tensors, _: Several) -> Several:
@@ -154,14 +156,12 @@ class WholeModel:
             return (self._objective.contribution(self._module, index).total,)
 
     def _logits(self, index: int, W: Tensors) -> torch.Tensor:
-        assert isinstance(self._objective, CausalLMObjective)
-        batch = self._objective.micro_batches[index].to(self.space.device)
-        with substituted(self._places, W), whole_rows(self._module), own_buffers(self._written):
-            out = self._module(**batch.arguments())
-        return out.logits.flatten(0, 1)
+        assert isinstance(self._objective, LabelObjective)
+        with substituted(self._places, W), own_buffers(self._written):
+            return self._objective.outputs(self._module, index)[0].flatten(0, -2)
 
     def _is_dummy(self, index: int) -> bool:
-        return isinstance(self._objective, CausalLMObjective) and self._objective.micro_batches[index].num_tokens == 0
+        return isinstance(self._objective, LabelObjective) and self._objective.micro_batches[index].num_tokens == 0
 
     @contextlib.contextmanager
     def _running(self, full: Tensors) -> Iterator[list[str]]:
@@ -259,8 +259,8 @@ class WholeModel:
             )
 
     def _size(self, index: int) -> int:
-        if isinstance(self._objective, CausalLMObjective):
-            return self._objective.micro_batches[index].input_ids.numel()
+        if isinstance(self._objective, LabelObjective):
+            return self._objective.micro_batches[index].size
         return 0  # a batch of the user's may be anything: take the first
 
     def _choose_way(self, full: Tensors) -> Way:
@@ -310,7 +310,7 @@ ExactOperator = StreamedOperator | WholeModel
 def exact_or_whole(
     kind: type[StreamedOperator],
     model: ShardedModel,
-    objective: CausalLMObjective,
+    objective: LabelObjective,
     *,
     plain: nn.Module | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -322,8 +322,10 @@ def exact_or_whole(
     Raises ModelError where neither is possible. Arguments as of StreamedOperator and WholeModel.
     """
     options: dict[str, Any] = {"plain": plain, "compute_dtype": compute_dtype}
-    try:
-        return kind(model, objective, settings=settings, **options)
-    except SplitError as error:
-        reason = str(error)
+    reason = "the model's labels are not of its tokens"
+    if isinstance(objective, TokenObjective):
+        try:
+            return kind(model, objective, settings=settings, **options)
+        except SplitError as error:
+            reason = str(error)
     return WholeModel(model, objective, kind.start, reason=reason, reserved=reserved, **options)

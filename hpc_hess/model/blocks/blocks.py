@@ -105,6 +105,7 @@ class SplitModel:
         self.names_outside = [name for name in self.places if name not in in_blocks]
         self.parts: Parts | None = None  # set by record.record()
         self.written: Places = []  # buffers that a forward pass writes; likewise
+        self.next_token = True  # as micro-batches have it; likewise
 
     @property
     def num_calls(self) -> int:
@@ -196,7 +197,8 @@ class SplitModel:
     def logits(self, parameters: Tensors, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [tokens, vocabulary] of head inputs [tokens, width]."""
         one = torch.tensor([[1]], device=hidden.device)  # a constant, also where this is traced
-        token = MicroBatch([0], one, one, one)  # everything before the head is computed for one token and dropped
+        # everything before the head is computed for one token and dropped
+        token = MicroBatch([0], one, one, one, next_token=self.next_token)
         head = plain_forward(self.head)
         parts = self.known
 

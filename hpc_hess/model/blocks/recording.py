@@ -32,7 +32,7 @@ def record(split: SplitModel, batch: MicroBatch, fetch: Fetch, others: Sequence[
     SplitError : the model cannot be split into a chain of blocks; says where it departs from one.
 
     """
-    watch = _Watch(split, fetch)
+    watch, split.next_token = _Watch(split, fetch), batch.next_token
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, _never):
         outside = {name: t.detach().requires_grad_() for name, t in fetch(split.names_outside).items()}
         watch.name_parameters(outside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,8 @@ class Reading(NamedTuple):
 
     ``section`` : what the configuration says of the data. ``tokenizer`` : is loaded only if it is used. ``by_line`` : each
     non-blank line of a text file is a document of its own. ``say`` : is told what was found beside the tokens.
-    ``commit`` : is told the commit of a data set of the Hub.
+    ``commit`` : is told the commit of a data set of the Hub. ``render`` : render(reading, where)(record, place) is what each
+    record is turned into; None: a document.
     """
 
     section: DataSection
@@ -52,6 +53,7 @@ class Reading(NamedTuple):
     by_line: bool
     say: Say
     commit: Callable[[str], object] = str
+    render: Callable[[Reading, str], Callable[[Mapping[str, Any], str], Any]] | None = None
 
     @property
     def text_field(self) -> str:

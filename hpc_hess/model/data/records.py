@@ -18,7 +18,7 @@ _ROWS = 256  # of a Parquet file that are held at a time
 def json_lines(files: list[Path], reading: Reading) -> Iterator[Document]:
     """Yield what each record of files of JSON lines, or of a JSON array, holds."""
     for path in files:
-        render = Renderer(reading, path.name)
+        render = (reading.render or Renderer)(reading, path.name)
         for record, place in _array_of(path) if _begins_with(path, "[") else _lines_of(path):
             yield render(record, place)
 
@@ -62,7 +62,7 @@ def parquet_rows(files: list[Path], reading: Reading) -> Iterator[Document]:
     except ImportError:
         raise DataError(f"data.source = parquet:... {_EXTRA}") from None
     for path in files:
-        render, number = Renderer(reading, path.name), 0
+        render, number = (reading.render or Renderer)(reading, path.name), 0
         try:
             with ParquetFile(path) as file:
                 for batch in file.iter_batches(_ROWS):
@@ -97,6 +97,6 @@ def import_datasets(source: str) -> Any:
 
 def rows_of(rows: Iterable[Mapping[str, Any]], where: str, reading: Reading) -> Iterator[Document]:
     """Yield what each row of a data set holds."""
-    render = Renderer(reading, where)
+    render = (reading.render or Renderer)(reading, where)
     for number, row in enumerate(rows):
         yield render(row, f"{where}, row {number}")

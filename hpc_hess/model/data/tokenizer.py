@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,29 @@ class LazyTokenizer:
             self._check(text[:_PROBE])
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids
+
+    def encoded(self, texts: Sequence[str], *, target: bool = False, length: int | None = None) -> dict[str, list[int]]:
+        """Return input_ids, and what else the tokenizer gives, of a text or of a pair of texts.
+
+        ``target``: as the text that a sequence-to-sequence model writes. ``length``: cut to so many tokens.
+        """
+        if not self._used:
+            self._used = True
+            self._check(texts[0][:_PROBE])
+        given = {"text_target": texts[0]} if target else dict(zip(("text", "text_pair"), texts, strict=False))
+        cut = {"truncation": True, "max_length": length} if length is not None else {}
+        return dict(self._tokenizer(**given, **cut, verbose=False))
+
+    @property
+    def mask(self) -> int | None:
+        """Id of the token that stands for one to be predicted, None where there is none. Raises DataError: no tokenizer."""
+        found: int | None = self._tokenizer.mask_token_id
+        return found
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        return list(self._tokenizer.all_special_ids)
 
     def with_offsets(self, text: str, *, special: bool, place: str) -> tuple[list[int], np.ndarray]:
         """Return ids (n,), and the characters [n, 2] that each stands for. ``special``: with the tokenizer's own tokens.

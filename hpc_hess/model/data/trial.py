@@ -11,10 +11,11 @@ from torch import nn
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding, noted, passed
 from hpc_hess.intake.forward import beginning, check_causal, check_padding, checksums
-from hpc_hess.model.data.data import Samples
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.data.data import Samples, batch_of
+from hpc_hess.model.sharded.loss import Batch, MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, local_part
 from hpc_hess.parallel.vector import Vector
+from hpc_hess.registry.tasks import TASKS
 
 # settings of a configuration that let a forward pass write weights, and their value that does not
 _SWITCHES = {"rescale_every": 0}
@@ -45,35 +46,43 @@ def try_forward(
 
     """
     name = type(model.module).__name__.removeprefix("FSDP")
-    vocabulary = int(samples.input_ids.max()) + 1
-    ids = beginning(samples.input_ids[row][samples.attention_mask[row] == 1])
+    causal = TASKS[samples.task].next_token
+
+    def outputs(batch: Batch) -> torch.Tensor:
+        objective = samples.objective([batch], 1, model.space.device)
+        with explained(), model.measuring(), model.world.guard("first forward passes"):
+            return objective.outputs(model.module, 0)[0].flatten(0, -2)
 
     def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        batch = MicroBatch([0], ids, mask, ids)
-        objective = CausalLMObjective([batch], 1, model.space.device)
-        with explained(), model.measuring(), model.world.guard("first forward passes"):
-            return objective.logits_and_targets(model.module, 0)[0]
+        return outputs(MicroBatch([0], ids, mask, ids))
 
+    def whole_row() -> torch.Tensor:
+        return logits(ids, torch.ones_like(ids)) if causal else outputs(batch_of(samples, [row]))
+
+    if causal:
+        ids = beginning(samples.input_ids[row][samples.attention_mask[row] == 1])
     before = checksums(_state(model))
-    first = logits(ids, torch.ones_like(ids))
+    first = whole_row()
     findings = [passed("model.writes", "a forward pass leaves parameters and buffers as they were")]
     if written := _written(model, before):
         switched = _turn_off(model.module, plain)
         if not switched:
             raise ModelError(f"{name} writes '{written}' in its forward pass, so its loss is no function of its weights")
         refill()
-        first = logits(ids, torch.ones_like(ids))
+        first = whole_row()
         if _written(model, before):
             raise ModelError(f"{name} writes '{written}' in its forward pass, whatever {' and '.join(switched)} are")
         text = f"{name} writes '{written}' in its first forward pass: put back, with {' and '.join(switched)}"
         findings = [noted("model.writes", text)]
-    findings.append(check_causal(logits, ids, first, dtype, model.world, name, vocabulary))
-    lengths = samples.attention_mask.sum(1)
+    if causal:
+        vocabulary = int(samples.input_ids.max()) + 1
+        findings.append(check_causal(logits, ids, first, dtype, model.world, name, vocabulary))
+    lengths = samples.attention_mask.sum(1) if "attention_mask" in samples.inputs else torch.zeros(0)
     alone = False
-    if int(lengths.min()) < samples.attention_mask.shape[1]:
+    if len(lengths) and int(lengths.min()) < samples.attention_mask.shape[1]:
         shortest = int(lengths.argmin())
-        rows = samples.input_ids[shortest][None], samples.attention_mask[shortest][None]
-        finding, alone = check_padding(logits, *rows, dtype, model.world)
+        by_itself, padded = (outputs(batch_of(samples, [shortest], cut=cut)) for cut in (True, False))
+        finding, alone = check_padding(by_itself, padded[: len(by_itself)], dtype, model.world)
         findings.append(finding)
     return findings, alone
 

@@ -20,6 +20,16 @@ def find_blocks(module: nn.Module) -> nn.ModuleList | None:
     return None
 
 
+def all_blocks(module: nn.Module) -> nn.ModuleList | None:
+    """Return the repeated blocks of a model; of one with encoder and decoder those of both. None where there are none."""
+    config: Any = getattr(module, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return find_blocks(module)
+    whole: Any = module
+    lists = [find_blocks(part) for part in (whole.get_encoder(), whole.get_decoder())]
+    return nn.ModuleList([block for blocks in lists for block in blocks or []]) or None
+
+
 def _language_model(module: nn.Module) -> nn.Module | None:
     """Return the part of a composite Hugging Face model that its text configuration describes."""
     config: Any = getattr(module, "config", None)

@@ -1,4 +1,4 @@
-"""The function whose Hessian is taken: the token-weighted mean loss over the whole data set.
+"""The function whose Hessian is taken: the mean loss over the tokens, or the labels, of the whole data set.
 
 An objective is a sum over this rank's micro-batches; every rank has the same number of them, and the sum over ranks
 and micro-batches is the loss, whatever the number of ranks, the micro-batch size or the order.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
 
-from hpc_hess.errors import DataError
+from hpc_hess.errors import DataError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.sharded.precision import honest_casts, whole_rows
@@ -45,7 +45,8 @@ class MicroBatch:
     """Rows of token ids; ``labels``: the unshifted ids, -100 where a token is not predicted; dummies have id -1.
 
     ``others`` are further arguments of the model's forward, by name. ``masked``: whether it is given the mask; without it,
-    position_ids that begin anew in a row keep the documents in it apart.
+    position_ids that begin anew in a row keep the documents in it apart. ``next_token``: a token's logits predict the next
+    one; else its own label.
     """
 
     sample_ids: list[int]
@@ -54,22 +55,73 @@ class MicroBatch:
     labels: torch.Tensor
     others: dict[str, Any] = field(default_factory=dict)
     masked: bool = True
+    next_token: bool = True
 
     @property
     def num_tokens(self) -> int:
         """Predicted tokens."""
-        return int((shifted_targets(self.labels) != -100).sum())
+        return int((self.targets() != -100).sum())
+
+    @property
+    def size(self) -> int:
+        """Numbers that the model is given."""
+        return self.input_ids.numel()
+
+    def targets(self) -> torch.Tensor:
+        """Return what the logits of each token predict, -100 for nothing."""
+        return shifted_targets(self.labels) if self.next_token else self.labels
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch on ``device``."""
         others = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in self.others.items()}
         ids, mask, labels = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
-        return MicroBatch(self.sample_ids, ids, mask, labels, others, self.masked)
+        return MicroBatch(self.sample_ids, ids, mask, labels, others, self.masked, self.next_token)
 
     def arguments(self) -> dict[str, Any]:
         """Return what the model's forward is called with."""
         mask = {"attention_mask": self.attention_mask} if self.masked else {}
-        return {"input_ids": self.input_ids, **mask, **self.others, "use_cache": False}
+        cache = {"use_cache": False} if self.next_token else {}
+        return {"input_ids": self.input_ids, **mask, **self.others, **cache}
+
+
+@dataclass
+class LabelledBatch:
+    """Samples with labels of their own: ``inputs`` [rows, ...] by the names of the forward's arguments.
+
+    ``labels``: class numbers [rows], or tokens [rows, length], -100 for nothing; or numbers [rows, outputs], nan for
+    nothing, as dummies (id -1) have.
+    """
+
+    sample_ids: list[int]
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels that count: tokens, or rows of numbers."""
+        counted = self.labels.isnan().logical_not().any(-1) if self.labels.is_floating_point() else self.labels != -100
+        return int(counted.sum())
+
+    @property
+    def size(self) -> int:
+        """Numbers that the model is given."""
+        return sum(value.numel() for value in self.inputs.values())
+
+    def targets(self) -> torch.Tensor:
+        """Return the labels."""
+        return self.labels
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """Return the micro-batch on ``device``."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return LabelledBatch(self.sample_ids, inputs, self.labels.to(device))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the model's forward is called with."""
+        return dict(self.inputs)
+
+
+Batch = MicroBatch | LabelledBatch
 
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -77,23 +129,36 @@ def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
     return pad(labels[:, 1:], (0, 1), value=-100)
 
 
-class CausalLMObjective:
-    """Mean cross-entropy per predicted token of a causal LM.
+Loss = Literal["cross_entropy", "mse", "bce"]
+_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": mse_loss, "bce": binary_cross_entropy_with_logits}
 
-    ``num_tokens`` counts the predicted tokens of the whole data set over all ranks.
+
+class LabelObjective:
+    """Mean loss per label: cross-entropy per class number; of rows of numbers, squared error or binary cross-entropy.
+
+    ``num_tokens`` counts the labels of the whole data set over all ranks.
     """
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, micro_batches: Sequence[Batch], num_tokens: int, device: torch.device, loss: Loss = "cross_entropy"
+    ) -> None:
         self.num_micro_batches = len(micro_batches)
         self.num_tokens = num_tokens
         self.device = device
         self.micro_batches = micro_batches
+        self.loss = loss
 
     def contribution(self, module: nn.Module, index: int) -> Contribution:
-        """Return the micro-batch's summed token losses over ``num_tokens``."""
-        logits, targets = self._forward(module, index)
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        per_sample = losses.view_as(targets).sum(1) / self.num_tokens
+        """Return the micro-batch's summed losses over ``num_tokens``."""
+        logits, targets = self.outputs(module, index)
+        if self.loss == "cross_entropy":
+            losses = cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none")
+            losses = losses.view(len(targets), -1).sum(1)
+        else:
+            counted = ~targets.isnan()
+            wanted = targets.nan_to_num().to(logits.dtype)
+            losses = (_LOSSES[self.loss](logits, wanted, reduction="none") * counted).mean(1)
+        per_sample = losses / self.num_tokens
         return Contribution(per_sample.sum(), per_sample.detach(), self.micro_batches[index].sample_ids)
 
     def mean(self, module: nn.Module, index: int) -> torch.Tensor:
@@ -102,24 +167,50 @@ class CausalLMObjective:
         return self.contribution(module, index).total * (self.num_tokens / max(count, 1))
 
     def logits_and_targets(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (tokens, V) and targets (tokens,) of a micro-batch, -100 where nothing is predicted."""
-        logits, targets = self._forward(module, index)
-        return logits.flatten(0, 1), targets.flatten()
+        """Return logits (labels, V) and targets (labels,) of a micro-batch, -100 where nothing is predicted.
+
+        Raises
+        ------
+        ModelError : the loss is of numbers, not of classes.
+
+        """
+        if self.loss != "cross_entropy":
+            raise ModelError(
+                "the labels are numbers, not classes, so there is no Gauss-Newton matrix of classes: set operator.kind = "
+                '"hessian"'
+            )
+        logits, targets = self.outputs(module, index)
+        return logits.flatten(0, -2), targets.flatten()
+
+    def outputs(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits [rows, ..., V] of a micro-batch, float32 at least, and its targets."""
+        batch = self.micro_batches[index].to(self.device)
+        dtype = next(module.parameters()).dtype
+        arguments = {
+            name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in batch.arguments().items()
+        }
+        with honest_casts(dtype), whole_rows(module):
+            logits = module(**arguments).logits
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return logits, batch.targets()
+
+
+class TokenObjective(LabelObjective):
+    """Mean cross-entropy per predicted token, where each token of a row has logits of its own."""
+
+    micro_batches: Sequence[MicroBatch]
+
+
+class CausalLMObjective(TokenObjective):
+    """Mean cross-entropy per predicted token of a causal LM."""
 
     @staticmethod
     def of_batch(module: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, float]:
         """Return a micro-batch's summed token loss and how many tokens it predicts: a loss as users write them."""
         own = CausalLMObjective([batch], 1, next(module.parameters()).device)
         return own.contribution(module, 0).total, float(batch.num_tokens)
-
-    def _forward(self, module: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self.micro_batches[index].to(self.device)
-        dtype = next(module.parameters()).dtype
-        with honest_casts(dtype), whole_rows(module):
-            logits = module(**batch.arguments()).logits
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
-        return logits, shifted_targets(batch.labels)
 
 
 LossFunction = Callable[[nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, float]"]

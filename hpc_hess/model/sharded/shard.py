@@ -1,4 +1,4 @@
-"""ShardedModel: a causal LM cut over the ranks by FSDP2, seen as one flat local vector of master parameters.
+"""ShardedModel: a model cut over the ranks by FSDP2, seen as one flat local vector of master parameters.
 
 Each block is one FSDP group, so at most one block (and the next, prefetched) is ever unsharded; gradients are
 reduce-scattered after every micro-batch straight into views of one flat local vector, which FSDP accumulates into.
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from hpc_hess.errors import LayoutError
 from hpc_hess.intake.given import walked
-from hpc_hess.model.sharded.blocklist import find_blocks
+from hpc_hess.model.sharded.blocklist import all_blocks
 from hpc_hess.model.sharded.fsdp import cut_over_ranks, free_gathered
 from hpc_hess.model.sharded.precision import honest_casts, whole_rows
 from hpc_hess.parallel import kernels
@@ -229,7 +229,7 @@ def shard_model(
     for name, parameter in skeleton.named_parameters():
         parameter.requires_grad_(name in selected)
     skeleton.to(dtype=master_dtype)
-    blocks = find_blocks(skeleton)
+    blocks = all_blocks(skeleton)
     if sharded:
         cut_over_ranks(skeleton, blocks, world, dims, master_dtype, compute_dtype)
     _allocate(skeleton, world.device)
@@ -298,5 +298,5 @@ def checkpoint_blocks(module: nn.Module) -> None:
         return nullcontext(), again()
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
-    for block in find_blocks(module) or []:
+    for block in all_blocks(module) or []:
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]

@@ -14,12 +14,13 @@ from hpc_hess.intake.configuration import refuse_code, why
 from hpc_hess.model.sources.initial import InitialWatch
 from hpc_hess.model.sources.scalars import vectors_for_scalars
 from hpc_hess.model.sources.source import Source
+from hpc_hess.registry.tasks import TASKS
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
-    """Return the causal LM with meta parameters of the master dtype and real buffers on the CPU. Collective: no.
+    """Return the model of `model.task` with meta parameters of the master dtype and real buffers on the CPU. Collective: no.
 
     Eval mode (dropout off), no KV cache, experts computed eagerly (the grouped kernels have no forward-mode
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
@@ -31,12 +32,13 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
 
     Raises
     ------
-    ModelError : not a causal LM, an attention implementation the model lacks, a failing constructor.
+    ModelError : transformers has no such model for the task, an attention implementation the model lacks, a failing
+        constructor.
 
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    config = source.hf_config
+    spec, config = TASKS[section.task], source.hf_config
     for part in _configs(config):
         part.use_cache = False
         if hasattr(part, "_experts_implementation"):
@@ -44,7 +46,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     watch = InitialWatch()
     try:
         with watch.watching():
-            model = AutoModelForCausalLM.from_config(
+            model = getattr(transformers, spec.auto).from_config(
                 config, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=source.own_code
             )
     except Exception as error:  # of a constructor: any kind
@@ -56,7 +58,9 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
             ) from None
         refuse_code(error, source.path)
         if isinstance(error, ValueError) and "Unrecognized configuration class" in text:
-            raise ModelError(f"{source.path} is not a Hugging Face causal language model: {text}") from None
+            others = [f'"{name}"' for name in TASKS if name != spec.name and _has(config, name)]
+            remedy = f"set model.task = {' or '.join(others)}" if others else text
+            raise ModelError(f"{source.path} is not a Hugging Face {spec.words}: {remedy}") from None
         raise ModelError(f"cannot build the model of {source.path}: {text}") from None
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
@@ -65,6 +69,13 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     model.eval()
     model.frozen_by_itself = [name for name, p in model.named_parameters() if p.numel() and not p.requires_grad]
     return model
+
+
+def _has(config: Any, task: str) -> bool:
+    """Whether transformers has a model of this configuration for a task."""
+    import transformers
+
+    return type(config) in getattr(transformers, TASKS[task].auto)._model_mapping
 
 
 def text_config(hf_config: Any) -> Any:
@@ -78,7 +89,9 @@ def max_positions(hf_config: Any) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            padding = getattr(config, "pad_token_id", None)  # after which RoBERTa's positions begin
+            roberta = "roberta" in config.model_type or config.model_type == "camembert"
+            return value - (padding or 0) - 1 if roberta else value
     return None
 
 

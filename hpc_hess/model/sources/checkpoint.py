@@ -118,6 +118,9 @@ class SafetensorsReader:
             more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
             longer = next((name for name in held if name.endswith(f".{missing[0]}")), None)
             remedy = "check that config.json belongs to these weights, and that every file of them is there"
+            base = getattr(skeleton, "base_model_prefix", "") or "no prefix"
+            if longer is None and not any(name.startswith(f"{base}.") for name in missing):
+                remedy = "this is the head of model.task: train it first, or set model.task to what the weights are for"
             if longer is not None:
                 remedy = f"it holds '{longer}': save the model itself, not its wrapper (DataParallel, torch.compile)"
             raise ModelError(f"{self._directory} has no tensor for parameter '{missing[0]}'{more}: {remedy}")

@@ -31,6 +31,7 @@ from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint, gguf_ta
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.registry.sources import MODELS
 from hpc_hess.registry.table import load
+from hpc_hess.registry.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
         if unread := weight_like(path):
             refuse_unread(path, unread)
         return None
-    own_code, found = _own_code(path, values, section.trust_remote_code)
+    own_code, found = _own_code(path, values, section)
     hf_config = _load_config(path, own_code, values)
     stored = [entry for file in files.names for entry in safetensors_table(path / file)]
     print_of = fingerprint(
@@ -108,9 +109,9 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
 def of_repository(path: Path, section: ModelSection) -> Source:
     """Return the source of a directory whose weights are still to come. Raises ModelError."""
     if not (path / "config.json").is_file():
-        raise ModelError(f"{section.source} has no config.json: model.source should be a Hugging Face causal LM")
+        raise ModelError(f"{section.source} has no config.json: model.source should be a Hugging Face model")
     values = _read_config(path / "config.json")
-    own_code, found = _own_code(path, values, section.trust_remote_code)
+    own_code, found = _own_code(path, values, section)
     hf_config = _load_config(path, own_code, values)
     print_of = fingerprint("safetensors", [told(hf_config)], [])
     return Source("safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, None, own_code, [*found])
@@ -142,7 +143,7 @@ def of_configuration(text: str, section: ModelSection) -> Source | None:
     note = noted(
         "weights.files", f"random weights of model.seed = {section.seed}: model.source is a bare configuration{beside}"
     )
-    own_code, found = _own_code(path.parent, values, section.trust_remote_code)
+    own_code, found = _own_code(path.parent, values, section)
     hf_config = _load_config(path, own_code, values)
     print_of = fingerprint(
         "random", [told(hf_config), str(section.seed).encode()], [], _code(path.parent, values) if own_code else ()
@@ -174,7 +175,7 @@ def _nothing(text: str) -> ModelError:
     path = find_path(text)
     if path is not None and path.is_dir():
         refuse_adapter(path)
-        return ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face causal LM")
+        return ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face model")
     if path is not None and path.suffix in PICKLES:
         refuse_pickle(path)
     if path is not None and path.suffix == ".safetensors":
@@ -193,17 +194,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _own_code(directory: Path, values: dict[str, Any], trusted: bool) -> tuple[bool, list[Finding]]:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+def _own_code(directory: Path, values: dict[str, Any], section: ModelSection) -> tuple[bool, list[Finding]]:
+    import transformers
 
-    kind = str(values.get("model_type"))
-    known = kind in CONFIG_MAPPING
+    kind, auto = str(values.get("model_type")), TASKS[section.task].auto
+    known = kind in transformers.CONFIG_MAPPING
     return decide(
         directory,
         values,
-        trusted=trusted,
+        trusted=section.trust_remote_code,
         known_config=known,
-        known_model=known and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING,
+        known_model=known and transformers.CONFIG_MAPPING[kind] in getattr(transformers, auto)._model_mapping,
+        auto=auto,
     )
 
 

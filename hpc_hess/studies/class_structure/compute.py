@@ -1,7 +1,7 @@
-"""Whether the outliers of a language model's Gauss-Newton matrix are its classes (Papyan 2019): tokens grouped into classes.
+"""Whether the outliers of the Gauss-Newton matrix are its classes (Papyan 2019): labels, or tokens grouped into classes.
 
-The most frequent target tokens are a class each, all others that occur one more. Their class means are projected out, and
-the spectrum of what is left is compared with the whole's.
+The most frequent labels, or target tokens, are a class each, all others that occur one more. Their class means are
+projected out, and the spectrum of what is left is compared with the whole's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hpc_hess.linalg.measure import Recurrence
 from hpc_hess.linalg.operator import FunctionOperator
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.skeleton import vocabulary_size
 from hpc_hess.parallel.vector import Vector
+from hpc_hess.registry.tasks import TASKS
 from hpc_hess.session.problem import Problem
 from hpc_hess.studies.base import Bench, Recipe
 from hpc_hess.studies.class_structure.settings import Settings
@@ -50,6 +50,8 @@ def class_structure(bench: Bench) -> dict[str, Any]:
         process.step()
     return {
         "tokens": tokens,
+        "unit": TASKS[problem.samples.task].predicts,
+        "others": bool(groups.of_examples > len(tokens)),
         "shares": pairs.sum(1).tolist(),
         "rank": rank,
         "means": means.both.eigenvalues().tolist(),
@@ -79,9 +81,9 @@ def _weights(problem: Problem, groups: Groups) -> np.ndarray:
 
 
 def _target_counts(problem: Problem) -> np.ndarray:
-    """Count how often each token of the vocabulary is a target in all samples, which every rank knows, (V,)."""
-    targets = problem.samples.labels[:, 1:]
-    return np.bincount(targets[targets >= 0].numpy().ravel(), minlength=vocabulary_size(problem.source.hf_config))
+    """Count how often each class is a target in all samples, which every rank knows, (V,). Raises ModelError."""
+    samples = problem.samples
+    return np.bincount(samples.targets[samples.targets >= 0].numpy().ravel(), minlength=samples.num_classes)
 
 
 def _rows(config: Config) -> int:

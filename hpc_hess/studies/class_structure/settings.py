@@ -17,7 +17,7 @@ class Settings(StudySettings):
     of_parameters = True
 
     groups: int = Field(default=0, ge=0)
-    """Take the most frequent target tokens as so many classes, and their means out of the matrix. 0: none. Needs
+    """Take the most frequent target tokens, or labels, as so many classes, and their means out of the matrix. 0: none. Needs
     `operator.kind` = gauss_newton."""
     steps: int = Field(default=20, ge=2)
     """Lanczos steps on what is left without them."""

@@ -21,8 +21,10 @@ HEADERS = ["Class", "Share of the targets"]
 def facts(found: Mapping[str, Any]) -> str:
     """Say what removing the class means does to the largest eigenvalue."""
     count = len(found["shares"])
+    unit, others = found.get("unit", "token"), found.get("others", True)
+    classes = f"the {count - 1} most frequent {unit}s, and all others" if others else f"a class for each {unit}"
     return (
-        f"Targets in {count} classes: the {count - 1} most frequent tokens, and all others. With the means of their loss "
+        f"Targets in {count} classes: {classes}. With the means of their loss "
         f"gradients projected out (a space of dimension {found['rank']}), the largest eigenvalue falls from "
         f"{number(found['lambda_max'])} to {number(found['lambda_max_without'])}; at least "
         f"{plural(found['outliers'], 'eigenvalue')} of the whole above that."
@@ -31,7 +33,8 @@ def facts(found: Mapping[str, Any]) -> str:
 
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """Return how frequent each class is."""
-    names = [f"token {token}" for token in found["tokens"]] + ["all others"]
+    names = [f"{found.get('unit', 'token')} {token}" for token in found["tokens"]]
+    names += ["all others"] if found.get("others", True) else []
     return [[name, f"{100 * share:.3g} %"] for name, share in zip(names, found["shares"], strict=True)]
 
 
@@ -60,7 +63,8 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Return one line."""
+    last = "(the last class is all other tokens) " if found.get("others", True) else ""
     return [
         f"λ max {number(found['lambda_max'])}, without {plural(found['rank'], 'class mean')} "
-        f"(the last class is all other tokens) {number(found['lambda_max_without'])}"
+        f"{last}{number(found['lambda_max_without'])}"
     ]

@@ -21,6 +21,7 @@ from hpc_hess.linalg.quadrature import ritz, trace
 from hpc_hess.parallel.world import World, describe
 from hpc_hess.profiling.flops import Limits
 from hpc_hess.profiling.traffic import orthogonalisation_bytes
+from hpc_hess.registry.tasks import TASKS
 from hpc_hess.session.memory_budget import basis_dtype
 from hpc_hess.session.problem import Problem, dtype_of
 from hpc_hess.session.reference import RitzCheck
@@ -124,13 +125,14 @@ def make_result(
             "name": problem.source.name,
             "source": config.model.source,
             "kind": problem.source.kind,
+            **({"task": config.model.task} if config.model.task != "causal-lm" else {}),
             "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
             "fingerprint": problem.source.fingerprint,
             **({"commit": problem.source.commit} if problem.source.commit else {}),
         },
         "data": {
-            "tokens": problem.samples.num_tokens,
-            "sequences": len(problem.samples.input_ids),
+            f"{TASKS[config.model.task].predicts}s": problem.samples.num_tokens,
+            "sequences": len(problem.samples),
             "source": config.data.source,
             "sequence_length": config.data.sequence_length,
             "fingerprint": problem.samples.fingerprint,
