@@ -43,6 +43,9 @@ class ModelSection(Section):
     """The model: {entries}."""
     revision: str = ""
     """Branch, tag or commit of a model of the Hub. Empty: its main branch, as the local cache has it."""
+    config: str = ""
+    """The config.json, or its directory, of the Hugging Face model that a distributed checkpoint is of. Empty: the one in
+    the checkpoint's directory."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -290,6 +293,7 @@ class Config(Section):
 # Keys that run directories of earlier versions do not have: their defaults mean what was computed then.
 _UNKNOWN_TO_EARLIER = [
     ("model", "revision"),
+    ("model", "config"),
     ("data", "loss_on"),
     ("data", "config"),
     ("data", "split"),

@@ -11,6 +11,7 @@ from torch import nn
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.configuration import refuse_code, why
+from hpc_hess.model.sharded.towers import leave_out_towers
 from hpc_hess.model.sources.initial import InitialWatch
 from hpc_hess.model.sources.scalars import vectors_for_scalars
 from hpc_hess.model.sources.source import Source
@@ -25,6 +26,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
     (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
     Scalar parameters have the shape (1,) here; ``skeleton.scalars`` names them.
+    Of a model of text and more the language model alone is kept; ``skeleton.left_out`` counts the rest by name.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -34,8 +36,6 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     ModelError : not a causal LM, an attention implementation the model lacks, a failing constructor.
 
     """
-    from transformers import AutoModelForCausalLM
-
     config = source.hf_config
     for part in _configs(config):
         part.use_cache = False
@@ -44,7 +44,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     watch = InitialWatch()
     try:
         with watch.watching():
-            model = AutoModelForCausalLM.from_config(
+            model = _auto_class(config, source.own_code).from_config(
                 config, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=source.own_code
             )
     except Exception as error:  # of a constructor: any kind
@@ -58,6 +58,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
         if isinstance(error, ValueError) and "Unrecognized configuration class" in text:
             raise ModelError(f"{source.path} is not a Hugging Face causal language model: {text}") from None
         raise ModelError(f"cannot build the model of {source.path}: {text}") from None
+    model.left_out = leave_out_towers(model)
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
     vectors_for_scalars(model)
@@ -65,6 +66,22 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     model.eval()
     model.frozen_by_itself = [name for name, p in model.named_parameters() if p.numel() and not p.requires_grad]
     return model
+
+
+def _auto_class(config: Any, own_code: bool) -> Any:
+    """Return what builds the model: models of text and more are causal LMs too, which transformers lists apart."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMultimodalLM,
+    )
+
+    listed = own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    composite = "text_config" in getattr(config, "sub_configs", {})
+    if not listed and composite and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def text_config(hf_config: Any) -> Any:
