@@ -46,6 +46,9 @@ class ModelSection(Section):
     """Branch, tag or commit of a model of the Hub. Empty: its main branch, as the local cache has it."""
     task: Annotated[str, BeforeValidator(OneOf(TASKS))] = "causal-lm"
     """What the model predicts: {entries}. docs/tasks.md has an example of each."""
+    config: str = ""
+    """The config.json, or its directory, of the Hugging Face model that a distributed checkpoint is of. Empty: the one in
+    the checkpoint's directory."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -311,6 +314,7 @@ _UNKNOWN_TO_EARLIER = [
     ("data", "image_column"),
     ("data", "masked"),
     ("data", "mask_seed"),
+    ("model", "config"),
     ("data", "loss_on"),
     ("data", "config"),
     ("data", "split"),

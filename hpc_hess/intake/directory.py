@@ -17,6 +17,7 @@ from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding, noted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DISTRIBUTED = ".metadata"  # what torch.distributed.checkpoint writes last
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th")
 _OTHER_FORMS = {
     ".gguf": "set model.source to that file",
@@ -24,8 +25,8 @@ _OTHER_FORMS = {
     ".part": "the download was not finished: start it again",
     ".crdownload": "the download was not finished: start it again",
     ".aria2": "the download was not finished: start it again",
-    ".distcp": "it is a distributed checkpoint of PyTorch: convert it first (dcp_to_torch of "
-    "torch.distributed.checkpoint.format_utils, then save_pretrained)",
+    ".distcp": f"it is of a distributed checkpoint: set model.source to the directory that holds its {DISTRIBUTED}; where "
+    "there is none, the checkpoint is not whole",
 }
 _FORMS = (
     ".safetensors",

@@ -10,8 +10,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from hpc_hess.intake.findings import Finding, noted
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 ROTARY = "rotary frequencies"
+TOWERS = "parts for images and sound"
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _SPELLED = {
     "F8_E4M3": "float8_e4m3fn",
@@ -62,13 +65,15 @@ class Architecture:
 
     ``ignored``: patterns that transformers itself ignores; ``layers``: number of blocks; ``extra_layers``: layers for the
     prediction of further tokens that the configuration counts; ``text_of_more``: only the text part of a model with other
-    senses was built; ``decoder_of_more``: only the decoder of an encoder-decoder model.
+    senses was built; ``left_out``: parts of it that were taken out, with their numbers of parameters;
+    ``decoder_of_more``: only the decoder of an encoder-decoder model.
     """
 
     ignored: Collection[str] = ()
     layers: int | None = None
     extra_layers: int = 0
     text_of_more: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
     decoder_of_more: bool = False
 
 
@@ -110,7 +115,7 @@ def sort_unused(
     own = re.compile("|".join(f"(?:{p})" for p in model.ignored)) if model.ignored else None
     mtp_layers = {m[1] for key in unused if "eh_proj" in key and (m := _LAYER.search(key))}
     for key, renamed in unused.items():
-        kind = _kind(key, shapes[key], model, mtp_layers)
+        kind = TOWERS if tower(key, renamed, model) else _kind(key, shapes[key], model, mtp_layers)
         if kind is None and own is not None and (own.search(renamed) or own.search(key)):
             kind = "left out by transformers too"
         if kind is None and key.endswith("bias") and len(shapes[key]) == 1 and is_zero(key):
@@ -142,11 +147,32 @@ def _kind(key: str, shape: tuple[int, ...], model: Architecture, mtp_layers: set
         and (int(layer[1]) < model.layers + model.extra_layers or layer[1] in mtp_layers)
     ):
         return "layers that predict further tokens"
-    if model.text_of_more and _OTHER_SENSES.search(key):
-        return "parts for images and sound"
     if model.decoder_of_more and (_ENCODER.search(key) or key == "final_logits_bias"):
         return "the encoder"
     return None
+
+
+def tower(key: str, renamed: str, model: Architecture) -> str | None:
+    """Return which part for images or sound a stored tensor belongs to, None where it belongs to none."""
+    for part in model.left_out:
+        if renamed == part or renamed.startswith(f"{part}."):
+            return part
+    if (model.text_of_more or model.left_out) and (match := _OTHER_SENSES.search(key)):
+        return match[0].rstrip(".")
+    return None
+
+
+def towers_note(parts: Mapping[str, int]) -> Finding:
+    """Return the note that only the language model is computed; ``parts``: how many parameters each of the others has."""
+    said = ", ".join(f"{part} ({_parameters(count)})" for part, count in parts.items())
+    return noted("weights.unused", f"the language model alone is taken, without its {TOWERS}: {said}")
+
+
+def _parameters(count: int) -> str:
+    for size, word in ((10**9, " billion"), (10**6, " million")):
+        if count >= size:
+            return f"{count / size:.3g}{word} parameters"
+    return f"{count:,} parameters"
 
 
 def names(keys: list[str], most: int = 3) -> str:

@@ -55,6 +55,14 @@ MODELS: Registry[ModelSpec] = Registry(
         f"{_MODELS}.checkpoint:reader",
         "path",
     ),
+    ModelSpec(
+        "distributed",
+        "a distributed checkpoint",
+        "a directory with .metadata and .distcp files, as torch.distributed.checkpoint and torchtitan write them",
+        f"{_MODELS}.distributed:of_distributed",
+        f"{_MODELS}.distributed:reader",
+        "path",
+    ),
     ModelSpec("gguf", "a .gguf file", "", f"{_MODELS}.source:of_gguf", f"{_MODELS}.gguf:reader", "path"),
     ModelSpec(
         "random",

@@ -236,6 +236,11 @@ def test_a_run_of_parameters_that_the_loss_does_not_reach(tmp_path: Path, world:
         assert result["lambda_max"] == result["lambda_min"] == result["trace"]["mean"] == 0.0
         [finding] = [f for f in result["intake"] if f["check"] == "model.reached"]
         assert "depends on none of the 2,240 parameters" in finding["text"]
+    asked["parameters__include"] = ["*encoder_attn*", "*fc1*"]
+    run(make_config(settings_b(out=tmp_path / "some", **asked)), world)
+    [finding] = [f for f in result_of(tmp_path / "some")["intake"] if f["check"] == "model.reached"]
+    assert "does not depend on 2,240 of" in finding["text"]
+    assert "encoder_attn" in finding["text"]
 
 
 def test_check_of_parameters_that_the_loss_does_not_reach(tmp_path: Path, world: World) -> None:
@@ -284,16 +289,17 @@ def _gemma3(path: Path) -> Any:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_vision_tower_under_text(ranks: int, tmp_path: Path) -> None:
-    """Exact products stream through the text model's blocks; the tower's rows are zero."""
+    """Exact products stream through the blocks of the text model, although the tower has more: the tower is left out."""
     model = _gemma3(tmp_path / "model")
+    names = [name for name, _ in model.named_parameters() if "vision" not in name and "projector" not in name]
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 90, 30)).view(3, 10)
     np.save(tmp_path / "t.npy", ids.reshape(-1).numpy())
     found = _answers(settings_of(tmp_path / "model", tmp_path / "t.npy"), ranks)
-    assert_right(found, *dense_product(model, ids))
+    assert_right(found, *dense_product(model, ids, names))
     assert not any("take the model as a whole" in note for note in found[0]["notes"]), found[0]["notes"]
 
 
-def test_studies_of_a_composite_model_and_its_unreached_parameters(tmp_path: Path, world: World) -> None:
+def test_studies_of_a_composite_model(tmp_path: Path, world: World) -> None:
     """D16: class groups and heads are those of the text configuration."""
     _gemma3(tmp_path / "model")
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(3, 90, 30))
@@ -317,9 +323,8 @@ def test_studies_of_a_composite_model_and_its_unreached_parameters(tmp_path: Pat
     )
     result = result_of(tmp_path / "out")
     assert {"class_structure", "block_diagonal"} <= set(result["studies"])
-    [finding] = [f for f in result["intake"] if f["check"] == "model.reached"]
-    assert "does not depend on" in finding["text"]
-    assert "vision" in finding["text"]
+    [note] = [f["text"] for f in result["intake"] if "the language model alone" in f["text"]]
+    assert "model.vision_tower (" in note
 
 
 # -- B5 ------------------------------------------------------------------------------------------------------------------

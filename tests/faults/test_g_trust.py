@@ -222,7 +222,21 @@ def test_ranks_tell_each_other_messages() -> None:
 def test_nothing_is_pickled_by_this_package() -> None:
     for path in (ROOT / "hpc_hess").rglob("*.py"):
         text = path.read_text()
-        for word in ("import pickle", "object_list", "_object(", "pickle.", "allow_pickle=True", "torch.load"):
+        if (
+            path.name == "distcp.py"
+        ):  # reads pickles into records, and refuses others: tests/unit/test_distributed_checkpoints
+            assert "class _Records(Unpickler)" in text
+            assert text.count("Unpickler") == 2
+            text = text.replace("from pickle import Unpickler", "")
+        for word in (
+            "import pickle",
+            "from pickle",
+            "object_list",
+            "_object(",
+            "pickle.",
+            "allow_pickle=True",
+            "torch.load",
+        ):
             assert word not in text.replace("allow_pickle=False", ""), f"{path}: {word}"
 
 

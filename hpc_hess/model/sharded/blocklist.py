@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from hpc_hess.model.sharded.towers import language_model
+
 
 def find_blocks(module: nn.Module) -> nn.ModuleList | None:
     """Return the list of repeated blocks: the ModuleList with the most parameters. None where there is none.
 
     Of a composite model (text and images), those of its language model, also where another part is larger.
     """
-    language = _language_model(module)
+    language = language_model(module)
     for part in (language, module) if language is not None else (module,):
         lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
         if lists:
@@ -28,12 +30,3 @@ def all_blocks(module: nn.Module) -> nn.ModuleList | None:
     whole: Any = module
     lists = [find_blocks(part) for part in (whole.get_encoder(), whole.get_decoder())]
     return nn.ModuleList([block for blocks in lists for block in blocks or []]) or None
-
-
-def _language_model(module: nn.Module) -> nn.Module | None:
-    """Return the part of a composite Hugging Face model that its text configuration describes."""
-    config: Any = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is config:
-        return None
-    return next((m for m in module.modules() if getattr(m, "config", None) is text), None)

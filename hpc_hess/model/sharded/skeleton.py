@@ -11,6 +11,7 @@ from torch import nn
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.configuration import refuse_code, why
+from hpc_hess.model.sharded.towers import leave_out_towers
 from hpc_hess.model.sources.initial import InitialWatch
 from hpc_hess.model.sources.scalars import vectors_for_scalars
 from hpc_hess.model.sources.source import Source
@@ -26,6 +27,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
     (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
     Scalar parameters have the shape (1,) here; ``skeleton.scalars`` names them.
+    Of a model of text and more the language model alone is kept; ``skeleton.left_out`` counts the rest by name.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -36,8 +38,6 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
         constructor.
 
     """
-    import transformers
-
     spec, config = TASKS[section.task], source.hf_config
     for part in _configs(config):
         part.use_cache = False
@@ -46,7 +46,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     watch = InitialWatch()
     try:
         with watch.watching():
-            model = getattr(transformers, spec.auto).from_config(
+            model = _auto_class(config, source.own_code, spec.auto).from_config(
                 config, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=source.own_code
             )
     except Exception as error:  # of a constructor: any kind
@@ -62,6 +62,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
             remedy = f"set model.task = {' or '.join(others)}" if others else text
             raise ModelError(f"{source.path} is not a Hugging Face {spec.words}: {remedy}") from None
         raise ModelError(f"cannot build the model of {source.path}: {text}") from None
+    model.left_out = leave_out_towers(model)
     model.tie_weights()
     model.initial = {name: watch.initial(parameter) for name, parameter in model.named_parameters()}
     vectors_for_scalars(model)
@@ -76,6 +77,18 @@ def _has(config: Any, task: str) -> bool:
     import transformers
 
     return type(config) in getattr(transformers, TASKS[task].auto)._model_mapping
+
+
+def _auto_class(config: Any, own_code: bool, auto: str) -> Any:
+    """Return what builds the model: models of text and more are causal LMs too, which transformers lists apart."""
+    import transformers
+
+    kind, mapping = type(config), transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    composite = "text_config" in getattr(config, "sub_configs", {})
+    unlisted = auto == "AutoModelForCausalLM" and not own_code and kind not in mapping
+    if unlisted and composite and kind in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return transformers.AutoModelForMultimodalLM
+    return getattr(transformers, auto)
 
 
 def text_config(hf_config: Any) -> Any:

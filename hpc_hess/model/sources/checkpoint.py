@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,17 @@ from hpc_hess.errors import ModelError
 from hpc_hess.intake.directory import WeightFiles
 from hpc_hess.intake.findings import Finding, noted, passed
 from hpc_hess.intake.quantisation import Quantisation, declared
-from hpc_hess.intake.tensors import ROTARY, Architecture, companion, names, sort_unused, wrong_type
+from hpc_hess.intake.tensors import (
+    ROTARY,
+    TOWERS,
+    Architecture,
+    companion,
+    names,
+    sort_unused,
+    tower,
+    towers_note,
+    wrong_type,
+)
 from hpc_hess.model.sources.conversion import Mapped, model_tensors
 from hpc_hess.model.sources.lazy import Computed, Lazy
 from hpc_hess.model.sources.quantised import Mxfp4, Scaled, dequantised
@@ -30,7 +41,7 @@ class SafetensorsReader:
 
     Parameters
     ----------
-    files : which files hold the weights.
+    files : which files hold the weights; or what has a directory, names of files, their ``tensors()`` and ``close()``.
     skeleton : the model, before or after sharding; gives names, shapes and the architecture's conversion table.
     ignore_unused : take the model although the files hold tensors that it does not take.
     quantisation : the one that config.json declares.
@@ -43,10 +54,10 @@ class SafetensorsReader:
     """
 
     def __init__(
-        self, files: WeightFiles, skeleton: nn.Module, ignore_unused: bool = False, quantisation: Quantisation | None = None
+        self, files: Any, skeleton: nn.Module, ignore_unused: bool = False, quantisation: Quantisation | None = None
     ) -> None:
         self._directory = files.directory
-        self._files = SafetensorsFiles(files)
+        self._files = SafetensorsFiles(files) if isinstance(files, WeightFiles) else files
         held = self._files.tensors()
         stored: Mapping[str, Stored | Mxfp4 | Scaled] = held
         notes: list[Finding] = []
@@ -169,14 +180,21 @@ def unused_findings(
         shape = stored[key].shape
         return math.prod(shape) <= _READ_WHOLE and not bool(stored[key].read(tuple((0, n) for n in shape)).any())
 
-    found = sort_unused(mapped.unused, {k: stored[k].shape for k in mapped.unused}, _architecture(skeleton), is_zero)
+    architecture = _architecture(skeleton)
+    found = sort_unused(mapped.unused, {k: stored[k].shape for k in mapped.unused}, architecture, is_zero)
     if found.others and not ignore:
         raise ModelError(
             f"{place} holds tensors that the model of its config.json does not take ({len(found.others)}: "
             f"{names(found.others)}): correct config.json (a switch or size that these need), or set "
             'model.unused = "ignore" to compute without them'
         )
-    findings = [noted("weights.unused", f"{kind}, not taken: {names(keys)}") for kind, keys in found.known.items()]
+    parts: dict[str, int] = {}
+    for key in found.known.pop(TOWERS, []):
+        part = tower(key, mapped.unused[key], architecture) or key
+        parts[part] = parts.get(part, 0) + math.prod(stored[key].shape)
+    parts |= {part: count for part, count in architecture.left_out.items() if part in parts}  # without buffers
+    findings = [towers_note(parts)] if parts else []
+    findings += [noted("weights.unused", f"{kind}, not taken: {names(keys)}") for kind, keys in found.known.items()]
     if differ := _other_frequencies(found.known.get(ROTARY, []), stored, skeleton):
         findings.append(noted("weights.unused", f"rotary frequencies are those of config.json; {differ} holds other ones"))
     if found.others:
@@ -209,6 +227,7 @@ def _architecture(skeleton: nn.Module) -> Architecture:
         layers if isinstance(layers, int) else None,
         extra if isinstance(extra, int) else 0,
         text_of_more="text" in type(config).__name__.lower(),
+        left_out=getattr(skeleton, "left_out", {}),
         decoder_of_more=bool(getattr(text, "encoder_layers", None)) and not encoder,
     )
 

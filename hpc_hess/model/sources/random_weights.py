@@ -9,6 +9,7 @@ from torch import nn
 
 from hpc_hess.config import ModelSection
 from hpc_hess.intake.findings import Finding
+from hpc_hess.intake.tensors import towers_note
 from hpc_hess.linalg.probes import Purpose, normals
 from hpc_hess.model.sources.initial import UNKNOWN, Initial
 from hpc_hess.model.sources.source import Source
@@ -35,7 +36,8 @@ class RandomWeights:
     def __init__(self, seed: int, skeleton: nn.Module) -> None:
         shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
         self._seed = seed
-        self.findings: list[Finding] = []
+        left_out = getattr(skeleton, "left_out", {})
+        self.findings: list[Finding] = [towers_note(left_out)] if left_out else []
         self._parameters = {p.name: p for p in Layout(shapes).parameters}
         known = getattr(skeleton, "initial", {})
         spread = float(getattr(getattr(skeleton, "config", None), "initializer_range", 0.02))

