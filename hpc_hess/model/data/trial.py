@@ -10,10 +10,11 @@ from torch import nn
 
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding, noted, passed
-from hpc_hess.intake.forward import beginning, check_causal, check_padding, checksums
+from hpc_hess.intake.forward import beginning, causal_remedy, check_causal, check_padding, checksums
 from hpc_hess.model.data.data import Samples
 from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, local_part
+from hpc_hess.model.sharded.skeleton import text_config
 from hpc_hess.parallel.vector import Vector
 
 # settings of a configuration that let a forward pass write weights, and their value that does not
@@ -45,7 +46,6 @@ def try_forward(
 
     """
     name = type(model.module).__name__.removeprefix("FSDP")
-    vocabulary = int(samples.input_ids.max()) + 1
     ids = beginning(samples.input_ids[row][samples.attention_mask[row] == 1])
 
     def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,8 @@ def try_forward(
             raise ModelError(f"{name} writes '{written}' in its forward pass, whatever {' and '.join(switched)} are")
         text = f"{name} writes '{written}' in its first forward pass: put back, with {' and '.join(switched)}"
         findings = [noted("model.writes", text)]
-    findings.append(check_causal(logits, ids, first, dtype, model.world, name, vocabulary))
+    remedy = causal_remedy(text_config(model.module.config))
+    findings.append(check_causal(logits, ids, first, dtype, model.world, name, remedy))
     lengths = samples.attention_mask.sum(1)
     alone = False
     if int(lengths.min()) < samples.attention_mask.shape[1]:
