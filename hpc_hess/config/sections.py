@@ -57,8 +57,9 @@ class ModelSection(Section):
     """Precision of the forward and backward pass. tf32 and bfloat16 need exact products; float64 needs
     `model.master_dtype` = float64. tf32: float32, but the matrix products of exact products round their operands to 10
     bits of mantissa; of NVIDIA GPUs."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Which attention kernel the model uses. Exact products switch to one that has derivatives, and say so."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Which attention kernel the model uses. auto: the fused one, sdpa, where transformers has it for the model, else eager.
+    Exact products switch to one that has derivatives, and say so."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     trust_remote_code: bool = False

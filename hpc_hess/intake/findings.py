@@ -19,6 +19,7 @@ CHECKS: dict[str, str] = {
     "data.mask": "which tokens the data say are predicted",
     "data.encoding": "the text is UTF-8",
     "data.tokenizer": "the tokenizer gives the ids of tokenizer.json",
+    "model.kernels": "which attention kernel the model computes with",
     "model.causal": "no logit depends on a later token",
     "model.writes": "a forward pass leaves parameters and buffers as they were",
     "model.padding": "a padded row has the loss of the row alone",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -15,6 +18,8 @@ Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids (1, L), ma
 
 _TOKENS = 64  # of a row that the first checks take: a model that sees ahead does so in a short row too
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest logit
+# keys of configurations that let tokens see later ones, and their value that does not
+CAUSAL: dict[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,43 +39,59 @@ def beginning(ids: torch.Tensor) -> torch.Tensor:
     return ids[None, :_TOKENS]
 
 
-def check_causal(
-    logits: Logits, ids: torch.Tensor, first: torch.Tensor, dtype: torch.dtype, world: World, name: str, vocabulary: int
-) -> Finding:
-    """Change the last of ``ids`` (1, L) and compare the logits before it with ``first`` (L, V). Collective: yes.
+def causal_remedy(config: Any) -> str:
+    """Return what to do with a model whose tokens see later ones: its configuration may have a switch for that."""
+    key = next((key for key, on in CAUSAL.items() if getattr(config, key, on) not in (on, None)), "")
+    other = 'take a causal model, or set model.task = "masked-lm"'
+    return f'set "{key}": {json.dumps(CAUSAL[key])} in config.json, {other}' if key else other
 
-    One forward pass; three more where the logits moved: a choice of experts that rounding changed is none of the
-    model's seeing ahead, so choices are repeated then.
+
+def check_causal(
+    logits: Logits, ids: torch.Tensor, first: torch.Tensor, dtype: torch.dtype, world: World, name: str, remedy: str
+) -> Finding:
+    """Change the end of ``ids`` (1, L) and compare the logits before it with ``first`` (L, V). Collective: yes.
+
+    The end is the last token; and all but two tokens, which shows a beginning whose tokens see each other. Two forward
+    passes; five more where the logits moved: a choice of experts that rounding changed is none of the model's seeing ahead,
+    so choices are repeated then. ``remedy``: what the sentence of a refusal advises.
 
     Raises
     ------
     ModelError : the logits depend on a later token. On every rank.
 
     """
-    mask = torch.ones_like(ids)
-    moved = _moved(logits(_other(ids, 0, vocabulary), mask), first)
+    mask, length = torch.ones_like(ids), ids.shape[1]
     scale = float(first.abs().max())
-    allowed = _TOLERANCE[dtype] * scale
-    if not world.any_true(not moved <= allowed, "causal"):
+    allowed, changed = _TOLERANCE[dtype] * scale, 0
+
+    def moved(turn: int, before: torch.Tensor, choices: Choices | None = None) -> float:
+        """Return the largest change of a logit before the end; nan counts as a change."""
+        nonlocal changed
+        found = []
+        for place in (length - 1, min(2, length - 1)):
+            replay = Choices(choices, replay=True) if choices else nullcontext()
+            with replay:
+                found.append((logits(_with_end(ids, place, turn), mask)[:place] - before[:place]).abs().max())
+            if isinstance(replay, Choices):
+                changed += sum(replay.changed[op] for op in ("max", "argmax", "sort", "argsort", "min"))
+        return float(torch.stack(found).max())
+
+    size = moved(0, first)
+    if not world.any_true(not size <= allowed, "causal"):
         return passed("model.causal", "changing a row's last token leaves the logits before it as they were")
-    before = Choices()
-    with before:
+    recorded = Choices()
+    with recorded:
         again = logits(ids, mask)
-    if world.any_true(not _moved(again, first) <= allowed, "causal"):
+    if world.any_true(not float((again - first).abs().max()) <= allowed, "causal"):
         return unchecked("model.causal", "the logits of the same tokens are not the same twice")
-    least, changed = moved, 0
-    for turn in (1, 2):
-        replay = Choices(before, replay=True)
-        with replay:
-            least = min(least, _moved(logits(_other(ids, turn, vocabulary), mask), again))
-        changed += sum(replay.changed[op] for op in ("max", "argmax", "sort", "argsort", "min"))
+    least = min(size, *(moved(turn, again, recorded) for turn in (1, 2)))
     if world.any_true(least > allowed, "causal"):
         if world.any_true(changed > 0, "causal") and not world.any_true(least > 0.01 * scale, "causal"):
             return unchecked("model.causal", "discrete choices of the model differ from pass to pass")
-        size = world.max_over_ranks(moved, "causal")
+        size = world.max_over_ranks(size, "causal")
         raise ModelError(
-            f"{name} is not a causal language model: changing a row's last token moves earlier logits by {size:.2g}, so "
-            'tokens see their targets; take a causal model, or set "is_decoder": true in config.json where that is a key'
+            f"{name} is not a causal language model: changing a row's last tokens moves earlier logits by {size:.2g}, so "
+            f"tokens see their targets; {remedy}"
         )
     return passed("model.causal", "with experts held fixed, changing a row's last token leaves the logits before it")
 
@@ -88,17 +109,10 @@ def check_padding(alone: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype,
     return passed("model.padding", "a padded row has the logits of the row alone"), False
 
 
-def _moved(new: torch.Tensor, old: torch.Tensor) -> float:
-    """Return the largest change of a logit before the last token; nan counts as a change."""
-    return float((new[:-1] - old[:-1]).abs().max())
-
-
-def _other(ids: torch.Tensor, turn: int, vocabulary: int) -> torch.Tensor:
-    """Return the row with another last token: one that the data hold, so that it is one the model takes."""
+def _with_end(ids: torch.Tensor, place: int, turn: int) -> torch.Tensor:
+    """Return the row with another token from ``place`` on: one that the data hold, so that it is one the model takes."""
     last = int(ids[0, -1])
-    others = [token for token in dict.fromkeys(ids[0].tolist()) if token != last] or [
-        (last + 1 + k) % vocabulary for k in range(3)
-    ]
+    others = [token for token in dict.fromkeys(ids[0].tolist()) if token != last] or [last - 1 if last else 1]
     changed = ids.clone()
-    changed[0, -1] = others[turn % len(others)]
+    changed[0, place:] = others[turn % len(others)]
     return changed

@@ -22,7 +22,7 @@ from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.model.sharded.loss import LabelObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
-from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sharded.skeleton import attention_note, attention_of, build_skeleton
 from hpc_hess.model.sources.hub import named, reaching
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.model.sources.weights import fill, open_reader
@@ -55,6 +55,11 @@ class Problem:
     def space(self) -> VectorSpace:
         """The space of the Krylov vectors: the parameters', or that of the sketch."""
         return self.model.space if self.sketch is None else sketch_space(self.sketch, self.model.space)
+
+    @property
+    def attention(self) -> str:
+        """Which attention the model computes with: what model.attention = "auto" has chosen."""
+        return attention_of(self.model.module)
 
     def to_krylov_space(self, vector: Vector) -> Vector:
         """Return a vector of the parameters as one of :attr:`space`. Collective: yes."""
@@ -110,7 +115,7 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
     program_bytes = used_bytes(world.device)
     intake = Intake(progress.note)
-    intake.add(*source.findings, *samples.findings)
+    intake.add(*source.findings, *samples.findings, *attention_note(skeleton, config.model))
     for note in filter(None, [*samples.notes, idle_ranks_note(len(samples), world.size)]):
         progress.note(note)
     progress.phase(f"loading {source.name}")

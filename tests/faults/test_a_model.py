@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hpc_hess.commands.run.opening import _identity
+from hpc_hess.config import make_config
 from hpc_hess.errors import ModelError
+from hpc_hess.intake.forward import causal_remedy, check_causal
 from hpc_hess.parallel.world import World
 from tests.support.base_model import fill_b, ids_b, save_b, tokens_b
 from tests.support.own_code import SCALED, save_own
 from tests.support.problems import assert_right, dense_product, problem_of, products, settings_of
 from tests.support.spawn import run_ranks
+from tests.support.toys import toy_directory
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +83,51 @@ def test_a_model_that_sees_its_targets_is_refused(ranks: int, tmp_path: Path) ->
     settings = settings_of(tmp_path / "model", tokens_b(tmp_path / "t.npy"))
     said = [_refused(World.alone(), settings)] if ranks == 1 else run_ranks(_refused, ranks, settings)
     assert all("is not a causal language model" in text and "is_decoder" in text for text in said), said
+
+
+@pytest.mark.parametrize("beginning", [0, 1, 6, 12])
+def test_every_way_of_seeing_ahead_is_seen(beginning: int) -> None:
+    """All of the row sees all of it, or its beginning sees itself, as of models with a prefix."""
+    table = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(3, 15)[None]
+
+    def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(12, 12).tril()
+        seen[:beginning, :beginning] = 1
+        return seen @ table[ids[0]]
+
+    def check() -> str:
+        first = logits(ids, torch.ones_like(ids))
+        return check_causal(logits, ids, first, torch.float32, World.alone(), "Model", "take another").verdict
+
+    if beginning <= 1:
+        assert check() == "passed"
+    else:
+        with pytest.raises(ModelError, match="tokens see their targets; take another"):
+            check()
+
+
+def test_the_sentence_names_the_switch_of_the_configuration() -> None:
+    from transformers import BertConfig, LlamaConfig, XLNetConfig
+
+    assert causal_remedy(BertConfig()).startswith('set "is_decoder": true in config.json')
+    assert causal_remedy(XLNetConfig()).startswith('set "attn_type": "uni" in config.json')
+    assert causal_remedy(LlamaConfig()) == causal_remedy(BertConfig(is_decoder=True))
+
+
+@pytest.mark.parametrize(("toy", "same", "other"), [("llama", "sdpa", "eager"), ("gpt_oss", "eager", None)])
+def test_a_run_is_bound_to_the_attention_that_auto_chose(toy: str, same: str, other: str | None, tmp_path: Path) -> None:
+    """So directories of earlier runs, whose default was sdpa, go on."""
+    toy_directory(toy, tmp_path / "model")
+
+    def bound(attention: str) -> str:
+        settings = settings_of(tmp_path / "model", tokens_b(tmp_path / "t.npy"), model__attention=attention)
+        config = make_config(settings)
+        return json.loads(_identity(config, problem_of(World.alone(), settings))["config"])["model"]["attention"]
+
+    assert bound("auto") == bound(same) == same
+    if other is not None:
+        assert bound(other) == other
 
 
 def test_its_decoder_variant_passes(tmp_path: Path) -> None:

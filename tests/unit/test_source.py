@@ -6,13 +6,14 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
-from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sharded.skeleton import attention_note, attention_of, build_skeleton
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.model.sources.source import resolve_source
 from tests.support.toys import toy_config, toy_directory
@@ -115,6 +116,23 @@ def test_not_a_causal_model_and_no_such_attention(tmp_path: Path) -> None:
     section = ModelSection(source=str(tmp_path / "gemma2"), attention="sdpa")
     with pytest.raises(ModelError, match=r'model\.attention = "eager"'):
         build_skeleton(resolve_source(section), section)
+
+
+@pytest.mark.parametrize(
+    ("toy", "asked", "used", "noted"),
+    [
+        ("llama", "auto", "sdpa", False),
+        ("llama", "eager", "eager", False),
+        ("gpt_oss", "auto", "eager", True),
+        ("gpt_oss", "eager", "eager", False),
+    ],
+)
+def test_auto_takes_fused_attention_where_there_is_one(toy: str, asked: Any, used: str, noted: bool, tmp_path: Path) -> None:
+    toy_config(toy).save_pretrained(tmp_path)
+    section = ModelSection(source=str(tmp_path), attention=asked)
+    skeleton = build_skeleton(resolve_source(section), section)
+    assert attention_of(skeleton) == used
+    assert [finding.verdict for finding in attention_note(skeleton, section)] == ["noted"] * noted
 
 
 def test_paths_count_from_here_and_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

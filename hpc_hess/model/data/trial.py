@@ -10,10 +10,11 @@ from torch import nn
 
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding, noted, passed
-from hpc_hess.intake.forward import beginning, check_causal, check_padding, checksums
+from hpc_hess.intake.forward import beginning, causal_remedy, check_causal, check_padding, checksums
 from hpc_hess.model.data.data import Samples, batch_of
 from hpc_hess.model.sharded.loss import Batch, MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, local_part
+from hpc_hess.model.sharded.skeleton import text_config
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.registry.tasks import TASKS
 
@@ -75,8 +76,8 @@ def try_forward(
         text = f"{name} writes '{written}' in its first forward pass: put back, with {' and '.join(switched)}"
         findings = [noted("model.writes", text)]
     if causal:
-        vocabulary = int(samples.input_ids.max()) + 1
-        findings.append(check_causal(logits, ids, first, dtype, model.world, name, vocabulary))
+        remedy = causal_remedy(text_config(model.module.config))
+        findings.append(check_causal(logits, ids, first, dtype, model.world, name, remedy))
     lengths = samples.attention_mask.sum(1) if "attention_mask" in samples.inputs else torch.zeros(0)
     alone = False
     if len(lengths) and int(lengths.min()) < samples.attention_mask.shape[1]:

@@ -11,6 +11,7 @@ from torch import nn
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.configuration import refuse_code, why
+from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.model.sharded.towers import leave_out_towers
 from hpc_hess.model.sources.initial import InitialWatch
 from hpc_hess.model.sources.scalars import vectors_for_scalars
@@ -44,10 +45,11 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
         if hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"
     watch = InitialWatch()
+    asked = None if section.attention == "auto" else section.attention  # transformers takes sdpa where it can
     try:
         with watch.watching():
             model = _auto_class(config, source.own_code, spec.auto).from_config(
-                config, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=source.own_code
+                config, dtype=torch.float32, attn_implementation=asked, trust_remote_code=source.own_code
             )
     except Exception as error:  # of a constructor: any kind
         text = why(error, config.get_text_config().to_dict())
@@ -89,6 +91,20 @@ def _auto_class(config: Any, own_code: bool, auto: str) -> Any:
     if unlisted and composite and kind in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return transformers.AutoModelForMultimodalLM
     return getattr(transformers, auto)
+
+
+def attention_of(model: nn.Module) -> str:
+    """Return which attention the language model computes with: the value that model.attention = "auto" stands for."""
+    return getattr(text_config(model.config), "_attn_implementation", None) or "eager"
+
+
+def attention_note(model: nn.Module, section: ModelSection) -> list[Finding]:
+    """Say that model.attention = "auto" found no fused attention, where it did not. Collective: no."""
+    used = attention_of(model)
+    if section.attention != "auto" or used == "sdpa":
+        return []
+    text = f'transformers has no fused attention for {type(model).__name__}: model.attention is "{used}"'
+    return [noted("model.kernels", text)]
 
 
 def text_config(hf_config: Any) -> Any:
