@@ -1,15 +1,16 @@
 """An exact product of SmolLM2-135M over one long sequence: CPU time in gradients and peak memory, by length.
 
-"compiled": the second product, when everything is compiled.
-Each measurement runs in a process of its own. ``--compare`` adds products with attention from elementary operations,
-which hold several matrices of queries x keys, where they fit.
+Each measurement runs in a process of its own. "compiled" is the second product, when everything is compiled; "elementary"
+takes attention from elementary operations, which hold several matrices of queries x keys. ``--gradient``, ``--compiled`` and
+``--compare`` say at which lengths gradients and these two are measured.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from benchmarks.frame import Option, Table, benchmark
 from benchmarks.processes import apart
@@ -55,22 +56,23 @@ def measure(what: str, length: int, threads: int) -> dict[str, float]:
 def main(
     table: Table,
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192),
+    gradient: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048, 4096),
     compare: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048),
     compiled: Annotated[tuple[int, ...], Option(metavar="LENGTH")] = (1024, 2048, 4096),
     threads: int = 1,
 ) -> None:
     table.settings["dtype"] = "float32"
+    wanted = {"gradient": gradient, "exact": lengths, "compiled": compiled, "elementary": compare}
     for length in lengths:
         found = {}
-        also = {"compiled": compiled, "elementary": compare}
-        for what in ["gradient", "exact", *(name for name, lengths in also.items() if length in lengths)]:
+        for what in [what for what, where in wanted.items() if length in where]:
             (found[what],) = apart(measure, what, length, threads, threads=threads)
             print(length, what, found[what], flush=True)
-        row = {"tokens": length, "gradient, CPU s": found["gradient"]["s"], "gradient, GB": found["gradient"]["gb"]}
-        for what in [what for what in found if what != "gradient"]:
-            ratio = found[what]["s"] / found["gradient"]["s"]
-            row |= {f"{what}, gradients": ratio, f"{what}, GB": found[what]["gb"]}
-        table.add(row)
+        one = found["gradient"]["s"] if "gradient" in found else math.nan
+        row: dict[str, Any] = {"tokens": length}
+        for what, each in found.items():
+            row |= {f"{what}, CPU s": each["s"], f"{what}, gradients": each["s"] / one, f"{what}, GB": each["gb"]}
+        table.add({name: value for name, value in row.items() if value == value and name != "gradient, gradients"})
 
 
 if __name__ == "__main__":
