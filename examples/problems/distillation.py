@@ -1,6 +1,6 @@
 """Distillation: the Hessian of KL(teacher || student) per token, at temperature T, in the student's parameters.
 
-    hpc-hess run examples/problems/distillation.toml
+hpc-hess run examples/problems/distillation.toml
 """
 
 from __future__ import annotations

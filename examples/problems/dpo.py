@@ -43,7 +43,12 @@ def _model(source: str) -> Any:
     if source:
         return AutoModelForCausalLM.from_pretrained(source)
     small = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=True
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
     )
     return LlamaForCausalLM(small)
 

@@ -1,6 +1,6 @@
 """A reward model: the Hessian of the Bradley-Terry loss, -log sigmoid(r(chosen) - r(rejected)).
 
-    hpc-hess run examples/problems/reward_model.toml
+hpc-hess run examples/problems/reward_model.toml
 """
 
 from __future__ import annotations

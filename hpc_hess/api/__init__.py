@@ -1,4 +1,4 @@
-"""The Python interface, for notebooks: one process, any ``torch.nn.Module``.
+"""The Python interface, for notebooks and training programs: any ``torch.nn.Module``, in one process or spread over ranks.
 
 >>> operator = hpc_hess.hessian(model, batches, loss)   # doctest: +SKIP
 >>> spectrum = hpc_hess.slq(operator, steps=40, probes=4)   # doctest: +SKIP

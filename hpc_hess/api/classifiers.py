@@ -32,6 +32,7 @@ from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.model.blocks.splice import differentiable_kernels
 from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.placed import require_alone
 from hpc_hess.model.sharded.precision import whole_rows
 from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from hpc_hess.model.sharded.undisturbed import undisturbed
@@ -134,6 +135,7 @@ def decompose(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> D
         derivative. ConfigError : ``num_classes`` is not valid.
 
     """
+    require_alone(model, "decompose")
     given.model(model)
     num_classes = given.whole("num_classes", num_classes, 2)
     examples = _Examples(batches, num_classes)

@@ -1,9 +1,11 @@
-"""Operators of any ``torch.nn.Module``, in one process."""
+"""Operators of any ``torch.nn.Module``, in one process or over the ranks of a program that the user launched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
@@ -18,19 +20,25 @@ from hpc_hess.errors import ConfigError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg.operator import LinearOperator, products
-from hpc_hess.model.blocks.users import of_user, plain_suffices, tried_once, user_objective
+from hpc_hess.model.blocks.users import of_user, plain_suffices, require_equal_replicas, tried_once
+from hpc_hess.model.sharded.borrowed import without_hooks
 from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, Objective, own_objective
+from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.model.sharded.undisturbed import undisturbed
+from hpc_hess.parallel.in_step import alike
 from hpc_hess.parallel.layout import Layout
 from hpc_hess.parallel.vector import Vector, VectorSpace
+from hpc_hess.parallel.world import World
 from hpc_hess.registry.operators import OPERATORS, OperatorSpec
 
 
 class Operator:
-    """A curvature matrix of a model in this process. Vectors are flat, in the order of ``layout``'s parameters.
+    """A curvature matrix of a user's model. Vectors are flat, in the order of ``layout``'s parameters.
+
+    Of a model that lies over several ranks every rank makes the same calls, and has its part of each vector.
 
     ``notes`` say how products are taken, and what else a user should know: kernels that were switched, a model that is not
     split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
@@ -61,28 +69,63 @@ class Operator:
         return "\n".join([f"{type(self).__name__} of {self.space.size:,} parameters", *(f"  note: {n}" for n in self.notes)])
 
     def matvec(self, v: Any) -> Any:
-        """Return A v for a vector of N finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
+        """Return A v for a vector of finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
 
-        Products are floating-point numbers: float32 and float64 vectors keep their type, all others get the operator's.
+        Over several ranks ``v`` is this rank's part, or all N entries, on every rank; so is the product. Products are
+        floating-point numbers: float32 and float64 vectors keep their type, all others get the operator's.
+        Collective: yes.
 
         Raises
         ------
         ConfigError : the vector has another size, or is complex. NumericsError : it, or the product, is not finite.
 
         """
+        taken, whole, dtype = self.taken(v)
+        product = self._multiply([taken])[0]
         if isinstance(v, Vector):
-            if v.data.shape != (self.space.size_local,):
-                raise ConfigError(f"the operator acts on {self.space.size} entries, the vector has {v.space.size}")
-            return self._multiply([v])[0]
-        data, dtype = given.vector(v, self.space.size, self.space.dtype, self.space.device)
-        product = self._multiply([self.space.wrap(data.clone())])[0].data.to(dtype)
-        return product.to(v.device) if isinstance(v, torch.Tensor) else product.cpu().numpy()
+            return product
+        data = (self.whole(product) if whole else product.data).to(dtype)
+        return data.to(v.device) if isinstance(v, torch.Tensor) else data.cpu().numpy()
+
+    def taken(self, v: Any) -> tuple[Vector, bool, torch.dtype]:
+        """Return ``v`` as a Vector, whether it was all of several ranks' entries, and the type of products with it.
+
+        Collective: yes. Raises ConfigError, NumericsError.
+        """
+        space, world = self.space, self.space.world
+        with world.together("a vector"):
+            if isinstance(v, Vector):
+                if v.data.shape != (space.size_local,):
+                    raise ConfigError(f"the operator acts on {space.size} entries, the vector has {v.space.size}")
+                flat, dtype, part = v.data, v.data.dtype, True
+            else:
+                part = given.entries(v) == space.size_local
+                flat, dtype = given.vector(v, space.size_local if part else space.size, space.dtype, space.device)
+                flat = flat.clone() if part else self.part(flat)
+        of_a_rank = world.any_true(part and space.size_local < space.size, "whose part a vector is")
+        return v if isinstance(v, Vector) else space.wrap(flat), not (part or of_a_rank), dtype
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of all N entries, (size_local,). Collective: no."""
+        starts, lengths = self.space.shard.file_intervals
+        return torch.cat([whole[:0], *(whole[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True))])
+
+    def whole(self, part: Vector | torch.Tensor) -> torch.Tensor:
+        """Return all N entries of a vector on every rank, (N,). Collective: yes."""
+        data = part.data if isinstance(part, Vector) else part
+        out, position = torch.zeros(self.space.size, dtype=data.dtype, device=self.space.device), 0
+        for start, length in zip(*(x.tolist() for x in self.space.shard.file_intervals), strict=True):
+            out[start : start + length] = data[position : position + length]
+            position += length
+        return self.space.sum(out, "a whole vector")
 
     def matmat(self, vectors: Sequence[Vector]) -> list[Vector]:
-        """Return the products with several Vectors, which share what work they can."""
+        """Return the products with several Vectors, which share what work they can. Collective: yes."""
         return self._multiply(vectors)
 
     def _multiply(self, vectors: Sequence[Vector]) -> list[Vector]:
+        if self.space.world.size > 1:
+            alike(self.space.world, "a product", {"vectors": str(len(vectors))})
         with undisturbed(self._module):
             return products(self._operator, vectors)
 
@@ -96,6 +139,28 @@ class Operator:
         return ScipyOperator(self.shape, matvec=self.matvec, rmatvec=self.matvec, dtype=dtype)
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+_OF_A_RANK = ("b", "progress")  # arguments that may differ between ranks
+
+
+def collective(call: Callable[P, R]) -> Callable[P, R]:
+    """Have ``call(operator, ...)`` refuse, on every rank, arguments that the ranks do not give alike. Collective: yes."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        operator, *_ = signature.bind(*args, **kwargs).args
+        if isinstance(operator, Operator) and operator.space.world.size > 1:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            plain = {name: v for name, v in bound.arguments.items() if name not in _OF_A_RANK}
+            words = {name: repr(v) for name, v in plain.items() if isinstance(v, str | int | float | list | tuple | None)}
+            alike(operator.space.world, call.__name__, {**words, "operator": str(operator.shape)})
+        return call(*args, **kwargs)
+
+    return checked
+
+
 class _Differences:
     """Finite differences around theta_0, which write theta_0 back: not over what a user has trained since."""
 
@@ -104,10 +169,10 @@ class _Differences:
 
     def matvec(self, v: Vector) -> Vector:
         model, theta0 = self._operator.gradient.model, self._operator.theta0
-        if not torch.equal(model.read_parameters(), theta0):
+        same = model.holds_its_parameters() and torch.equal(model.read_parameters(), theta0)
+        if not self.space.world.all_true(same, "whether the parameters are the same"):
             raise ConfigError("the model's parameters have changed since hessian() was called: call it again")
-        with torch.autocast(self.space.device.type, enabled=False):
-            return self._operator.matvec(v)
+        return self._operator.matvec(v)
 
 
 def hessian(
@@ -122,16 +187,20 @@ def hessian(
     compile: Literal["auto", "on", "off"] = "auto",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    group: Any = None,
 ) -> Operator:
     """Return the Hessian of the mean loss over ``batches`` as an operator. The model is used in place, in eval mode.
 
-    Whatever of the model a product changes, it puts back: the training flag, gradients, buffers, parameters.
+    Whatever of the model a product changes, it puts back: the training flag, gradients, buffers, parameters. Collective
+    over the ranks of a model that fully_shard or DistributedDataParallel spread; vectors are cut like the parameters.
 
     Parameters
     ----------
     model : any module. The matrix is that of the selected parameters that require gradients; they share one dtype and
         device (float64 gives the smallest error). Half precision needs method "exact"; vectors are float32 then.
-    batches : any iterable, drawn once; each element is passed to ``loss``.
+    batches : any iterable, drawn once; each element is passed to ``loss``. Of several ranks each has its own, any number.
+    group : the torch process group whose ranks hold replicas of a plain module, and batches of their own. Without it a
+        plain module is this process's alone.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
         The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``, or on the ids
         alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
@@ -146,37 +215,34 @@ def hessian(
     DataError, LayoutError, ModelError, NumericsError, ConfigError : with the remedy.
 
     """
-    spec = OPERATORS[given.one_of("kind", kind, OPERATORS)]
-    any_loss = "finite_difference" in spec.methods  # it is made of the Hessian
-    given.one_of("method", method, ("finite_difference", "exact"))
-    given.one_of("scheme", scheme, ("forward", "central", "fourth"))
-    given.one_of("compile", compile, ("auto", "on", "off"))
-    if step != "auto" and given.real("step", step) <= 0:
-        raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
-    if method not in spec.methods or not (any_loss or loss is None):
-        own = "" if any_loss else " and the causal LM's default loss: leave loss out"
-        raise ConfigError(f'kind = "{kind}" needs method = {spec.by}{own}')
-    given.model(model)
-    sharded, intake = of_user(model, include, exclude)
-    computed = dict(sharded.module.named_parameters())[sharded.layout.parameters[0].name].dtype
+    found = placed(model, group) if isinstance(model, nn.Module) else Placed(model, World.alone())
+    world, module = found.world, found.module
+    asked = {"method": method, "kind": kind, "scheme": scheme, "step": step, "compile": compile}
+    with world.together("hessian"):
+        given.model(module)
+        spec = _checked(asked, loss)
+        sharded, intake = of_user(module, include, exclude, found)
+    if world.size > 1:
+        of = {"model": f"{type(module).__name__} {sharded.layout.fingerprint[:8]} {sharded.space.dtype}"}
+        alike(world, "hessian", {**{k: repr(v) for k, v in asked.items()}, **of, "loss": given.function(loss)})
+        require_equal_replicas(sharded)
+    computed = dict(module.named_parameters())[sharded.layout.parameters[0].name].dtype
     half = computed in (torch.bfloat16, torch.float16)
     if half and method == "finite_difference":
         raise ConfigError(given.ROUNDED)
-    with undisturbed(model):
+    with undisturbed(module):
         objective: CausalLMObjective | CallableObjective
         if loss is None:
-            objective, notes = own_objective(batches, model, sharded.space.device)
+            objective, notes = own_objective(batches, module, sharded.space.device, world)
             intake += notes
         else:
-            if not callable(loss):
-                raise ConfigError(f"loss is a {type(loss).__name__}: it should be a function loss(model, batch)")
-            objective = user_objective(batches, loss, model)
+            objective = CallableObjective(batches, loss, module, world)
         tried, rounded = tried_once(sharded, objective)
         intake += tried
         if method == "finite_difference":
             if rounded:
                 raise ConfigError(given.ROUNDED)
-            gradient = Gradient(sharded, objective, Routing(model, "frozen"))
+            gradient = Gradient(sharded, objective, Routing(module, "frozen"))
             return _made(spec, _Differences(FiniteDifferenceHessian(gradient, scheme, step)), sharded, objective, intake)
         if half:
             intake.append(
@@ -185,18 +251,39 @@ def hessian(
                     f"products are computed in {str(computed).removeprefix('torch.')}, vectors are float32",
                 )
             )
-        compute_dtype = computed if half else None
+        options: dict[str, Any] = {
+            "compute_dtype": computed if half else None,
+            "plain": without_hooks(module) if sharded.sharded else None,
+        }
         if isinstance(objective, CausalLMObjective) and not plain_suffices(sharded, objective):
-            if not any_loss:
+            if "finite_difference" not in spec.methods:
                 raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
-            objective = user_objective(objective.micro_batches, CausalLMObjective.of_batch, model)
+            objective = CallableObjective(objective.micro_batches, CausalLMObjective.of_batch, module, world)
         product: LinearOperator
         if isinstance(objective, CausalLMObjective):
             settings = Settings(compile=compile, programs=default_directory())
-            product = exact_or_whole(exact_product(spec), sharded, objective, compute_dtype=compute_dtype, settings=settings)
+            product = exact_or_whole(exact_product(spec), sharded, objective, settings=settings, **options)
         else:
-            product = WholeModel(sharded, objective, exact_product(spec).start, compute_dtype=compute_dtype)
+            product = WholeModel(sharded, objective, exact_product(spec).start, **options)
         return _made(spec, product, sharded, objective, intake)
+
+
+def _checked(asked: dict[str, Any], loss: Any) -> OperatorSpec:
+    """Return the operator that is asked for, once every setting is valid. Raises ConfigError."""
+    spec = OPERATORS[given.one_of("kind", asked["kind"], OPERATORS)]
+    any_loss = "finite_difference" in spec.methods  # it is made of the Hessian
+    given.one_of("method", asked["method"], ("finite_difference", "exact"))
+    given.one_of("scheme", asked["scheme"], ("forward", "central", "fourth"))
+    given.one_of("compile", asked["compile"], ("auto", "on", "off"))
+    step = asked["step"]
+    if step != "auto" and given.real("step", step) <= 0:
+        raise ConfigError(f'step = {step} is not valid: it should be "auto" or greater than 0')
+    if asked["method"] not in spec.methods or not (any_loss or loss is None):
+        own = "" if any_loss else " and the causal LM's default loss: leave loss out"
+        raise ConfigError(f'kind = "{asked["kind"]}" needs method = {spec.by}{own}')
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss is a {type(loss).__name__}: it should be a function loss(model, batch)")
+    return spec
 
 
 def _made(
@@ -206,7 +293,7 @@ def _made(
     if spec.build is None:
         return Operator(product, model.module, intake)
     dtype = dict(model.module.named_parameters())[model.layout.parameters[0].name].dtype  # in which backward passes add
-    own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=False)
+    own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=model.sharded)
     loss, gradient = Gradient(own, objective)()
     point = Point(loss, model.space.wrap(gradient.data.to(model.space.dtype)), model)
     return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from hpc_hess.api.operators import Operator
+from hpc_hess.api.operators import Operator, collective
 from hpc_hess.errors import ConfigError
 from hpc_hess.intake import given
 from hpc_hess.linalg import density as densities
@@ -100,6 +100,7 @@ class Spectrum:
         return list(zip(self.alphas, self.betas, strict=True))
 
 
+@collective
 def slq(
     operator: Operator,
     *,
@@ -140,6 +141,8 @@ def slq(
 class Eigenpairs:
     """Eigenvalues ascending, residuals |A u - lambda u|, eigenvectors as rows (pair, N), in the operator's order.
 
+    Over several ranks rows hold this rank's part; ``operator.whole(row)`` is all of one.
+
     ``converged``: all residuals are within the tolerance. ``multiplicity_resolved``: a search from a new direction has found
     no eigenvalue that is missing, such as another copy of one; where it is False, copies may be missing.
     """
@@ -152,6 +155,7 @@ class Eigenpairs:
     multiplicity_resolved: bool = False
 
 
+@collective
 def eigenpairs(
     operator: Operator,
     count: int,
@@ -200,6 +204,7 @@ def eigenpairs(
     return Eigenpairs(found.values, found.residuals, vectors, process.converged, process.num_products, process.complete)
 
 
+@collective
 def trace(
     operator: Operator, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", products: int = 60, seed: int = 0
 ) -> Estimate:
@@ -214,10 +219,11 @@ def trace(
     return traces.hutchinson(operator, StoppingRule(0.0, most=products), seed=seed).trace_estimate
 
 
+@collective
 def diagonal(
     operator: Operator, *, method: Literal["xdiag", "hutchinson"] = "xdiag", products: int = 60, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimate the diagonal from so many products: its entries and their standard errors, each (N,)."""
+    """Estimate the diagonal from so many products: its entries and their standard errors, each (N,); this rank's part."""
     least = {"xdiag": 4, "hutchinson": 2}
     products = given.whole("products", products, least[given.one_of("method", method, least)])
     seed = given.whole("seed", seed, 0)
@@ -229,6 +235,7 @@ def diagonal(
     return found.mean.data, found.stderr.data
 
 
+@collective
 def sub_block(operator: Operator, selections: Sequence[str], *, columns: int = 8) -> np.ndarray:
     """Return the matrix of chosen entries, (t, t) in the order of the layout, by one product for each entry.
 
@@ -265,6 +272,7 @@ class Solution(_Pair):
         return f"Solution(residual={self.residuals[-1]:.3g}, products={len(self.residuals) - 1}, converged={self.converged})"
 
 
+@collective
 def solve(
     operator: Operator,
     b: Any,
@@ -276,6 +284,8 @@ def solve(
 ) -> Solution:
     """Solve (A + damping I) x = b: x, the relative residuals before and after every product, and whether it converged.
 
+    Over several ranks ``b`` is this rank's part, or all N entries on every rank; so is x.
+
     Raises
     ------
     NumericsError : "cg" met negative curvature. ConfigError : an argument is not valid.
@@ -283,14 +293,8 @@ def solve(
     """
     run = {"minres": solvers.minres, "cg": solvers.conjugate_gradients}[given.one_of("method", method, ("minres", "cg"))]
     damping, tolerance = given.real("damping", damping), given.real("tolerance", tolerance, 0.0)
-    right, _ = given.vector(b, operator.space.size, operator.space.dtype, operator.space.device)
-    found = run(
-        operator,
-        operator.space.wrap(right.clone()),
-        damping=damping,
-        tolerance=tolerance,
-        most=given.whole("products", products),
-    )
-    solution = Solution(found.x.data, found.residuals)
+    right, whole, _ = operator.taken(b)
+    found = run(operator, right.copy(), damping=damping, tolerance=tolerance, most=given.whole("products", products))
+    solution = Solution(operator.whole(found.x) if whole else found.x.data, found.residuals)
     solution.converged = found.residuals[-1] <= tolerance
     return solution

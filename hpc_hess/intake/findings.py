@@ -25,6 +25,7 @@ CHECKS: dict[str, str] = {
     "model.padding": "a padded row has the loss of the row alone",
     "model.frozen": "which parameters the matrix spans",
     "given.positions": "positions of left-padded and packed rows of batches",
+    "given.ranks": "which ranks' batches the matrix of a user's model is made of",
     "given.precision": "in which precision a user's model is multiplied",
     "model.reached": "parameters that the loss does not depend on",
 }

@@ -5,6 +5,7 @@ Functions return what is to be used: numbers, patterns, a list of batches, a dic
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import numbers
@@ -94,6 +95,27 @@ def model(module: Any) -> None:
             raise ModelError(f"parameter '{name}' is complex, and the Hessian is that of a function of real numbers")
 
 
+def entries(v: Any) -> int:
+    """Return how many entries a vector has, -1 where it is none."""
+    try:
+        return int(v.numel() if isinstance(v, torch.Tensor) else np.size(v))
+    except (TypeError, ValueError):
+        return -1
+
+
+def function(f: Any) -> str:
+    """Return words that tell a function from another, on all ranks alike: its name, and a digest of its code."""
+    code = getattr(f, "__code__", None)
+    name = getattr(f, "__qualname__", type(f).__name__)
+    if code is None:
+        return "None" if f is None else name
+    constants = [
+        sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts if not hasattr(c, "co_code")
+    ]
+    text = repr((code.co_code, code.co_names, code.co_varnames, constants))
+    return f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
 def vector(v: Any, size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.dtype]:
     """Return ``v`` as a flat tensor [size] of ``dtype`` on ``device``, and the type in which a product is to be returned.
 
@@ -121,7 +143,7 @@ def vector(v: Any, size: int, dtype: torch.dtype, device: torch.device) -> tuple
 # -- batches -------------------------------------------------------------------------------------------------------------
 
 
-def drawn(batches: Any, none: str = "there are no batches") -> list[Any]:
+def drawn(batches: Any, none: str = "there are no batches", *, least: int = 1) -> list[Any]:
     """Return the batches of any iterable, drawn once: a data loader that shuffles, or a generator, gives one data set.
 
     Raises
@@ -148,7 +170,7 @@ def drawn(batches: Any, none: str = "there are no batches") -> list[Any]:
         found = list(batches)
     else:  # which may fill the same tensors again and again
         found = [tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, batch) for batch in batches]
-    if not found:
+    if len(found) < least:
         raise DataError(none)
     for number, batch in enumerate(found):
         if batch is None:
@@ -328,12 +350,12 @@ def loss_value(value: Any, number: int) -> tuple[torch.Tensor, float]:
     return value.reshape(()), weight
 
 
-def walked(loss: torch.Tensor) -> tuple[set[int] | None, bool]:
-    """Return the identities of the leaves that ``loss`` depends on, and whether anything on the way is in half precision.
+def walked(loss: torch.Tensor) -> tuple[dict[int, torch.Tensor] | None, bool]:
+    """Return the leaves that ``loss`` depends on, by identity, and whether anything on the way is in half precision.
 
     None for the leaves where a recomputed part (reentrant checkpointing) hides some.
     """
-    leaves, half, hidden, seen, todo = set[int](), False, False, set[Any](), [loss.grad_fn]
+    leaves, half, hidden, seen, todo = dict[int, torch.Tensor](), False, False, set[Any](), [loss.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -342,6 +364,6 @@ def walked(loss: torch.Tensor) -> tuple[set[int] | None, bool]:
         half |= any(meta.dtype in _HALF for meta in getattr(node, "_input_metadata", []))
         hidden |= "CheckpointFunction" in node.name()
         if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+            leaves[id(node.variable)] = node.variable
         todo.extend(after for after, _ in node.next_functions)
     return None if hidden else leaves, half

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from hpc_hess.errors import CollectiveError, HpcHessError
+from hpc_hess.errors import CollectiveError, ConfigError, HpcHessError
 from hpc_hess.parallel.world import World
 
 Agree = Callable[[object], None]
@@ -42,3 +42,24 @@ def in_step(world: World, name: str, on_divergence: HpcHessError) -> Iterator[Ag
         agree(None, error)
     else:
         agree("the end")
+
+
+def alike(world: World, call: str, given: dict[str, str]) -> None:
+    """Refuse a call that the ranks do not make alike. ``given``: its arguments by name, in words. Collective: yes.
+
+    Raises
+    ------
+    ConfigError : on every rank; names the first argument that differs, and the first two ranks that differ in it.
+
+    """
+    everyone = world.gather((call, given), call)
+    for rank, (other, theirs) in enumerate(everyone):
+        first, ours = everyone[0]
+        if other != first:
+            raise ConfigError(f"the ranks call different functions: {first} on rank 0, {other} on rank {rank}")
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"the ranks call {call} with different arguments: {name} is {ours.get(name, 'not given')} on rank 0 and "
+                    f"{theirs.get(name, 'not given')} on rank {rank}"
+                )

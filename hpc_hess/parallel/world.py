@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -48,7 +49,10 @@ class World:
         self.mesh: Any = None
         self.replica, self.num_replicas = 0, 1
         self.shard_rank, self.shard_size = self.rank, self.size
+        self._groups: list[Any] = [None]  # each of a dimension of the grid, inner ones first; together they reach all ranks
         self._shard_group: Any = None
+        self.replica_group: Any = None  # the ranks that hold what this one holds
+        self._carrier: torch.device | None = None  # where values must lie to travel; None: they travel as they lie
         self.collectives: ShardCollectives = TorchCollectives(None, gloo=False)  # until there is a mesh
         self._watchdog: Watchdog | None = None
         self.timers = Timers(device)
@@ -59,6 +63,26 @@ class World:
     def alone(cls, device: str = "cpu") -> World:
         """Return a world of one process that never communicates (notebooks, tools)."""
         return cls(Launch("alone", 0, 1, 0, 1, 0, 1), torch.device(device), connected=False)
+
+    @classmethod
+    def within(cls, device: torch.device, shards: Any, replicas: Any) -> World:
+        """Return the world of process groups that a program has made: of ranks that share parameters, and that repeat them.
+
+        Either may be None. The program keeps its groups: never :meth:`leave` this world. Collective: yes.
+        """
+        sizes = [dist.get_world_size(group) if group is not None else 1 for group in (shards, replicas)]
+        shard, replica = (dist.get_rank(group) if group is not None else 0 for group in (shards, replicas))
+        rank, size = replica * sizes[0] + shard, sizes[0] * sizes[1]
+        world = cls(Launch("program", rank, size, 0, 1, 0, 1), device, connected=True)
+        world._groups = [group for group in (shards, replicas) if group is not None]
+        world._shard_group, world.replica_group = shards, replicas
+        (world.shard_size, world.num_replicas), world.shard_rank, world.replica = sizes, shard, replica
+        if not all("cpu:" in dist.get_backend_config(group) for group in world._groups):
+            world._carrier = device
+        world.collectives = TorchCollectives(shards, gloo=world.gloo)
+        hosts = world.gather(socket.gethostname(), "meet the other ranks")
+        world.launch = replace(world.launch, local_size=hosts.count(hosts[rank]), num_nodes=len(set(hosts)))
+        return world
 
     @classmethod
     def join(cls, device: str = "auto", timeout_s: float = 1800.0, *, want_mpi: bool = True) -> World:
@@ -147,6 +171,7 @@ class World:
         else:
             self.mesh = init_device_mesh(kind, (replicate, self.shard_size), mesh_dim_names=("replicate", "shard"))
         self._shard_group = self.mesh.get_group("shard")
+        self.replica_group = self.mesh.get_group("replicate") if replicate > 1 else None
         self.collectives = self._open_collectives()
 
     def _open_collectives(self) -> ShardCollectives:
@@ -231,27 +256,58 @@ class World:
         Collective: yes. With HSDP replica 0's sums are broadcast, so that replicas cannot drift apart.
         """
         if self.connected and self.shard_size > 1:
-            with self._named(name, "all-reduce"):
-                dist.all_reduce(values, group=self._shard_group)
+            with self._named(name, "all-reduce"), self._carried(values) as carried:
+                dist.all_reduce(carried, group=self._shard_group)
         if self.connected and self.num_replicas > 1:
-            with self._named(name, "all-reduce"):
-                dist.broadcast(values, group_src=0, group=self.mesh.get_group("replicate"))
+            with self._named(name, "all-reduce"), self._carried(values) as carried:
+                dist.broadcast(carried, group_src=0, group=self.replica_group)
+        return values
+
+    def sum_over_replicas(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """Sum ``values`` in place over the ranks that hold the same entries. Collective: yes."""
+        if self.connected and self.num_replicas > 1:
+            with self._named(name, "all-reduce"), self._carried(values) as carried:
+                dist.all_reduce(carried, group=self.replica_group)
         return values
 
     def sum_over_ranks(self, values: torch.Tensor, name: str) -> torch.Tensor:
         """Sum ``values`` in place over all ranks. Collective: yes."""
-        if self.connected and self.size > 1:
-            with self._named(name):
-                dist.all_reduce(values)
-        return values
+        return self._reduced(values, dist.ReduceOp.SUM, name)
 
     def max_over_ranks(self, value: float, name: str) -> float:
         """Return the largest ``value`` of any rank. Collective: yes."""
-        tensor = torch.tensor([value], dtype=torch.float64)
+        return float(self._reduced(torch.tensor([value], dtype=torch.float64), dist.ReduceOp.MAX, name))
+
+    def _reduced(self, values: torch.Tensor, op: Any, name: str) -> torch.Tensor:
         if self.connected and self.size > 1:
-            with self._named(name):
-                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
+            with self._named(name), self._carried(values) as carried:
+                for group in self._groups:
+                    dist.all_reduce(carried, op=op, group=group)
+        return values
+
+    @contextlib.contextmanager
+    def _carried(self, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield ``values`` where collectives can take them; what becomes of them is written back."""
+        carried = values if self._carrier is None else values.to(self._carrier)
+        yield carried
+        if carried is not values:
+            values.copy_(carried)
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """Return rank 0's ``values`` on every rank."""
+        with self._carried(values) as carried:
+            for group in self._groups:
+                dist.broadcast(carried, group=group, group_src=0)
+        return values
+
+    def _gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """Return every rank's ``values`` [n] as rows in rank order, on the host."""
+        everyone = values[None] if self._carrier is None else values[None].to(self._carrier)
+        for group in self._groups:
+            parts = [torch.empty_like(everyone) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, everyone, group=group)
+            everyone = torch.cat(parts)
+        return everyone.cpu()
 
     def all_true(self, flag: bool, name: str) -> bool:
         """Return whether ``flag`` holds on every rank. Collective: yes."""
@@ -267,10 +323,8 @@ class World:
             return value
         mine = messages.packed(value) if self.rank == 0 else b""
         with self._named(name):
-            size = torch.tensor([len(mine)])
-            dist.broadcast(size, src=0)
-            buffer = messages.buffer(mine, int(size))
-            dist.broadcast(buffer, src=0)
+            size = self._sent(torch.tensor([len(mine)]))
+            buffer = self._sent(messages.buffer(mine, int(size)))
         return cast(T, messages.unpacked(buffer, int(size)))
 
     def gather(self, value: T, name: str) -> list[T]:
@@ -279,12 +333,9 @@ class World:
             return [value]
         mine = messages.packed(value)
         with self._named(name):
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(mine)]))
-            most = max(int(size) for size in sizes)
-            buffers = [torch.empty(most, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(buffers, messages.buffer(mine, most))
-        return [cast(T, messages.unpacked(buffer, int(size))) for buffer, size in zip(buffers, sizes, strict=True)]
+            sizes = self._gathered(torch.tensor([len(mine)])).flatten().tolist()
+            buffers = self._gathered(messages.buffer(mine, max(sizes)))
+        return [cast(T, messages.unpacked(buffer, size)) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def barrier(self, name: str) -> None:
         """Wait for every rank. Collective: yes."""

@@ -15,7 +15,7 @@ def share_with_replicas(world: World, values: NDArray) -> None:
     """Overwrite ``values`` (flat, contiguous) on replicas 1.. with replica 0's, in bounded pieces. Collective: yes."""
     if world.num_replicas == 1:
         return
-    group = world.mesh.get_group("replicate")
+    group = world.replica_group
     flat = torch.from_numpy(values)
     for piece in flat.split(_MAX_BYTES // values.dtype.itemsize):
         if piece.numel():

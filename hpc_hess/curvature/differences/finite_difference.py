@@ -19,6 +19,7 @@ from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.errors import NumericsError
 from hpc_hess.intake.choices import Choices
 from hpc_hess.model.sharded.gradient import Gradient
+from hpc_hess.model.sharded.undisturbed import uninterrupted
 from hpc_hess.parallel.memory import reusing_freed_pages
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
@@ -81,7 +82,8 @@ class FiniteDifferenceHessian:
             realised, result, size, gradients = self._quotient(v, eps, spread.norm)
             moved = self._look() if self.choices is None else None  # where the last gradient was taken
         finally:
-            self.gradient.model.write_parameters(self.theta0)
+            with uninterrupted():
+                self.gradient.model.write_parameters(self.theta0)
         if moved is not None:
             self.choices = self._changed(moved)
         controller.product_gradients += gradients

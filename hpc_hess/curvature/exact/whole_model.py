@@ -50,7 +50,7 @@ class WholeModel:
     Parameters
     ----------
     model, plain, compute_dtype : as for StreamedOperator.
-    objective : of tokens or labels, or a loss of one's own (one process, the Hessian).
+    objective : of tokens or labels, or a loss of one's own (the Hessian).
     start : what the way back starts with at the logits: it makes the matrix.
     reason : why the model is not split into blocks, for the notes.
     reserved : bytes of this rank's memory that are spoken for, though still free.
@@ -78,8 +78,8 @@ class WholeModel:
         reserved: int = 0,
     ) -> None:
         own_loss = isinstance(objective, CallableObjective)
-        if own_loss and (start is not HESSIAN or model.sharded):
-            raise ModelError("of a loss of one's own only the Hessian is known, on one process")
+        if own_loss and start is not HESSIAN:
+            raise ModelError("of a loss of one's own only the Hessian is known")
         if isinstance(objective, LabelObjective) and start is not HESSIAN and objective.loss != "cross_entropy":
             raise ModelError('the labels are numbers, of which only the Hessian is known: set operator.kind = "hessian"')
         if model.sharded and plain is None:
@@ -91,8 +91,9 @@ class WholeModel:
         self._exchange = Exchange(model, compute_dtype)
         self._places = parameter_places(self._module)
         self._selected = [parameter.name for parameter in model.layout.parameters]
-        # a loss of one's own may hold parameters of any dtype, which stay where they are
-        self._names = self._selected if own_loss else [name for name, _ in self._module.named_parameters()]
+        # a loss of one's own may hold parameters of any dtype, which stay where they are unless they are sharded
+        own_places = own_loss and not model.sharded
+        self._names = self._selected if own_places else [name for name, _ in self._module.named_parameters()]
         self._way: Way = "dual"
         self._written: Places = []  # buffers that a forward pass writes
         self._batches = [i for i in range(objective.num_micro_batches) if not self._is_dummy(i)]

@@ -56,7 +56,7 @@ class Exchange:
         self.dtype = compute_dtype or model.space.dtype
         self.sharded = model.sharded and model.world.shard_size > 1
         self._ranks, self._rank = (model.world.shard_size, model.world.shard_rank) if self.sharded else (1, 0)
-        self._replicas = model.world.mesh.get_group("replicate") if model.world.num_replicas > 1 else None
+        self._replicas = model.world.replica_group
         places = {piece.parameter.name: (piece.start, piece.stop) for piece in model.shard.pieces}
         self._pieces = {n: _piece(p, places.get(n)) for n, p in model.module.named_parameters()}
         self._directions: list[torch.Tensor] = []

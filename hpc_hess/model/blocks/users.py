@@ -1,4 +1,4 @@
-"""A user's model and loss, as they come in a notebook: seen once before the first product."""
+"""A user's model and loss, as they come in a notebook or a program: seen once before the first product."""
 
 from __future__ import annotations
 
@@ -8,89 +8,95 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_hess.errors import DataError, HpcHessError, NumericsError
+from hpc_hess.errors import DataError, ModelError, NumericsError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.model.blocks.splice import plain_forward, replaced_forwards
-from hpc_hess.model.sharded.loss import CallableObjective, LossFunction, Objective
+from hpc_hess.model.sharded.borrowed import gathered_as, narrow
+from hpc_hess.model.sharded.loss import Objective, in_words
+from hpc_hess.model.sharded.placed import Placed
 from hpc_hess.model.sharded.shard import ShardedModel, select, whole_model
+from hpc_hess.model.sharded.undisturbed import uninterrupted
 from hpc_hess.parallel.vector import VectorSpace
 
-_RAW = (
-    ArithmeticError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    NotImplementedError,
-)
 _NUDGE = 1e-2  # of each entry and of a typical one: enough to change a loss that depends on them
 
 
 def of_user(
-    module: nn.Module, include: Sequence[str] | str = ("*",), exclude: Sequence[str] | str = ()
+    module: nn.Module, include: Sequence[str] | str = ("*",), exclude: Sequence[str] | str = (), placed: Placed | None = None
 ) -> tuple[ShardedModel, list[Finding]]:
-    """Wrap a model of this process, its parameters used in place. Vectors are float32 or better, whatever its type.
+    """Wrap a user's model, its parameters used in place. Vectors are float32 or better, whatever its type. Collective: no.
 
     Raises LayoutError, ModelError.
     """
     patterns = given.patterns("include", include), given.patterns("exclude", exclude)
-    model = whole_model(module, *patterns)
+    model = whole_model(module, *patterns, placed)
     named, findings = dict(module.named_parameters()), list[Finding]()
     frozen = sum(named[name].numel() for name in select(sorted(named), *patterns) if not named[name].requires_grad)
     if frozen:
         text = f"{frozen:,} selected parameters require no gradient and are left out: the matrix spans {model.space.size:,}"
         findings.append(noted("model.frozen", text))
+    if placed is not None and placed.alone:
+        text = "the model is not distributed: the matrix is that of this process's batches alone; group=... sums over ranks"
+        findings.append(noted("given.ranks", text))
+    if kinds := sorted(narrow(module)):
+        text = f"FSDP2's mixed precision ({', '.join(kinds)}) is set aside: products are computed in the parameters' type"
+        findings.append(noted("given.precision", text))
     if model.space.dtype in (torch.bfloat16, torch.float16):
         space = VectorSpace(model.world, model.layout, torch.float32)
-        model = ShardedModel(module, model.world, space, sharded=False)
+        model = ShardedModel(module, model.world, space, sharded=model.sharded)
     return model, findings
 
 
-def user_objective(batches: Any, loss: LossFunction, module: nn.Module) -> CallableObjective:
-    """Return the objective of a loss of one's own. Raises DataError, also where the loss raises something else."""
-    try:
-        return CallableObjective(batches, loss, module)
-    except _RAW as error:
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise DataError(f"loss(model, batch) fails: {type(error).__name__}, {text}") from error
+def require_equal_replicas(model: ShardedModel) -> None:
+    """Refuse replicas that hold different parameters. Collective: yes. Raises ModelError."""
+    flat = model.read_parameters()
+    mine = (model.world.shard_rank, float(flat.double().sum()), float(flat.double().square().sum()))
+    everyone = model.world.gather(mine, "compare the replicas")
+    for rank, other in enumerate(everyone):
+        first = next(k for k, one in enumerate(everyone) if one[0] == other[0])
+        if repr(everyone[first]) != repr(other):  # nan is not equal to itself
+            raise ModelError(
+                f"ranks {first} and {rank} hold different parameters: replicas must start from the same weights"
+            )
 
 
 def tried_once(model: ShardedModel, objective: Objective) -> tuple[list[Finding], bool]:
     """Compute the first batch's loss; return what is to be noted, and whether it goes through half precision.
+
+    Collective: yes.
 
     Raises
     ------
     NumericsError : it is not finite. DataError : it was cut off from the parameters. ModelError : the model fails.
 
     """
-    module = model.module
+    module, world = model.module, model.world
     named = dict(module.named_parameters())
-    chosen = [named[p.name] for p in model.layout.parameters]
 
     def loss() -> torch.Tensor:
-        try:
-            return objective.contribution(module, 0).total
-        except HpcHessError:
-            raise
-        except _RAW as error:
-            text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-            raise DataError(f"the loss of batch 0 cannot be computed: {type(error).__name__}, {text}") from error
+        with world.guard("loss of the first batch"), world.together("loss of the first batch"):
+            with in_words("the loss of batch 0 cannot be computed"):
+                return objective.contribution(module, 0).total
 
     total = loss()
-    if not bool(torch.isfinite(total)):
-        raise NumericsError(f"the loss of batch 0 is {float(total.detach())}: check the weights and the batch")
+    with world.together("loss of the first batch"):
+        if not bool(torch.isfinite(total)):
+            raise NumericsError(f"the loss of batch 0 is {float(total.detach())}: check the weights and the batch")
     leaves, half = given.walked(total)
-    if leaves is None:
+    half = world.any_true(half, "half precision")
+    if not world.all_true(leaves is not None, "what the loss depends on"):
         return [], half
-    missing = [p for p in chosen if id(p) not in leaves]
+    gathered = gathered_as(module)
+    chosen = [named[p.name] for p in model.layout.parameters]
+    reached = [id(gathered.get(id(p), p)) in (leaves or ()) for p in chosen]
+    seen = world.sum_over_ranks(torch.tensor(reached, dtype=torch.float64), "what the loss depends on")
+    missing = [p for p, ranks in zip(chosen, seen.tolist(), strict=True) if not ranks]
     if len(missing) < len(chosen):
         count = sum(p.numel() for p in missing)
         text = f"the loss of batch 0 does not depend on {count:,} of the {model.space.size:,} parameters"
         return [noted("model.reached", text)] if missing else [], half
-    if _depends(chosen, loss, total):
+    if _depends(model, loss, total):
         raise DataError(
             "the loss was cut off from the parameters (detach, item, no_grad, numpy): return the tensor computed from them"
         )
@@ -100,28 +106,30 @@ def tried_once(model: ShardedModel, objective: Objective) -> tuple[list[Finding]
 def plain_suffices(model: ShardedModel, objective: Objective) -> bool:
     """Whether the first batch's loss is the same without what was set as ``forward`` on parts of the model.
 
-    Streamed products take the forwards of the classes.
+    Streamed products take the forwards of the classes. Collective: yes.
     """
-    patched = [m for m in model.module.modules() if "forward" in m.__dict__]
-    if not patched:
+    patched, world = [m for m in model.module.modules() if "forward" in m.__dict__], model.world
+    if not world.any_true(bool(patched), "replaced forwards"):
         return True
-    with torch.no_grad():
+    with torch.no_grad(), world.guard("loss with the forwards of the classes"):
         given_loss = objective.contribution(model.module, 0).total
         with replaced_forwards([(m, plain_forward(m)) for m in patched]):
             plain = objective.contribution(model.module, 0).total
-    return bool((given_loss - plain).abs() <= 100 * torch.finfo(plain.dtype).eps * given_loss.abs())
+    same = bool((given_loss - plain).abs() <= 100 * torch.finfo(plain.dtype).eps * given_loss.abs())
+    return world.all_true(same, "replaced forwards")
 
 
-def _depends(parameters: list[nn.Parameter], loss: Any, before: torch.Tensor) -> bool:
-    """Whether the loss changes with the parameters, which are written back."""
-    kept = [p.detach().clone() for p in parameters]
-    generator = torch.Generator().manual_seed(0)
+def _depends(model: ShardedModel, loss: Any, before: torch.Tensor) -> bool:
+    """Whether the loss changes on some rank with the parameters, which are written back. Collective: yes."""
+    kept = model.read_parameters()
+    nudged, generator = kept.clone(), torch.Generator().manual_seed(0)
+    for part in model.pieces_of(nudged):
+        signs = torch.randn(part.shape, generator=generator).to(part.device, part.dtype)
+        part.add_(_NUDGE * signs * (part.abs() + part.abs().mean().nan_to_num() + 1e-3))
     with torch.no_grad():
         try:
-            for p in parameters:
-                signs = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-                p.add_(_NUDGE * signs * (p.abs() + p.abs().mean() + 1e-3))
-            return not bool(loss() == before)
+            model.write_parameters(nudged)
+            return model.world.any_true(not bool(loss() == before), "whether the loss changes")
         finally:
-            for p, values in zip(parameters, kept, strict=True):
-                p.copy_(values)
+            with uninterrupted():
+                model.write_parameters(kept)

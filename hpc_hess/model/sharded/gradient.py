@@ -83,6 +83,8 @@ class Gradient:
         finally:
             self.routing.end()
             model.detach_gradients()
+        if not model.sharded:  # FSDP has summed what is sharded
+            model.world.sum_over_replicas(out.data, "gradient")
         if not parts:
             return math.nan, out
         losses = torch.cat(parts)

@@ -7,18 +7,23 @@ and micro-batches is the loss, whatever the number of ranks, the micro-batch siz
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hpc_hess.errors import DataError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.sharded.precision import honest_casts, whole_rows
+from hpc_hess.parallel.world import World
 
 
 @dataclass
@@ -147,6 +152,7 @@ class LabelObjective:
         self.device = device
         self.micro_batches = micro_batches
         self.loss = loss
+        self.num_own = sum(max(batch.sample_ids, default=0) >= 0 for batch in micro_batches)  # without dummies
 
     def contribution(self, module: nn.Module, index: int) -> Contribution:
         """Return the micro-batch's summed losses over ``num_tokens``."""
@@ -214,6 +220,60 @@ class CausalLMObjective(TokenObjective):
 
 
 LossFunction = Callable[[nn.Module, Any], "torch.Tensor | tuple[torch.Tensor, float]"]
+_RAW = (
+    ArithmeticError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+)
+
+
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Turn what a user's model or loss raises into a DataError that begins with ``what``; not what collectives raise."""
+    try:
+        yield
+    except _RAW as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise DataError(f"{what}: {type(error).__name__}, {text}") from error
+
+
+def evened(found: list[Any], world: World) -> list[Any]:
+    """Return as many batches as the rank with the most has: this rank's, then one again that does not count.
+
+    FSDP2 needs every rank in every pass. A rank without a batch is sent another's. Collective: yes.
+
+    Raises
+    ------
+    DataError : on every rank: there are none at all, or what a batch holds cannot be sent.
+
+    """
+    counts = world.gather(len(found), "numbers of batches")
+    if not any(counts):
+        raise DataError("there are no batches")
+    filler = found[:1]
+    if not all(counts):
+        giver = next(rank for rank, count in enumerate(counts) if count)
+        try:
+            mine = (found[0], _on_gpu(found[0])) if world.rank == giver else None
+            batch, on_gpu = world.gather(mine, "a batch for ranks without any")[giver]
+        except TypeError as error:
+            without = counts.index(0)
+            raise DataError(
+                f"rank {without} has no batch, and those of others cannot be sent ({error}): give it one"
+            ) from error
+        filler = filler or [tree_map_only(torch.Tensor, lambda t: t.to(world.device), batch) if on_gpu else batch]
+    return found + filler * (max(counts) - len(found))
+
+
+def _on_gpu(batch: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in tree_leaves(batch))
 
 
 class CallableObjective:
@@ -227,12 +287,26 @@ class CallableObjective:
 
     """
 
-    def __init__(self, batches: Any, loss: LossFunction, module: nn.Module) -> None:
-        self.batches, self.loss = given.drawn(batches), loss
+    def __init__(self, batches: Any, loss: LossFunction, module: nn.Module, world: World | None = None) -> None:
+        world, self.loss = world or World.alone(), loss
+        with world.together("batches"):
+            found = given.drawn(batches, least=1 if world.size == 1 else 0)
+        self.batches, self.num_own = evened(found, world), len(found)
         self.num_micro_batches = len(self.batches)
-        with torch.no_grad():
-            weights = [self._evaluate(module, index)[1] for index in range(len(self.batches))]
-        self.total_weight = float(sum(weights))
+        sharded = any(isinstance(p, DTensor) for p in module.parameters())
+        weights = []
+        with torch.set_grad_enabled(sharded):
+            for index in range(len(self.batches)):
+                with world.guard("loss of a batch"), world.together("loss of a batch"), in_words("loss(model, batch) fails"):
+                    value, weight = self._evaluate(module, index)
+                    if sharded and not value.requires_grad:
+                        raise DataError(
+                            f"the loss of batch {index} has no gradient, and FSDP2 needs every rank in every backward pass: "
+                            "return the tensor computed from the parameters (no detach, item, no_grad, numpy)"
+                        )
+                    weights.append(weight)
+        total = torch.tensor([sum(weights[: self.num_own])], dtype=torch.float64)
+        self.total_weight = float(world.sum_over_ranks(total, "weights of the batches"))
         if not self.total_weight > 0:
             raise DataError("the weights that loss() returns add up to nothing")
 
@@ -246,7 +320,7 @@ class CallableObjective:
         """Return the batch's share of the weighted mean."""
         with whole_rows(module):
             value, _ = self._evaluate(module, index)
-        total = value / self.total_weight
+        total = value * (1.0 if index < self.num_own else 0.0) / self.total_weight
         return Contribution(total, total.detach().reshape(1), [index])
 
     def mean(self, module: nn.Module, index: int) -> torch.Tensor:
@@ -282,21 +356,31 @@ def causal_lm_loss(module: nn.Module, batch: Any) -> tuple[torch.Tensor, float]:
     return CausalLMObjective.of_batch(module, causal_lm_batch(batch, module)[0])
 
 
-def own_objective(batches: Any, module: nn.Module, device: torch.device) -> tuple[CausalLMObjective, list[Finding]]:
+def own_objective(
+    batches: Any, module: nn.Module, device: torch.device, world: World | None = None
+) -> tuple[CausalLMObjective, list[Finding]]:
     """Return a causal LM's own objective over batches of any form, drawn once; and what is to be noted about them.
+
+    Collective: yes, over the ranks of ``world``.
 
     Raises
     ------
     DataError : there are none, they predict nothing, or something in them cannot be used.
 
     """
-    micro_batches, notes, rows = list[MicroBatch](), dict[Finding, None](), 0
-    for number, batch in enumerate(given.drawn(batches)):
-        micro_batch, found = causal_lm_batch(batch, module, number, rows)
-        rows += len(micro_batch.input_ids)
-        micro_batches.append(micro_batch)
-        notes.update(dict.fromkeys(found))
-    count = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+    micro_batches, notes, rows, world = list[MicroBatch](), dict[Finding, None](), 0, world or World.alone()
+    with world.together("batches"):
+        for number, batch in enumerate(given.drawn(batches, least=1 if world.size == 1 else 0)):
+            micro_batch, found = causal_lm_batch(batch, module, number, rows)
+            rows += len(micro_batch.input_ids)
+            micro_batches.append(micro_batch)
+            notes.update(dict.fromkeys(found))
+    counted = torch.tensor([float(sum(micro_batch.num_tokens for micro_batch in micro_batches))], dtype=torch.float64)
+    count = int(world.sum_over_ranks(counted, "numbers of tokens"))
+    own, everyone = len(micro_batches), evened(micro_batches, world)
     if not count:
         raise DataError("the batches predict no token")
-    return CausalLMObjective(micro_batches, count, device), list(notes)
+    fillers = [
+        replace(b, sample_ids=[-1] * len(b.sample_ids), labels=torch.full_like(b.labels, -100)) for b in everyone[own:]
+    ]
+    return CausalLMObjective(everyone[:own] + fillers, count, device), list(notes)

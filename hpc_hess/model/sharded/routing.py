@@ -37,7 +37,8 @@ class Routing:
         self.active = False
         self._choices: dict[tuple[int, int, int], torch.Tensor] = {}
         self._counted: set[tuple[int, int, int]] = set()
-        self._blocks = list(find_blocks(module) or [])
+        # within what recomputes activations, so that a recomputed router repeats its choice
+        self._blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in find_blocks(module) or []]
         self._before: list[tuple[nn.Module, Any]] | None = None  # while attached: what was set on each block
         self._for_good = False
 

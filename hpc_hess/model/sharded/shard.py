@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from hpc_hess.errors import LayoutError
 from hpc_hess.intake.given import walked
 from hpc_hess.model.sharded.blocklist import all_blocks
+from hpc_hess.model.sharded.borrowed import gathered_as
 from hpc_hess.model.sharded.fsdp import cut_over_ranks, free_gathered
+from hpc_hess.model.sharded.placed import Placed, shard_dims
 from hpc_hess.model.sharded.precision import honest_casts, whole_rows
 from hpc_hess.parallel import kernels
 from hpc_hess.parallel.layout import Layout
@@ -46,6 +48,7 @@ class ShardedModel:
         named = dict(module.named_parameters())
         self._parameters = [named[piece.parameter.name] for piece in self.shard.pieces]
         self._hidden: bool | None = None  # whether some parameters cannot be seen in autograd's graph
+        self._others: list[torch.Tensor] = []  # what else the loss depends on: a program's other models
         self._grads_before: list[torch.Tensor | None] = []  # the module is the user's
 
     @property
@@ -55,6 +58,11 @@ class ShardedModel:
         Writing to them changes the model: call :meth:`written` afterwards.
         """
         return [local_part(p.detach()) for p in self._parameters]
+
+    def holds_its_parameters(self) -> bool:
+        """Whether the module still has the parameters that it had: the same objects, on this rank. Collective: no."""
+        named = dict(self.module.named_parameters())
+        return all(named.get(x.parameter.name) is p for x, p in zip(self.shard.pieces, self._parameters, strict=True))
 
     def pieces_of(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield views of a flat local vector, one per selected parameter, in the local parameters' shapes."""
@@ -138,10 +146,28 @@ class ShardedModel:
         A total that depends on none of the selected parameters adds nothing. Where a part is computed again (reentrant
         checkpointing), autograd cannot know what it depends on before, and others get gradients, too.
         """
-        if total.requires_grad:
-            if self._hidden is None:
-                self._hidden = self.sharded or walked(total)[0] is None
+        if not total.requires_grad:
+            return
+        if self._hidden is None:
+            leaves = walked(total)[0]
+            self._hidden = self.sharded or leaves is None
+            if self.sharded and leaves is not None:
+                mine = {id(p) for p in [*self.module.parameters(), *gathered_as(self.module).values()]}
+                self._others = [leaf for identity, leaf in leaves.items() if identity not in mine]
+        if not self._hidden and self.world.num_replicas > 1:  # no accumulation, which the program's own reduction watches
+            found = torch.autograd.grad(total, self._parameters, allow_unused=True)
+            for parameter, gradient in zip(self._parameters, found, strict=True):
+                if gradient is not None and parameter.grad is not None:
+                    parameter.grad.add_(gradient)
+            return
+        before = [(other, other.grad) for other in self._others]
+        try:
+            for other, _ in before:
+                other.grad = None
             total.backward(inputs=None if self._hidden else self._parameters)
+        finally:
+            for other, gradient in before:
+                other.grad = gradient
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -236,14 +262,16 @@ def shard_model(
     return ShardedModel(skeleton, world, VectorSpace(world, layout, master_dtype), sharded=sharded)
 
 
-def whole_model(module: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> ShardedModel:
-    """Wrap an ordinary module of this process (notebooks): its parameters are used in place, nothing is copied.
+def whole_model(
+    module: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None, placed: Placed | None = None
+) -> ShardedModel:
+    """Wrap a user's module as it lies in this process, or over the ranks of ``placed``: its parameters are used in place.
 
-    The matrix spans the selected parameters that require a gradient; these share one dtype and device.
+    The matrix spans the selected parameters that require a gradient; these share one dtype and device. Collective: no.
 
     Raises
     ------
-    LayoutError : nothing is left, or their dtypes or devices differ.
+    LayoutError : nothing is left, or their dtypes or devices differ. ModelError : they lie in a way that is not known.
 
     """
     named = dict(module.named_parameters())
@@ -256,9 +284,11 @@ def whole_model(module: nn.Module, include: list[str] | None = None, exclude: li
                 f"parameter '{name}' is {named[name].dtype} on {named[name].device}, '{first}' {dtype} on {device}: move "
                 "them together, or select parameters that agree by include and exclude"
             )
-    layout = Layout({n: tuple(p.shape) for n, p in named.items()}, 1, None, selected if len(selected) < len(named) else None)
-    world = World.alone(str(device))
-    return ShardedModel(module, world, VectorSpace(world, layout, dtype), sharded=False)
+    placed = placed or Placed(module, World.alone(str(device)))
+    shapes = {n: tuple(p.shape) for n, p in named.items()}
+    dims = shard_dims(module, selected) if placed.sharded else None
+    layout = Layout(shapes, placed.world.shard_size, dims, selected if len(selected) < len(named) else None)
+    return ShardedModel(module, placed.world, VectorSpace(placed.world, layout, dtype), sharded=placed.sharded)
 
 
 def _allocate(module: nn.Module, device: torch.device) -> None:
