@@ -25,7 +25,7 @@ from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_
 from hpc_hess.model.sharded.skeleton import attention_note, attention_of, build_skeleton
 from hpc_hess.model.sources.hub import named, reaching
 from hpc_hess.model.sources.source import Source, resolve_source
-from hpc_hess.model.sources.weights import fill, open_reader
+from hpc_hess.model.sources.weights import copy_buffers, fill, open_reader
 from hpc_hess.parallel import devices
 from hpc_hess.parallel.memory import release_memory, used_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -133,6 +133,8 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
         with world.together("read the weights"):
             reader = open_reader(source, config.model, skeleton)
             fill(model.module, reader, world.shard_rank, world.shard_size)
+            if plain is not None:
+                copy_buffers(model.module, plain)
             found = reader.findings
             reader.close()
             release_memory()

@@ -70,7 +70,7 @@ def _require_causal(config: Config) -> None:
     """Raise ConfigError: gradients of single examples are those of causal language models."""
     if config.model.task != "causal-lm":
         raise ConfigError(
-            f'hpc-hess attribute is for causal language models, not for model.task = "{config.model.task}": set '
+            f'attribution is for causal language models, not for model.task = "{config.model.task}": set '
             'model.task = "causal-lm", and a model of that kind'
         )
 

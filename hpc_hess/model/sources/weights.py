@@ -73,6 +73,15 @@ def fill(module: nn.Module, reader: WeightReader, shard_index: int = 0, num_shar
                 buffer.copy_(value)
 
 
+def copy_buffers(module: nn.Module, other: nn.Module) -> None:
+    """Give ``other``, a copy of ``module`` that was made before it was filled, its persistent buffers. Collective: no."""
+    buffers, persistent = dict(module.named_buffers()), module.state_dict().keys()
+    with torch.no_grad():
+        for name, buffer in other.named_buffers():
+            if name in persistent:
+                buffer.copy_(buffers[name])
+
+
 def _fill_one(name: str, parameter: torch.Tensor, reader: WeightReader, shard_index: int, num_shards: int) -> None:
     dim, low, high, local = 0, 0, parameter.shape[0] if parameter.ndim else 1, parameter
     if isinstance(parameter, DTensor):
