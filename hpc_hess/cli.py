@@ -231,6 +231,7 @@ def _spmd(args: argparse.Namespace) -> int:
         if toy and args.config:
             raise ConfigError("--toy takes the place of a configuration: leave one of the two out")
         config = load_config(args.config or (TOY if toy else DEMO), overrides)
+        _refuse_own_problem(args.command, config)
         with importing():
             command = _command(args)
         gc.freeze()  # no search for garbage visits all that again
@@ -255,6 +256,18 @@ def _spmd(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(code)  # no clean-up that waits for ranks which will not come
     return code  # the process group ends with the process: see __main__
+
+
+_OF_OWN_PROBLEMS = ("run", "check")
+
+
+def _refuse_own_problem(command: str, config: Any) -> None:
+    """Refuse a problem of one's own where a command needs a model and data that it can read. Raises ConfigError."""
+    if config.problem.build and command not in _OF_OWN_PROBLEMS:
+        raise ConfigError(
+            f"hpc-hess {command} needs the [model] and [data] of a configuration, and this one has problem.build = "
+            f"'{config.problem.build}': use hpc-hess run or check, or the Python interface"
+        )
 
 
 def _command(args: argparse.Namespace) -> Callable[..., int]:
@@ -303,6 +316,7 @@ def _plan(args: argparse.Namespace) -> int:
     from hpc_hess.config import DEMO, load_config
 
     config = load_config(args.config or DEMO, args.overrides)  # before torch is imported: an error comes at once
+    _refuse_own_problem("plan", config)
     from hpc_hess.commands.plan.page import plan_text, suggestions_text, sweep_text
     from hpc_hess.planning.plan import describe, powers_up_to
     from hpc_hess.planning.planner import Planner
@@ -346,6 +360,7 @@ def _data(args: argparse.Namespace) -> int:
     from hpc_hess.config import load_config
 
     config = load_config(args.config, args.overrides)  # before torch is imported: an error comes at once
+    _refuse_own_problem("data", config)
     from hpc_hess.commands.show_data import show_data
 
     return show_data(config, args.samples)

@@ -29,10 +29,9 @@ def build(world: Any, settings: dict[str, Any]) -> tuple[Any, list[Any], Any]:
 
     def loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, float]:
         ids = torch.cat([batch["chosen"], batch["rejected"]]).to(world.device)
-        margin = log_probabilities(model, ids, batch["prompt"])
         with torch.no_grad():
-            margin = margin - log_probabilities(reference, ids, batch["prompt"])
-        chosen, rejected = margin.chunk(2)
+            usual = log_probabilities(reference, ids, batch["prompt"])
+        chosen, rejected = (log_probabilities(model, ids, batch["prompt"]) - usual).chunk(2)
         return -logsigmoid(beta * (chosen - rejected)).sum(), float(len(chosen))
 
     return policy, _pairs(settings, policy.config.vocab_size)[world.rank :: world.size], loss

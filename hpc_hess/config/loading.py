@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -163,7 +164,33 @@ def _explain(error: ValidationError, within: tuple[str, ...] = ()) -> str:
     return f"{name} = {shown} is not valid: it should be {' or '.join(reasons)}"
 
 
+_OF_OWN = ("master_dtype", "compute_dtype", "activation_checkpointing")  # keys of [model] that hold for own problems, too
+
+
+def _check_own_problem(config: Config) -> None:
+    """Refuse what a problem of one's own has no use for. Raises ConfigError."""
+    build, model, usual = config.problem.build, config.model, Config()
+    if not build:
+        if config.problem.settings:
+            raise ConfigError("[problem] has settings and no build: set problem.build to FILE.py:FUNCTION")
+        return
+    for name, table, default in (("model", model, usual.model), ("data", config.data, usual.data)):
+        for key in type(table).model_fields:
+            if key not in _OF_OWN and getattr(table, key) != getattr(default, key):
+                raise ConfigError(f"problem.build = '{build}' gives the model and the data: leave {name}.{key} out")
+    if model.compute_dtype != model.master_dtype:
+        raise ConfigError(
+            f"a problem of one's own is computed in the type of its parameters: set model.compute_dtype = "
+            f'"{model.master_dtype}"'
+        )
+    try:
+        json.dumps(config.problem.settings)
+    except TypeError as error:
+        raise ConfigError(f"[problem] has a value that is no number, text or list of them: {error}") from None
+
+
 def _check_combinations(config: Config) -> None:
+    _check_own_problem(config)
     model, operator, lanczos = config.model, config.operator, config.lanczos
     if operator.method == "finite_difference" and model.compute_dtype in _ROUNDED:
         raise ConfigError(

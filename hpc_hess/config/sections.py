@@ -135,6 +135,21 @@ class DataSection(Section):
     """Branch, tag or commit of a data set of the Hub. Empty: its main branch, as the local cache has it."""
 
 
+class ProblemSection(Section):
+    """A model, data and a loss of one's own, in the place of [model] and [data]. All further keys are settings of yours."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    build: str = ""
+    """FILE.py:FUNCTION, called as function(world, settings). It returns the model, this rank's batches, and the loss:
+    docs/problems.md. Empty: [model] and [data] say what is computed."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys that are the user's own."""
+        return dict(self.model_extra or {})
+
+
 class OperatorSection(Section):
     """Which matrix is multiplied with vectors, and how."""
 
@@ -272,6 +287,7 @@ class Config(Section):
     parameters: ParametersSection = ParametersSection()
     parallel: ParallelSection = ParallelSection()
     data: DataSection = DataSection()
+    problem: ProblemSection = ProblemSection()
     operator: OperatorSection = OperatorSection()
     lanczos: LanczosSection = LanczosSection()
     store: StoreSection = StoreSection()
@@ -301,6 +317,8 @@ class Config(Section):
         dump.pop("run")
         dump.pop("store")
         dump.pop("studies")
+        if not self.problem.build:
+            dump.pop("problem")
         if not self.operator.sketched:
             dump.pop("sketch")
         return dump

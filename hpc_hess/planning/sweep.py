@@ -125,6 +125,9 @@ def measured(folder: Path) -> Measured:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no finished run ({type(error).__name__}): run it to its end first") from None
     lanczos, data, ranks = config["lanczos"], result["data"], result["world_size"]
+    if "weight" in data:  # a problem of one's own: its batches are what it is made of
+        data = {**data, "tokens": data["weight"], "sequences": data["batches"]}
+        config["data"]["micro_batch"], data["sequence_length"] = 1, data["weight"] / data["batches"]
     if "tokens" not in data:
         raise ConfigError(f"{folder} is a run on labels, whose cost is not one of tokens: leave this directory out")
     window = Window(lanczos["reorthogonalise"], lanczos["steps"])

@@ -13,13 +13,13 @@ from torch import nn
 
 from hpc_hess.config import Config, DataSection, ModelSection
 from hpc_hess.console.progress import Progress
-from hpc_hess.errors import NumericsError
+from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.intake.configuration import running
 from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.data.trial import spanned_finding, try_forward
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import LabelObjective
+from hpc_hess.model.sharded.loss import CallableObjective, LabelObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.sharded.skeleton import attention_note, attention_of, build_skeleton
@@ -30,6 +30,7 @@ from hpc_hess.parallel import devices
 from hpc_hess.parallel.memory import release_memory, used_bytes
 from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.parallel.world import World
+from hpc_hess.session import own_problem
 from hpc_hess.sketch.kinds import SketchSettings
 from hpc_hess.sketch.sketch import Sketch, part_of, sketch_space
 from hpc_hess.system import importing
@@ -39,12 +40,12 @@ T = TypeVar("T")
 
 @dataclass
 class Problem:
-    """The function, sharded: everything a product needs."""
+    """The function, sharded: everything a product needs. Of a problem of the user's own ``samples`` has no rows."""
 
     source: Source
     samples: Samples
     model: ShardedModel
-    objective: LabelObjective
+    objective: LabelObjective | CallableObjective
     gradient: Gradient
     plain: nn.Module | None  # the skeleton without FSDP's hooks, which exact products stream through
     program_bytes: int  # in this process before anything of the model's size was there
@@ -61,6 +62,13 @@ class Problem:
         """Which attention the model computes with: what model.attention = "auto" has chosen."""
         return attention_of(self.model.module)
 
+    @property
+    def labelled(self) -> LabelObjective:
+        """The objective, whose samples have labels. Raises ConfigError: it is the user's own."""
+        if isinstance(self.objective, LabelObjective):
+            return self.objective
+        raise ConfigError("this needs samples with labels, which a problem of one's own does not show: leave it out")
+
     def to_krylov_space(self, vector: Vector) -> Vector:
         """Return a vector of the parameters as one of :attr:`space`. Collective: yes."""
         if self.sketch is None:
@@ -74,15 +82,22 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 class Inputs(NamedTuple):
-    """What a run starts from, before anything of the model's size is read."""
+    """What a run starts from, before anything of the model's size is read.
+
+    ``own``: what the function of problem.build returned; the others say what they can of it.
+    """
 
     source: Source
     skeleton: nn.Module  # on the meta device
     samples: Samples
+    own: own_problem.Built | None = None
 
 
 def read_inputs(config: Config, world: World) -> Inputs:
     """Find the model, build it without weights, read the data. Collective: yes. Raises ModelError, DataError."""
+    if config.problem.build:
+        built, source = own_problem.build(config, world)
+        return Inputs(source, built.model, Samples({}, torch.empty(0), 0, source.fingerprint), built)
 
     def read() -> Inputs:
         with importing():
@@ -110,11 +125,13 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
             devices.require_tf32(world.device)
     if config.parallel.deterministic:
         devices.make_deterministic()
-    source, skeleton, samples = inputs or read_inputs(config, world)
+    source, skeleton, samples, own = inputs or read_inputs(config, world)
     if world.size > 1:
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
     program_bytes = used_bytes(world.device)
     intake = Intake(progress.note)
+    if own is not None:
+        return _load_own(config, world, Inputs(source, skeleton, samples, own), program_bytes, intake)
     intake.add(*source.findings, *samples.findings, *attention_note(skeleton, config.model))
     for note in filter(None, [*samples.notes, idle_ranks_note(len(samples), world.size)]):
         progress.note(note)
@@ -152,11 +169,32 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
         checkpoint_blocks(model.module)
     batches = micro_batches(samples, world.rank, world.size, config.data.micro_batch)
     objective = samples.objective(batches, samples.num_tokens, world.device)
-    sketch = None
-    if config.operator.sketched:
-        sketch = Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
-    gradient = Gradient(model, objective, routing)
+    gradient, sketch = Gradient(model, objective, routing), _sketch(config, model)
     return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
+
+
+def _load_own(config: Config, world: World, inputs: Inputs, program_bytes: int, intake: Intake) -> Problem:
+    """Lay a problem of the user's own over the ranks. Collective: yes. Raises as :func:`load_problem`."""
+    source, _, samples, own = inputs
+    assert own is not None
+    model, plain, findings = own_problem.shard(own, config, world, dtype_of(config.model.master_dtype))
+    intake.add(*findings, spanned_finding(model))
+    routing = Routing(model.module, config.operator.routing)
+    routing.attach()
+    if config.model.activation_checkpointing:
+        checkpoint_blocks(model.module)
+    objective, findings = own_problem.objective_of(own, model)
+    intake.add(*findings)
+    count = world.sum_over_ranks(torch.tensor([objective.num_own], dtype=torch.float64), "numbers of batches")
+    samples = replace(samples, labels=torch.empty(int(count)))
+    gradient, sketch = Gradient(model, objective, routing), _sketch(config, model)
+    return Problem(source, samples, model, objective, gradient, plain, program_bytes, intake, sketch)
+
+
+def _sketch(config: Config, model: ShardedModel) -> Sketch | None:
+    if not config.operator.sketched:
+        return None
+    return Sketch(model.layout.num_params_full, SketchSettings.of(config.sketch))
 
 
 def fills_a_cache(model: ModelSection, data: DataSection) -> bool:

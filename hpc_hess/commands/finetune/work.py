@@ -124,7 +124,7 @@ class _Loop:
         problem, training = self._problem, self._training
         batch = min(training.batch, len(problem.samples))
         rows = batch_rows(len(problem.samples), batch, step, training.seed)
-        whole, world = problem.objective, self._world
+        whole, world = problem.labelled, self._world
         size = len(whole.micro_batches[0].sample_ids)
         batch_objective = objective_of(problem.samples, rows, world.rank, world.size, size, whole.device)
         try:

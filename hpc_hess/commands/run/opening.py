@@ -202,7 +202,7 @@ def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     defaults = Config().model_dump()
     for section, keys in now.items():
         for key, value in keys.items():
-            old = before.get(section, {}).get(key, defaults[section][key])  # runs from before the key came
+            old = before.get(section, {}).get(key, defaults[section].get(key))  # runs from before the key came
             if old != value:
                 raise StoreError(f"{out} holds a run with {section}.{key} = {old!r}, not {value!r}: {remedy}")
     for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):

@@ -55,7 +55,7 @@ def summary_text(result: Mapping[str, Any], run_dir: str | Path, report_path: st
     scale = max(abs(low or 0.0), abs(high or 0.0))
     data, timing = result.get("data") or {}, result.get("timing") or {}
     head = f"{model_name(result.get('model'))}: {size_text(result)}"
-    for unit in ("tokens", "labels"):
+    for unit in ("tokens", "labels", "batches"):
         if data.get(unit):
             head += f", {data[unit]:,} {unit}"
     head += f", {plural(result.get('steps'), 'step')}, {plural(len(result.get('probes') or []), 'probe')}"
@@ -184,9 +184,11 @@ def _request(run: RunFiles) -> list[str]:
     try:
         config = tomllib.loads(run.config_text)
         model, data, operator = config["model"], config["data"], config["operator"]
+        own = config.get("problem", {}).get("build")
         what = f"{operator['kind']}, {operator['method']} ({operator['scheme']}), {model['compute_dtype']}"
         size_of = f"{data['sequences']} x {data['sequence_length']} tokens of {data['source']}"
-        return [_line("model", str(model["source"])), _line("data", size_of), _line("operator", what)]
+        of = [_line("problem", own)] if own else [_line("model", str(model["source"])), _line("data", size_of)]
+        return [*of, _line("operator", what)]
     except (tomllib.TOMLDecodeError, KeyError, TypeError):
         return []
 

@@ -311,7 +311,7 @@ ExactOperator = StreamedOperator | WholeModel
 def exact_or_whole(
     kind: type[StreamedOperator],
     model: ShardedModel,
-    objective: LabelObjective,
+    objective: LabelObjective | CallableObjective,
     *,
     plain: nn.Module | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -323,7 +323,8 @@ def exact_or_whole(
     Raises ModelError where neither is possible. Arguments as of StreamedOperator and WholeModel.
     """
     options: dict[str, Any] = {"plain": plain, "compute_dtype": compute_dtype}
-    reason = "the model's labels are not of its tokens"
+    own = isinstance(objective, CallableObjective)
+    reason = "the loss is not the default one of tokens" if own else "the model's labels are not of its tokens"
     if isinstance(objective, TokenObjective):
         try:
             return kind(model, objective, settings=settings, **options)

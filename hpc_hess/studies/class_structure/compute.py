@@ -36,7 +36,7 @@ def class_structure(bench: Bench) -> dict[str, Any]:
     pairs = np.array(keep.numbers(lambda: _weights(problem, groups).flatten().tolist())).reshape(groups.of_examples, -1)
 
     def pull(cotangent: Cotangent) -> Vector:
-        return keep.vector(lambda: Gradient(problem.model, Pullback(problem.objective, cotangent))()[1])
+        return keep.vector(lambda: Gradient(problem.model, Pullback(problem.labelled, cotangent))()[1])
 
     means = class_means(pull, groups, pairs, bench.basis(groups.of_examples))
     span = bench.basis(groups.of_examples)
@@ -77,12 +77,12 @@ def _weights(problem: Problem, groups: Groups) -> np.ndarray:
     world = problem.space.world
     with problem.model.measuring():
         total = partial(world.sum_over_ranks, name="class weights")
-        return weights(problem.objective, problem.model.module, groups, total, world.guard)
+        return weights(problem.labelled, problem.model.module, groups, total, world.guard)
 
 
 def _target_counts(problem: Problem) -> np.ndarray:
     """Count how often each class is a target in all samples, which every rank knows, (V,). Raises ModelError."""
-    samples = problem.samples
+    samples, _ = problem.samples, problem.labelled
     return np.bincount(samples.targets[samples.targets >= 0].numpy().ravel(), minlength=samples.num_classes)
 
 

@@ -18,6 +18,7 @@ from hpc_hess.curvature.record import ProductRecord
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.lanczos import Window
 from hpc_hess.linalg.quadrature import ritz, trace
+from hpc_hess.model.sharded.loss import LabelObjective
 from hpc_hess.parallel.world import World, describe
 from hpc_hess.profiling.flops import Limits
 from hpc_hess.profiling.traffic import orthogonalisation_bytes
@@ -123,21 +124,14 @@ def make_result(
         "world_size": world.size,
         "model": {
             "name": problem.source.name,
-            "source": config.model.source,
+            "source": config.problem.build or config.model.source,
             "kind": problem.source.kind,
             **({"task": config.model.task} if config.model.task != "causal-lm" else {}),
             "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
             "fingerprint": problem.source.fingerprint,
             **({"commit": problem.source.commit} if problem.source.commit else {}),
         },
-        "data": {
-            f"{TASKS[config.model.task].predicts}s": problem.samples.num_tokens,
-            "sequences": len(problem.samples),
-            "source": config.data.source,
-            "sequence_length": config.data.sequence_length,
-            "fingerprint": problem.samples.fingerprint,
-            **({"commit": problem.samples.commit} if problem.samples.commit else {}),
-        },
+        "data": _data(config, problem),
         "operator": {
             "name": config.operator.kind,
             "method": config.operator.method,
@@ -195,6 +189,21 @@ def make_result(
         "memory": {"peak_bytes": tally.peak_bytes, "baseline_bytes": tally.baseline_bytes},
         "hardware": {**describe(world), "cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": _versions(),
+    }
+
+
+def _data(config: Config, problem: Problem) -> dict[str, Any]:
+    """Say what the loss is over."""
+    samples, objective = problem.samples, problem.objective
+    if not isinstance(objective, LabelObjective):
+        return {"batches": len(samples), "weight": objective.total_weight, "fingerprint": samples.fingerprint}
+    return {
+        f"{TASKS[config.model.task].predicts}s": objective.num_tokens,
+        "sequences": len(samples),
+        "source": config.problem.build or config.data.source,
+        "sequence_length": config.data.sequence_length,
+        "fingerprint": samples.fingerprint,
+        **({"commit": samples.commit} if samples.commit else {}),
     }
 
 
