@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hpc_hess.config import Config, ProblemSection
-from hpc_hess.errors import ConfigError, DataError, HpcHessError, ModelError
+from hpc_hess.errors import ConfigError, HpcHessError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.blocks.users import of_user, tried_once
@@ -26,6 +26,7 @@ from hpc_hess.model.sharded.borrowed import without_hooks
 from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
+from hpc_hess.model.sharded.undisturbed import undisturbed
 from hpc_hess.model.sources.fingerprint import Fingerprint
 from hpc_hess.model.sources.source import Source
 from hpc_hess.parallel.world import World
@@ -88,7 +89,8 @@ def _function(section: ProblemSection) -> tuple[Path, Callable[..., Any]]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look for it there
-    sys.path.insert(0, str(path.parent.resolve()))  # modules beside it
+    if (beside := str(path.parent.resolve())) not in sys.path:  # modules that it imports, also later
+        sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's code: any kind
@@ -180,20 +182,24 @@ def shard(built: Built, config: Config, world: World, dtype: torch.dtype) -> Sha
     )
 
 
-def objective_of(built: Built, model: ShardedModel) -> tuple[CausalLMObjective | CallableObjective, list[Finding]]:
+def objective_of(
+    built: Built, model: ShardedModel, config: Config
+) -> tuple[CausalLMObjective | CallableObjective, list[Finding]]:
     """Return the mean of the user's loss over the batches of all ranks, tried on the first. Collective: yes.
 
     Raises
     ------
-    DataError, ModelError, NumericsError : on every rank.
+    ConfigError, DataError, ModelError, NumericsError : on every rank.
 
     """
     objective: CausalLMObjective | CallableObjective
-    if built.loss is None:
-        objective, notes = own_objective(built.batches, model.module, model.space.device, model.world)
-    else:
-        objective, notes = CallableObjective(built.batches, built.loss, model.module, model.world), []
-    tried, rounded = tried_once(model, objective)
-    if rounded:
-        raise DataError(given.ROUNDED)
+    notes = list[Finding]()
+    with undisturbed(model.module):  # passes without a way back would leave parameters gathered
+        if built.loss is None:
+            objective, notes = own_objective(built.batches, model.module, model.space.device, model.world)
+        else:
+            objective = CallableObjective(built.batches, built.loss, model.module, model.world)
+        tried, rounded = tried_once(model, objective)
+    if rounded and config.operator.method == "finite_difference":
+        raise ConfigError(given.ROUNDED)
     return objective, [*notes, *tried]

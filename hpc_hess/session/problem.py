@@ -183,7 +183,7 @@ def _load_own(config: Config, world: World, inputs: Inputs, program_bytes: int, 
     routing.attach()
     if config.model.activation_checkpointing:
         checkpoint_blocks(model.module)
-    objective, findings = own_problem.objective_of(own, model)
+    objective, findings = own_problem.objective_of(own, model, config)
     intake.add(*findings)
     count = world.sum_over_ranks(torch.tensor([objective.num_own], dtype=torch.float64), "numbers of batches")
     samples = replace(samples, labels=torch.empty(int(count)))

@@ -111,7 +111,8 @@ def _to_go_on(config: Config) -> Config:
 def _identity(config: Config, problem: Problem) -> dict[str, Any]:
     """What a run directory is bound to: settings that change the numbers, and fingerprints of model and data."""
     identity = config.identity()
-    identity["model"]["attention"] = problem.attention  # "auto" is what it has chosen
+    if not config.problem.build:
+        identity["model"]["attention"] = problem.attention  # "auto" is what it has chosen
     return {
         "config": json.dumps(identity, sort_keys=True),
         "model_fingerprint": problem.source.fingerprint,
