@@ -43,6 +43,12 @@ class ModelSection(Section):
     """The model: {entries}."""
     revision: str = ""
     """Branch, tag or commit of a model of the Hub. Empty: its main branch, as the local cache has it."""
+    base: str = ""
+    """The model that a PEFT adapter is for, in any form of `model.source`. Empty: the one that its adapter_config.json
+    names."""
+    adapter: Literal["merge", "factors"] = "merge"
+    """What the parameters are where `model.source` is a PEFT adapter. merge: its base's, with the adapter merged into them.
+    factors: the adapter's own; the base is frozen, and vectors have no entries for it."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -290,6 +296,8 @@ class Config(Section):
 # Keys that run directories of earlier versions do not have: their defaults mean what was computed then.
 _UNKNOWN_TO_EARLIER = [
     ("model", "revision"),
+    ("model", "base"),
+    ("model", "adapter"),
     ("data", "loss_on"),
     ("data", "config"),
     ("data", "split"),

@@ -263,9 +263,10 @@ def _write_config(folder: Path, model: ShardedModel, source: Source) -> None:
         open_tokenizer(source.tokenizer_path).save_pretrained(folder)
         return
     origin = source.path if source.path.is_dir() else source.path.parent
+    tokenizer = source.tokenizer_path or origin
     for name in _TOKENIZER_FILES:
-        if (origin / name).is_file():
-            shutil.copy(origin / name, folder / name)
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, folder / name)
     for name, code in _code_of(source, origin).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(code, folder / name)

@@ -12,6 +12,7 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.configuration import refuse_code, why
 from hpc_hess.model.sources.initial import InitialWatch
+from hpc_hess.model.sources.lora import attach
 from hpc_hess.model.sources.scalars import vectors_for_scalars
 from hpc_hess.model.sources.source import Source
 
@@ -25,13 +26,15 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     derivative), tied parameters tied (``named_parameters`` yields each once). Parameters that the model itself freezes
     (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
     Scalar parameters have the shape (1,) here; ``skeleton.scalars`` names them.
+    With an adapter, see :func:`lora.attach`.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
 
     Raises
     ------
-    ModelError : not a causal LM, an attention implementation the model lacks, a failing constructor.
+    ModelError : not a causal LM, an attention implementation the model lacks, a failing constructor, an adapter of another
+        model.
 
     """
     from transformers import AutoModelForCausalLM
@@ -64,6 +67,8 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     _cast(model, _DTYPES[section.master_dtype])
     model.eval()
     model.frozen_by_itself = [name for name, p in model.named_parameters() if p.numel() and not p.requires_grad]
+    if source.adapter is not None:
+        attach(model, source.adapter, section.adapter, _DTYPES[section.master_dtype])
     return model
 
 

@@ -15,18 +15,11 @@ from typing import Any
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.configuration import refuse_code, refuse_negative, why
-from hpc_hess.intake.directory import (
-    PICKLES,
-    WeightFiles,
-    find_weight_files,
-    refuse_adapter,
-    refuse_pickle,
-    refuse_unread,
-    weight_like,
-)
+from hpc_hess.intake.directory import PICKLES, WeightFiles, find_weight_files, refuse_pickle, refuse_unread, weight_like
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.intake.own_code import code_files, decide
 from hpc_hess.intake.quantisation import declared
+from hpc_hess.model.sources.adapter import Adapter
 from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint, gguf_table, safetensors_table, told
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.registry.sources import MODELS
@@ -41,7 +34,8 @@ class Source:
     lies: a directory, or one file of it; ``hf_config`` the Hugging Face configuration; ``tokenizer_path`` what a tokenizer
     is opened from, None when the source has none; ``fingerprint`` a sha256 over configuration, every stored tensor
     (sampled), own code (and the seed, when random), or the commit of the Hub; ``files`` the safetensors files; ``own_code``
-    whether the directory's Python code is run; ``findings`` what the intake found about all this; ``commit`` of the Hub.
+    whether the directory's Python code is run; ``findings`` what the intake found about all this; ``commit`` of the Hub;
+    ``base`` and ``adapter`` of a PEFT adapter: ``path`` and ``hf_config`` are the base's then.
     """
 
     kind: str
@@ -54,6 +48,8 @@ class Source:
     own_code: bool = False
     findings: list[Finding] = field(default_factory=list)
     commit: str = ""
+    base: Source | None = None
+    adapter: Adapter | None = None
 
 
 def resolve_source(section: ModelSection) -> Source:
@@ -75,8 +71,18 @@ def resolve_source(section: ModelSection) -> Source:
     for spec, what in choices:
         source: Source | None = load(spec.resolve)(what, section)
         if source is not None:
+            _require_adapter(source, section)
             return source
     raise _nothing(choices[-1][1])
+
+
+def _require_adapter(source: Source, section: ModelSection) -> None:
+    """Refuse settings of an adapter for a model that is none."""
+    if source.adapter is None and (section.base or section.adapter != "merge"):
+        key = "model.base" if section.base else "model.adapter"
+        raise ModelError(
+            f"{key} is for a PEFT adapter, and {section.source} is none: leave it out, or set model.source to one"
+        )
 
 
 def of_directory(text: str, section: ModelSection) -> Source | None:
@@ -101,7 +107,7 @@ def of_directory(text: str, section: ModelSection) -> Source | None:
         [(file.name, file) for file in sorted(path.glob("*.safetensors"))],
     )
     return Source(
-        "safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
+        "safetensors", path.name, path, hf_config, tokenizer_of(path), print_of, files, own_code, [*files.findings, *found]
     )
 
 
@@ -113,7 +119,7 @@ def of_repository(path: Path, section: ModelSection) -> Source:
     own_code, found = _own_code(path, values, section.trust_remote_code)
     hf_config = _load_config(path, own_code, values)
     print_of = fingerprint("safetensors", [told(hf_config)], [])
-    return Source("safetensors", path.name, path, hf_config, _tokenizer_of(path), print_of, None, own_code, [*found])
+    return Source("safetensors", path.name, path, hf_config, tokenizer_of(path), print_of, None, own_code, [*found])
 
 
 def of_gguf(text: str, section: ModelSection) -> Source | None:
@@ -148,7 +154,7 @@ def of_configuration(text: str, section: ModelSection) -> Source | None:
         "random", [told(hf_config), str(section.seed).encode()], [], _code(path.parent, values) if own_code else ()
     )
     return Source(
-        "random", path.parent.name, path, hf_config, _tokenizer_of(path.parent), print_of, None, own_code, [note, *found]
+        "random", path.parent.name, path, hf_config, tokenizer_of(path.parent), print_of, None, own_code, [note, *found]
     )
 
 
@@ -173,7 +179,6 @@ def _nothing(text: str) -> ModelError:
     """Return why a text names no source."""
     path = find_path(text)
     if path is not None and path.is_dir():
-        refuse_adapter(path)
         return ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face causal LM")
     if path is not None and path.suffix in PICKLES:
         refuse_pickle(path)
@@ -231,6 +236,7 @@ def _parsed(path: Path, values: dict[str, Any], target: str, **options: Any) -> 
         raise ModelError(f"cannot read the model configuration of {path}: {why(error, values)}") from None
 
 
-def _tokenizer_of(directory: Path) -> Path | None:
+def tokenizer_of(directory: Path) -> Path | None:
+    """Return the directory if it holds a tokenizer, else None."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     return directory if any((directory / name).is_file() for name in names) else None
