@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_hess.config import load_config
+from hpc_hess.config import ModelSection, load_config
 from hpc_hess.errors import ConfigError
 from hpc_hess.model.data.data import load_samples
+from hpc_hess.model.sources.adapted import of_adapter
 from hpc_hess.model.sources.hub import named
 from hpc_hess.model.sources.hub_models import download
 from hpc_hess.model.sources.source import resolve_source
@@ -23,7 +24,9 @@ def fetch(what: str) -> int:
     """
     name = named(what, "", "model")
     if name is not None:
-        print(download(name))
+        path = download(name)
+        of_adapter(str(path), ModelSection())  # brings its base, if it is one
+        print(path)
         return 0
     if not what.endswith(".toml"):
         here = "is a path here" if Path(what).exists() else "is no name of the Hub"
@@ -31,5 +34,5 @@ def fetch(what: str) -> int:
     config = load_config(what)
     source = resolve_source(config.model)
     load_samples(config.data, config.model, source)
-    print(source.path)
+    print(source.adapter.path if source.adapter is not None else source.path)
     return 0

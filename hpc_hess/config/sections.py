@@ -49,6 +49,12 @@ class ModelSection(Section):
     config: str = ""
     """The config.json, or its directory, of the Hugging Face model that a distributed checkpoint is of. Empty: the one in
     the checkpoint's directory."""
+    base: str = ""
+    """The model that a PEFT adapter is for, in any form of `model.source`. Empty: the one that its adapter_config.json
+    names."""
+    adapter: Literal["merge", "factors"] = "merge"
+    """What the parameters are where `model.source` is a PEFT adapter. merge: its base's, with the adapter merged into them.
+    factors: the adapter's own; the base is frozen, and vectors have no entries for it."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of random weights, where `model.source` is a config.json. They are the same on any number of ranks."""
     master_dtype: Literal["float32", "float64"] = "float32"
@@ -334,6 +340,8 @@ _UNKNOWN_TO_EARLIER = [
     ("data", "masked"),
     ("data", "mask_seed"),
     ("model", "config"),
+    ("model", "base"),
+    ("model", "adapter"),
     ("data", "loss_on"),
     ("data", "config"),
     ("data", "split"),

@@ -5,7 +5,6 @@ Pure functions of names and of small text files; no weight is read here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -88,10 +87,9 @@ def find_weight_files(directory: Path, config: Mapping[str, Any]) -> WeightFiles
 
     Raises
     ------
-    ModelError : the index cannot be read, or names a file outside of the directory; a shard is missing; a PEFT adapter.
+    ModelError : the index cannot be read, or names a file outside of the directory; a shard is missing.
 
     """
-    refuse_adapter(directory)
     present = sorted(p.name for p in directory.iterdir() if p.name.endswith(".safetensors"))
     slices = [name for name in present if _SLICES.fullmatch(name)]
     if slices:
@@ -170,19 +168,6 @@ def refuse_pickle(path: Path) -> None:
     raise ModelError(
         f"{path} holds pickled weights, which can run code when opened and cannot be read slice by slice: convert "
         "them to safetensors first (if you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW))"
-    )
-
-
-def refuse_adapter(directory: Path) -> None:
-    """Raise ModelError where a directory holds an adapter of peft, which from_pretrained would add to the model."""
-    if not (directory / "adapter_config.json").is_file():
-        return
-    base = ""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        base = str(json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    raise ModelError(
-        f"{directory} holds a PEFT adapter (adapter_config.json){f' of {base}' if base else ''}: merge it into its model "
-        "(merge_and_unload of peft, then save_pretrained), or move the adapter's files away to take the model without it"
     )
 
 

@@ -13,6 +13,7 @@ CHECKS: dict[str, str] = {
     "weights.files": "which files hold the weights, and in which form",
     "weights.unused": "stored tensors that the model does not take",
     "weights.buffers": "buffers of the model that the files do not hold",
+    "model.adapter": "what an adapter changes, and of which base",
     "model.code": "whose Python code computes the model",
     "data.source": "where the tokens come from, and how many there are",
     "data.columns": "columns and fields of the data that are not read",

@@ -48,6 +48,14 @@ class ModelSpec(_Form):
 # a path without "NAME:" is of the first kind that takes it
 MODELS: Registry[ModelSpec] = Registry(
     ModelSpec(
+        "adapter",
+        "the directory of a PEFT adapter",
+        "LoRA or DoRA, on its base or on `model.base`",
+        f"{_MODELS}.adapted:of_adapter",
+        f"{_MODELS}.adapted:reader",
+        "path",
+    ),
+    ModelSpec(
         "safetensors",
         "a directory",
         "of a Hugging Face model with safetensors",

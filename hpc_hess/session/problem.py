@@ -23,7 +23,8 @@ from hpc_hess.model.sharded.loss import CallableObjective, LabelObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.sharded.skeleton import attention_note, attention_of, build_skeleton
-from hpc_hess.model.sources.hub import named, reaching
+from hpc_hess.model.sources.adapted import asks_hub
+from hpc_hess.model.sources.hub import reaching
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.model.sources.weights import copy_buffers, fill, open_reader
 from hpc_hess.parallel import devices
@@ -199,7 +200,7 @@ def _sketch(config: Config, model: ShardedModel) -> Sketch | None:
 
 def fills_a_cache(model: ModelSection, data: DataSection) -> bool:
     """Return whether reading may fill a cache that ranks share: the Hub's, or that of a model's own code. Collective: no."""
-    return model.trust_remote_code or data.source.startswith("hub:") or named(model.source, "", "model") is not None
+    return model.trust_remote_code or data.source.startswith("hub:") or asks_hub(model)
 
 
 def in_turn(world: World, read: Callable[[], T], name: str, *, shared: bool) -> T:

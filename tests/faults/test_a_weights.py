@@ -337,16 +337,6 @@ def test_a4_two_files_with_the_same_tensor_are_refused(tmp_path: Path) -> None:
             load(tmp_path / name)
 
 
-def test_adapters_are_refused(tmp_path: Path) -> None:
-    save_b(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
-    with pytest.raises(ModelError, match=r"PEFT adapter \(adapter_config\.json\) of someone/model: merge it"):
-        load(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ModelError, match="PEFT adapter"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", ""])
 def test_weights_of_other_names_are_refused_with_the_reason(wrapper: str, tmp_path: Path) -> None:
     save_b(tmp_path)

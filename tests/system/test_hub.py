@@ -18,6 +18,7 @@ from hpc_hess.model.data.data import Samples, load_samples
 from hpc_hess.model.sources import hub as hub_module
 from hpc_hess.model.sources.hub import named, reaching
 from hpc_hess.model.sources.source import resolve_source
+from tests.support.adapters import copy_case, edit_settings
 from tests.support.base_model import result_of, save_b, settings_b, tokens_b
 from tests.support.hub_server import Hub, Repository, ask_here, asking, serving
 from tests.support.launching import complete
@@ -167,7 +168,7 @@ def _nothing(hub: Hub) -> None:
 
 
 def _adapter(hub: Hub) -> None:
-    (hub.repositories["org/b"].folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (hub.repositories["org/b"].folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
 
 
 def _corrupt(hub: Hub) -> None:
@@ -180,6 +181,21 @@ def _broken(hub: Hub) -> None:
 
 def _refused(hub: Hub) -> None:
     hub.fails = 403
+
+
+def test_an_adapter_brings_its_base(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = copy_case("patterns", tmp_path / "case")
+    edit_settings(adapter, base_model_name_or_path="org/base", revision="v1")
+    hub.repositories |= {"org/base": Repository(base, {"v1": "c" * 40}), "org/lora": Repository(adapter)}
+    directory, _ = fetched(capsys, "org/lora")
+    assert {path.name for path in directory.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    hub.requests.clear()
+    source = resolve_source(ModelSection(source="org/lora"))
+    assert not hub.requests  # both are in the cache
+    assert source.base is not None
+    assert (source.name, source.commit, source.base.name, source.base.commit) == ("org/lora", COMMIT, "org/base", "c" * 40)
+    by_path = resolve_source(ModelSection(source=str(adapter), base=str(base)))
+    assert source.fingerprint == by_path.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -197,7 +213,7 @@ def _refused(hub: Hub) -> None:
         (_pickles, "org/b", {}, ["pickled weights only", "model.revision"]),
         (_gguf, "org/b", {}, ["hf download org/b b.gguf", "model.source = 'DIR/b.gguf'"]),
         (_nothing, "org/b", {}, ["holds no safetensors weights"]),
-        (_adapter, "org/b", {}, ["PEFT adapter", "org/base"]),
+        (_adapter, "org/b", {}, ["PEFT adapter of type IA3", "only LoRA is read"]),
         (_corrupt, "org/b", {}, ["wrong checksum", "run the same command again"]),
         (None, "nothing", {}, ["is no name of the Hub: give ORG/NAME"]),
         (None, "/tmp", {}, ["is a path here: give ORG/NAME"]),

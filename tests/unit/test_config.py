@@ -219,6 +219,8 @@ def test_identity_binds_the_numbers_and_nothing_else() -> None:
         "data.sequences=5",
         "operator.scheme=fourth",
         "model.source=x",
+        "model.base=x",
+        "model.adapter=factors",
         "operator.step=1.0",
         "lanczos.distribution=gaussian",
         "parameters.include=['a*']",

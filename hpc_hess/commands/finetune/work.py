@@ -17,7 +17,7 @@ from hpc_hess.commands.arguments import Training
 from hpc_hess.commands.finetune.trainers import MOMENTS, optimizer_state
 from hpc_hess.config import Config
 from hpc_hess.console.words import number
-from hpc_hess.errors import NumericsError, StoreError
+from hpc_hess.errors import ConfigError, NumericsError, StoreError
 from hpc_hess.model.data.data import objective_of
 from hpc_hess.model.sources.source import Source, resolve_source
 from hpc_hess.parallel.world import World
@@ -51,6 +51,8 @@ def finetune(config: Config, world: World, training: Training) -> int:
 
     """
     out = training.out
+    if config.model.adapter != "merge":
+        raise ConfigError("training writes whole models: set model.adapter = 'merge'")
     with opened(config, world, out, training.steps) as session:
         progress = session.progress
         name, shared = "read the model's configuration", fills_a_cache(config.model, config.data)
@@ -204,7 +206,9 @@ def batch_rows(num_samples: int, batch: int, step: int, seed: int) -> list[int]:
 
 def _starting_from(config: Config, out: Path, step: int | None) -> Config:
     """Return the configuration with the checkpoint's weights; experts are chosen anew in each step."""
-    model = config.model if step is None else config.model.model_copy(update={"source": str(checkpoint(out, step))})
+    model = config.model
+    if step is not None:  # a checkpoint is a whole model
+        model = model.model_copy(update={"source": str(checkpoint(out, step)), "base": ""})
     return config.model_copy(update={"model": model, "operator": config.operator.model_copy(update={"routing": "free"})})
 
 

@@ -14,6 +14,7 @@ from hpc_hess.intake.configuration import refuse_code, why
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.model.sharded.towers import leave_out_towers
 from hpc_hess.model.sources.initial import InitialWatch
+from hpc_hess.model.sources.lora import attach
 from hpc_hess.model.sources.scalars import vectors_for_scalars
 from hpc_hess.model.sources.source import Source
 from hpc_hess.registry.tasks import TASKS
@@ -29,6 +30,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     (tables of positions, routers' biases) require no gradient; ``skeleton.frozen_by_itself`` names them.
     Scalar parameters have the shape (1,) here; ``skeleton.scalars`` names them.
     Of a model of text and more the language model alone is kept; ``skeleton.left_out`` counts the rest by name.
+    With an adapter, see :func:`lora.attach`.
     ``skeleton.initial`` tells by name how the model's own initialiser starts each parameter, for random weights.
 
     Buffers are what an ordinary float32 construction gives; with float64 masters floating buffers become float64.
@@ -36,7 +38,7 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     Raises
     ------
     ModelError : transformers has no such model for the task, an attention implementation the model lacks, a failing
-        constructor.
+        constructor, an adapter of another model.
 
     """
     spec, config = TASKS[section.task], source.hf_config
@@ -71,6 +73,8 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
     _cast(model, _DTYPES[section.master_dtype])
     model.eval()
     model.frozen_by_itself = [name for name, p in model.named_parameters() if p.numel() and not p.requires_grad]
+    if source.adapter is not None:
+        attach(model, source.adapter, section.adapter, _DTYPES[section.master_dtype])
     return model
 
 

@@ -45,11 +45,9 @@ def model_tensors(stored: Mapping[str, Lazy], model: nn.Module) -> Mapped:
     ModelError : two stored tensors are for the same parameter.
 
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
-    transforms = _transforms(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings, converters = _transforms(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known = dict.fromkeys(model.state_dict(), True)
     prefix = getattr(model, "base_model_prefix", "")
@@ -71,6 +69,16 @@ def model_tensors(stored: Mapping[str, Lazy], model: nn.Module) -> Mapped:
     return found
 
 
+def renamed(key: str, model: nn.Module) -> str | None:
+    """Return the model's name of a parameter that was stored as ``key``, None where it is none, or a part of one."""
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _transforms(model)
+    known = dict.fromkeys(model.state_dict(), True)
+    name, pattern = rename_source_key(key, renamings, converters, getattr(model, "base_model_prefix", ""), known)
+    return name if pattern is None and name in known else None
+
+
 def _take(found: Mapped, tensors: dict[str, Lazy], keys: list[str]) -> None:
     for name, tensor in tensors.items():
         if name in found.tensors:
@@ -80,16 +88,19 @@ def _take(found: Mapped, tensors: dict[str, Lazy], keys: list[str]) -> None:
         found.tensors[name], found.sources[name] = tensor, keys
 
 
-def _transforms(model: nn.Module) -> list[Any]:
+def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Return the renamings, and the other rearrangements, of the model's class."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     if not isinstance(model, PreTrainedModel):
-        return []
+        return [], []
     sharded = type(model)  # fully_shard gives the model a class of its own, FSDPxxx, which the table does not list
     model.__class__ = next(c for c in sharded.__mro__ if not c.__name__.startswith("FSDP"))
     try:
-        return list(get_model_conversion_mapping(model))
+        found = get_model_conversion_mapping(model)
+        return [t for t in found if isinstance(t, WeightRenaming)], [t for t in found if isinstance(t, WeightConverter)]
     finally:
         model.__class__ = sharded
 

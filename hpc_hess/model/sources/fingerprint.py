@@ -44,6 +44,11 @@ class Fingerprint(str):
         self._tensors = tensors
         return self
 
+    @property
+    def tensors(self) -> Fingerprint:
+        """The fingerprint that does not depend on whether the model came by a name or by a path."""
+        return self._tensors or self
+
     def accepts(self, found: object) -> bool:
         """Return whether a stored fingerprint, of any kind, is of this model. Reads files for the earlier kind."""
         if self._tensors is not None:

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError, UnreachableError
-from hpc_hess.intake.directory import INDEX, PICKLES, SINGLE, find_weight_files, refuse_adapter, weights_without_index
+from hpc_hess.intake.adapter import CONFIG, WEIGHTS, is_adapter, read_settings
+from hpc_hess.intake.directory import INDEX, PICKLES, SINGLE, find_weight_files, weights_without_index
 from hpc_hess.intake.findings import noted, unchecked
+from hpc_hess.model.sources.adapted import of_adapter
 from hpc_hess.model.sources.fingerprint import Fingerprint
 from hpc_hess.model.sources.hub import Name, bring, cached, files_of, lacking, may_ask, named, reach, repository
 from hpc_hess.model.sources.source import Source, of_directory, of_repository
@@ -37,10 +39,16 @@ def of_hub(text: str, section: ModelSection) -> Source | None:
         found = of_repository(path, section)
         note = unchecked("weights.files", f"the weights of {name} are not in the cache")
     else:
-        found = of_directory(str(path), section) or _refuse(name, list(files_of(name, path.name) or {}))
+        found = of_adapter(str(path), section) or of_directory(str(path), section) or _refuse(name, _listed(name, path))
         note = noted("weights.files", f"{name} is commit {path.name} of the Hub")
-    print_of = Fingerprint.of_commit(path.name, found.fingerprint)
+    print_of = found.fingerprint
+    if found.base is None:  # an adapter's base may be any
+        print_of = Fingerprint.of_commit(path.name, print_of)
     return replace(found, name=name.name, commit=path.name, fingerprint=print_of, findings=[note, *found.findings])
+
+
+def _listed(name: Name, path: Path) -> list[str]:
+    return list(files_of(name, path.name) or {})
 
 
 def _fetched(name: Name, path: Path | None, section: ModelSection) -> Path:
@@ -61,7 +69,7 @@ def _fetched(name: Name, path: Path | None, section: ModelSection) -> Path:
 def download(name: Name, section: ModelSection | None = None) -> Path:
     """Bring a model into the cache; return its directory there. Whole files that are there already are kept.
 
-    The Hub is asked what the revision stands for. What would be refused, such as pickles, an adapter or a configuration that
+    The Hub is asked what the revision stands for. What would be refused, such as pickles, or a configuration that
     cannot be used as ``section`` asks, is refused before the weights come. ``reaching("small")`` leaves the weights out.
 
     Raises
@@ -71,13 +79,14 @@ def download(name: Name, section: ModelSection | None = None) -> Path:
     """
     path, listed = repository(name, "config.json")
     bring(name, path.name, _small(listed))
-    refuse_adapter(path)
     weights = _weights(path, list(listed))
+    if is_adapter(path):
+        read_settings(path)
     if not weights:
         _refuse(name, list(listed))
-    if section is not None:
+    if section is not None and not is_adapter(path):
         of_repository(path, section)
-    if reach() == "all":
+    if reach() == "all" or is_adapter(path):  # an adapter is small, and says what the model is
         bring(name, path.name, weights)
     return path
 
@@ -90,6 +99,8 @@ def _small(listed: dict[str, int]) -> list[str]:
 def _weights(path: Path, listed: list[str]) -> list[str]:
     """Return the weight files that from_pretrained takes, of a repository whose small files are at ``path``."""
     here = [file for file in listed if "/" not in file]
+    if CONFIG in here:
+        return [WEIGHTS] if WEIGHTS in here else []
     first = _value(path / "config.json", "transformers_weights") or (SINGLE if SINGLE in here else INDEX)
     if first in here and first.endswith(".safetensors"):
         return [first]
@@ -104,6 +115,8 @@ def _value(file: Path, key: str) -> Any:
 
 
 def _has_weights(path: Path) -> bool:
+    if is_adapter(path):
+        return (path / WEIGHTS).is_file()
     with contextlib.suppress(OSError, ValueError, ModelError):
         return find_weight_files(path, json.loads((path / "config.json").read_text(encoding="utf-8"))) is not None
     return False
@@ -114,8 +127,10 @@ def _complete(name: Name, path: Path) -> bool:
     listed = files_of(name, path.name)
     if listed is None:
         return _has_weights(path) and any(path.glob("tokenizer*"))
-    weights = _weights(path, list(listed)) if reach() != "small" else []
-    return (path / "config.json").is_file() and all((path / file).is_file() for file in [*_small(listed), *weights])
+    weights = _weights(path, list(listed)) if reach() != "small" or is_adapter(path) else []
+    return (is_adapter(path) or (path / "config.json").is_file()) and all(
+        (path / file).is_file() for file in [*_small(listed), *weights]
+    )
 
 
 def _refuse(name: Name, files: list[str]) -> NoReturn:

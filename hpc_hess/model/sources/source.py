@@ -20,7 +20,6 @@ from hpc_hess.intake.directory import (
     PICKLES,
     WeightFiles,
     find_weight_files,
-    refuse_adapter,
     refuse_pickle,
     refuse_unread,
     weight_like,
@@ -28,6 +27,7 @@ from hpc_hess.intake.directory import (
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.intake.own_code import code_files, decide
 from hpc_hess.intake.quantisation import declared
+from hpc_hess.model.sources.adapter import Adapter
 from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint, gguf_table, safetensors_table, told
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.registry.sources import MODELS
@@ -43,7 +43,8 @@ class Source:
     lies: a directory, or one file of it; ``hf_config`` the Hugging Face configuration; ``tokenizer_path`` what a tokenizer
     is opened from, None when the source has none; ``fingerprint`` a sha256 over configuration, every stored tensor
     (sampled), own code (and the seed, when random), or the commit of the Hub; ``files`` the safetensors files; ``own_code``
-    whether the directory's Python code is run; ``findings`` what the intake found about all this; ``commit`` of the Hub.
+    whether the directory's Python code is run; ``findings`` what the intake found about all this; ``commit`` of the Hub;
+    ``base`` and ``adapter`` of a PEFT adapter: ``path`` and ``hf_config`` are the base's then.
     """
 
     kind: str
@@ -56,6 +57,8 @@ class Source:
     own_code: bool = False
     findings: list[Finding] = field(default_factory=list)
     commit: str = ""
+    base: Source | None = None
+    adapter: Adapter | None = None
 
 
 def resolve_source(section: ModelSection) -> Source:
@@ -79,8 +82,18 @@ def resolve_source(section: ModelSection) -> Source:
         if source is not None:
             if section.config and source.kind != "distributed":
                 raise ModelError(f"model.config is for distributed checkpoints, and {text} is none: leave model.config out")
+            _require_adapter(source, section)
             return source
     raise _nothing(choices[-1][1])
+
+
+def _require_adapter(source: Source, section: ModelSection) -> None:
+    """Refuse settings of an adapter for a model that is none."""
+    if source.adapter is None and (section.base or section.adapter != "merge"):
+        key = "model.base" if section.base else "model.adapter"
+        raise ModelError(
+            f"{key} is for a PEFT adapter, and {section.source} is none: leave it out, or set model.source to one"
+        )
 
 
 def of_directory(text: str, section: ModelSection) -> Source | None:
@@ -184,7 +197,6 @@ def _nothing(text: str) -> ModelError:
     """Return why a text names no source."""
     path = find_path(text)
     if path is not None and path.is_dir():
-        refuse_adapter(path)
         return ModelError(f"{path} has no config.json: model.source should be a directory of a Hugging Face model")
     if path is not None and path.suffix in PICKLES:
         refuse_pickle(path)

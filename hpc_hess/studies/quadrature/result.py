@@ -130,6 +130,7 @@ def make_result(
             "architecture": type(problem.model.module).__name__.removeprefix("FSDP"),
             "fingerprint": problem.source.fingerprint,
             **({"commit": problem.source.commit} if problem.source.commit else {}),
+            **({"base": problem.source.base.name, "adapter": config.model.adapter} if problem.source.base else {}),
         },
         "data": _data(config, problem),
         "operator": {
