@@ -18,8 +18,7 @@ Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids (1, L), ma
 
 _TOKENS = 64  # of a row that the first checks take: a model that sees ahead does so in a short row too
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest logit
-# keys of configurations that let tokens see later ones, and their value that does not
-CAUSAL: dict[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": False}
+_CAUSAL: dict[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": None}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,11 +38,21 @@ def beginning(ids: torch.Tensor) -> torch.Tensor:
     return ids[None, :_TOKENS]
 
 
+def causal_switches(config: Any) -> dict[str, Any]:
+    """Return the keys of a configuration that let tokens see later ones, and their values that do not."""
+
+    def differs(value: Any, on: Any) -> bool:
+        return bool(value != on) if isinstance(on, str) else bool(value) != bool(on)
+
+    return {key: on for key, on in _CAUSAL.items() if differs(getattr(config, key, on), on)}
+
+
 def causal_remedy(config: Any) -> str:
     """Return what to do with a model whose tokens see later ones: its configuration may have a switch for that."""
-    key = next((key for key, on in CAUSAL.items() if getattr(config, key, on) not in (on, None)), "")
     other = 'take a causal model, or set model.task = "masked-lm"'
-    return f'set "{key}": {json.dumps(CAUSAL[key])} in config.json, {other}' if key else other
+    for key, on in causal_switches(config).items():
+        return f'set "{key}": {json.dumps(on)} in config.json, {other}'
+    return other
 
 
 def check_causal(
