@@ -324,6 +324,11 @@ def job_end_time(env: Mapping[str, str]) -> float | None:
     """Return when Slurm will end this job, in seconds since the epoch; None outside Slurm or without a limit.
 
     Not every Slurm sets SLURM_JOB_END_TIME: where it is missing, ``scontrol show job`` is asked. Collective: no.
+
+    Raises
+    ------
+    LaunchError : scontrol is not here (in a container, say), or does not answer.
+
     """
     if not (job := env.get("SLURM_JOB_ID")):
         return None
@@ -331,9 +336,16 @@ def job_end_time(env: Mapping[str, str]) -> float | None:
         return float(told)
     try:
         words = _scontrol("show", "job", job).split()
+    except (OSError, subprocess.SubprocessError) as error:
+        why = "is not found" if isinstance(error, FileNotFoundError) else "does not tell it"
+        raise LaunchError(
+            f"nobody knows when Slurm ends job {job} (scontrol {why}, SLURM_JOB_END_TIME is not set), so the run does not "
+            "stop before that by itself: set run.time_limit to a little less than the job's limit"
+        ) from None
+    try:
         return datetime.fromisoformat(next(w.split("=", 1)[1] for w in words if w.startswith("EndTime="))).timestamp()
-    except (OSError, subprocess.SubprocessError, StopIteration, ValueError):
-        return None  # no scontrol here, or EndTime=Unknown
+    except (StopIteration, ValueError):
+        return None  # EndTime=Unknown: no limit
 
 
 def _scontrol(*args: str) -> str:

@@ -81,8 +81,9 @@ def opened(config: Config, world: World, out: Path, total: int, *, stopper: Stop
         lock = RunLock.acquire(out, world)
         session = Session(config, world, out, progress, stopper, lock, EventLog(out, world), held)
         held.callback(lambda: session.lock.release())  # the one that it is by then
-        if note := missing(world.size):
+        for note in filter(None, [missing(world.size), stopper.note]):
             progress.note(note)
+        stopper.note = ""  # of several sessions, the first says it
         yield session
         if not session._counted:
             session.got_through()

@@ -15,6 +15,7 @@ from typing import Any
 
 from hpc_hess.config import parse_time_limit
 from hpc_hess.errors import EXIT_STOPPED as EXIT_STOPPED
+from hpc_hess.errors import LaunchError
 from hpc_hess.parallel.launcher import job_end_time
 from hpc_hess.parallel.world import World
 
@@ -34,12 +35,21 @@ class Stopper:
     time_limit : of the run, from now. The end of a Slurm job counts as well; rank 0 looks it up.
     grace_s : from a signal to the end of the job, where Slurm does not tell that end.
 
+    Attributes
+    ----------
+    note : what rank 0 should say of a job whose end is not known, where no time limit is set; else "".
+
     """
 
     def __init__(self, world: World, time_limit: str = "", grace_s: float = 30.0) -> None:
         self._world, self._grace_s = world, grace_s
         limits = [parse_time_limit(time_limit)] if time_limit else []
-        job_end = world.broadcast(job_end_time(os.environ) if world.rank == 0 else None, "end of the job")
+        job_end, self.note = None, ""
+        try:
+            job_end = job_end_time(os.environ) if world.rank == 0 else None
+        except LaunchError as error:
+            self.note = "" if limits else str(error)
+        job_end = world.broadcast(job_end, "end of the job")
         self._job_end_known = job_end is not None and job_end > time.time()  # else of a job that is gone
         if job_end is not None and self._job_end_known:
             limits.append(job_end - _TO_LEAVE_S - time.time())

@@ -185,6 +185,7 @@ def test_the_end_of_a_job_is_what_slurm_says(monkeypatch: pytest.MonkeyPatch) ->
     assert job_end_time({}) is None
     assert job_end_time({"SLURM_JOB_ID": "17"}) == datetime(2026, 1, 2, 3, 5, 5).timestamp()
     assert job_end_time({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "1790000000"}) == 1.79e9
-    assert job_end_time({"SLURM_JOB_ID": "18"}) is None
+    with pytest.raises(LaunchError, match=r"ends job 18 \(scontrol does not tell it, .*: set run.time_limit"):
+        job_end_time({"SLURM_JOB_ID": "18"})
     _slurm_says({"show job 17": "JobId=17 StartTime=Unknown EndTime=Unknown"}, monkeypatch)
     assert job_end_time({"SLURM_JOB_ID": "17"}) is None

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from hpc_hess.errors import LaunchError
 from hpc_hess.parallel.world import World
 from hpc_hess.session import stopping
 from hpc_hess.session.stopping import Stopper
@@ -68,3 +69,15 @@ def test_the_end_of_a_job_counts_more_than_the_grace(monkeypatch):
         signal.raise_signal(signal.SIGUSR1)
         assert stopper.agreed_within(70, 5.0) == ""
         assert stopper.agreed_within(90, 5.0) == "a signal asked for it"
+
+
+def test_a_job_whose_end_nobody_knows(monkeypatch):
+    def unknown(env):
+        raise LaunchError("nobody knows")
+
+    monkeypatch.setattr(stopping, "job_end_time", unknown)
+    with Stopper(World.alone()) as stopper:
+        assert stopper.note == "nobody knows"
+        assert stopper.agreed(1e9) == ""
+    with Stopper(World.alone(), "00:10:00") as stopper:
+        assert stopper.note == ""

@@ -5,6 +5,7 @@ The values are those of transformers' own dequantisation, bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hpc_hess.errors import ModelError
@@ -22,13 +22,10 @@ from hpc_hess.intake.tensors import FLOATS
 from hpc_hess.model.sources.lazy import Box
 from hpc_hess.model.sources.stored import Stored
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # values of 4 bits
-# the two values of each byte, the lower half first, as one item; the scale that each byte is the exponent of
-_PAIRS = np.array([[_E2M1[byte & 15], _E2M1[byte >> 4]] for byte in range(256)], np.float32).view(np.uint64).reshape(-1)
-_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)  # the scale that each byte is the exponent of
 _GROUP = 32  # entries under one scale of MXFP4
 _BYTES = ("F8_E4M3", "F8_E5M2", "I8")
-_CHUNK = 1 << 20  # bytes that are looked up at a time: numpy makes an index of 8 bytes of each
+_CHUNK = 1 << 18  # values that are made at a time: what several passes go over stays in the processor's cache
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPONENTS = ("U8", "F8_E8M0")
 # of activations and of the keys and values that generation keeps: neither is part of the weights
@@ -65,11 +62,20 @@ class Mxfp4:
         experts, (low, high), columns = box
         groups = cover(low, high, _GROUP)
         packed = self.blocks.read((experts, columns, groups, (0, _GROUP // 2)))
-        powers = _POWERS[self.scales.read((experts, columns, groups)).view(torch.uint8).int()]
-        values = torch.from_numpy(_look_up(_PAIRS, packed).view(np.float32)).reshape(*packed.shape[:3], _GROUP)
-        values.mul_(powers.unsqueeze(-1))
+        powers = _POWERS[self.scales.read((experts, columns, groups)).view(torch.uint8).int()].transpose(1, 2)
+        count, width = powers.shape[1:]
+        values = torch.empty(len(packed), count, _GROUP, width)
+        step = max(1, _CHUNK // (_GROUP * max(1, width)))
+        for expert, start in itertools.product(range(len(packed)), range(0, count, step)):
+            part = slice(start, start + step)
+            mine = packed[expert, :, part].clone(memory_format=torch.contiguous_format).view(width, -1)
+            fours = mine.view(torch.int16).t().contiguous()  # four values each, of rows that follow each other
+            made = values[expert, part]
+            for place in range(4):
+                made.view(-1, 4, width)[:, place] = _e2m1(fours << (12 - 4 * place))
+            made.mul_(2.0**14).mul_(powers[expert, part, None])
         start = groups[0] * _GROUP
-        return values.flatten(2)[..., low - start : high - start].transpose(1, 2)
+        return values.flatten(1, 2)[:, low - start : high - start]
 
 
 @dataclass(frozen=True)
@@ -112,22 +118,26 @@ class Scaled:
         return scale.to(_TYPES[self.dtype])
 
 
+def _e2m1(high: torch.Tensor) -> torch.Tensor:
+    """Return values of 4 bits, the highest of int16, times 2^-14 in float16: the same sign, exponent and mantissa."""
+    return high.bitwise_right_shift_(3).bitwise_and_(-0x7200).view(torch.float16)
+
+
 def _values(stored: torch.Tensor) -> torch.Tensor:
-    """Return numbers of 8 bits in float32: those of floating point by a table, five times as fast as the conversion."""
+    """Return numbers of 8 bits in float32: those of floating point by way of float16, faster than the conversion itself."""
     if stored.dtype == torch.int8:
         return stored.float()
-    table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float().numpy()
-    return torch.from_numpy(_look_up(table, stored)).reshape(stored.shape)
-
-
-def _look_up(table: np.ndarray, stored: torch.Tensor) -> np.ndarray:
-    """Return the item of ``table`` for each byte, flat."""
-    index = stored.contiguous().view(torch.uint8).numpy().reshape(-1)
-    found = np.empty(index.size, table.dtype)
-    for start in range(0, index.size, _CHUNK):
-        place = slice(start, start + _CHUNK)
-        np.take(table, index[place], out=found[place], mode="clip")
-    return found
+    shift, mask, factor = (8, -1, 1.0) if stored.dtype == torch.float8_e5m2 else (7, ~0x4000, 256.0)
+    values = torch.empty(stored.shape)
+    flat, signed = values.view(-1), stored.contiguous().view(torch.int8).view(-1)
+    for start in range(0, len(flat), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        halves = signed[part].short().bitwise_left_shift_(shift).bitwise_and_(mask).view(torch.float16)
+        flat[part].copy_(halves).mul_(factor)
+    wrong = (signed << 1) == -2  # not a number, as E4M3 writes it: all bits but the sign are set
+    if shift == 7 and wrong.any():
+        flat.masked_fill_(wrong, math.nan)
+    return values
 
 
 def dequantised(
