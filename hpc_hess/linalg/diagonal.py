@@ -16,7 +16,7 @@ import torch
 
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.keeping import Keep, KeepNothing
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import Enough, LinearOperator
 from hpc_hess.linalg.trace import leave_one_out
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector, VectorSpace
@@ -62,7 +62,7 @@ def diagonal_hutchinson(
     first_probe: int = 0,
     keep: Keep | None = None,
 ) -> DiagonalEstimate:
-    """Average w * (A w) over independent signs, until the expected relative error is ``relative``. Collective: yes.
+    """Average w * (A w) over independent signs, until the relative error to expect is ``relative``, or Enough. Collective.
 
     The rule looks after 8, 16, 32, ... products only. An average that has stopped moving is no sign: after k products it
     moves by 1/k of its error.
@@ -72,7 +72,12 @@ def diagonal_hutchinson(
     look = 8
     while running.count < most:
         w = probes.draw(space, seed=seed, probe=first_probe + running.count, distribution="rademacher")
-        running.add(w.data * keep.vector(partial(operator.matvec, w)).data)
+        try:
+            running.add(w.data * keep.vector(partial(operator.matvec, w)).data)
+        except Enough:
+            if not running.count:
+                raise
+            break
         if relative and running.count == look:
             look *= 2
             if running.estimate(running.count).relative_error <= relative:
@@ -97,7 +102,8 @@ def xdiag(
 ) -> DiagonalEstimate:
     """Diagonal from ``num_products`` products by leave-one-out estimates, independent signs. Collective: yes.
 
-    Estimate i is diag(P_i A) + w_i * ((I - P_i) A w_i), with P_i as in xtrace; (I - P_i) A w_i = Q s_i (s_i^T r_i).
+    Estimate i is diag(P_i A) + w_i * ((I - P_i) A w_i), with P_i as in xtrace; (I - P_i) A w_i = Q s_i (s_i^T r_i). On
+    Enough, of the vectors for which A Q is known, or Hutchinson's estimate.
 
     Parameters
     ----------
@@ -107,6 +113,12 @@ def xdiag(
     space, count = operator.space, num_products // 2
     small = leave_one_out(operator, basis, count, seed=seed, distribution="rademacher", images=images, keep=keep)
     count = len(small.h)
+    if not count and not small.exhausted:
+        plain = _Running(space.zeros())
+        for i in range(len(small.r)):
+            product = basis.combine(torch.from_numpy(np.ascontiguousarray(small.r[:, i])))
+            plain.add(product.data * probes.draw(space, seed=seed, probe=i, distribution="rademacher").data)
+        return plain.estimate(plain.count)
     if small.exhausted and not _spans(basis, count, operator.matvec(_gaussian(space, seed, num_products))):
         return diagonal_hutchinson(operator, most=num_products, seed=seed, keep=keep)  # signs that A happens to lose
     within = space.zeros()

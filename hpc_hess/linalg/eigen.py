@@ -24,7 +24,7 @@ import torch
 
 from hpc_hess.errors import ConfigError, NumericsError
 from hpc_hess.linalg import probes
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import Enough, LinearOperator
 from hpc_hess.linalg.wanted import Float, Wanted, Which, least_basis, risk_of_missing
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector
@@ -252,7 +252,7 @@ class ThickRestart:
         if self.exhausted:
             return True
         pairs, (values, vectors), (everything, _) = self.pairs(), self._last(), self._ritz()
-        slack, residuals = self.tolerance * pairs.scale, np.abs(self.beta * vectors[-1])
+        slack, residuals = self.tolerance * pairs.scale, self._beyond(vectors)
 
         def nothing_beyond(sign: int, edge: float) -> bool:
             """Whether the last direction has no eigenvalue beyond ``edge`` at the end ``sign``."""
@@ -308,11 +308,17 @@ class ThickRestart:
             self._solved = self.operator.space.agreed((own.eigenvalues, own.eigenvectors), "Ritz pairs")
         return self._solved
 
+    def _beyond(self, vectors: Float) -> Float:
+        """Return how far A takes the newest vectors, combined by columns, out of the basis: by beta, or by the couplings."""
+        if self.filled == self.size:
+            return np.abs(self.beta * vectors[-1])
+        return np.abs(self.projected[self.filled, self.filled - len(vectors) : self.filled] @ vectors)
+
     def pairs(self) -> Pairs:
         """Return the wanted Ritz pairs of the basis as it is (fewer than wanted at the beginning). Collective: yes."""
         values, vectors = self._ritz()
         chosen = self.wanted.of(values)
-        residuals = np.abs(self.beta * vectors[-1, chosen])
+        residuals = self._beyond(vectors[:, chosen])
         if any(self.dropped):
             residuals += np.abs(np.array(self.dropped) @ vectors[: len(self.dropped), chosen])
         return Pairs(values[chosen], residuals, vectors[:, chosen].T, float(np.abs(values).max()), self.basis)
@@ -350,7 +356,12 @@ class Pairs:
 
 
 def eigenpairs(process: ThickRestart, most_products: int) -> Pairs:
-    """Step until the search has finished or ``most_products`` were spent. Collective: yes."""
+    """Step until the search has finished, ``most_products`` were spent, or Enough. Collective: yes."""
     while not process.finished and process.num_products < most_products:
-        process.step()
+        try:
+            process.step()
+        except Enough:
+            if not process.filled:
+                raise
+            break
     return process.pairs()

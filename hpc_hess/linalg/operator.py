@@ -8,6 +8,10 @@ from typing import Protocol, runtime_checkable
 from hpc_hess.parallel.vector import Vector, VectorSpace
 
 
+class Enough(Exception):  # noqa: N818  # no error: what was computed is used
+    """Raised by an operator in place of a product, on every rank: use what there is, or hand it on where that is nothing."""
+
+
 @runtime_checkable
 class LinearOperator(Protocol):
     """What every algorithm needs: the space and the product. ``matvec`` never changes its argument.

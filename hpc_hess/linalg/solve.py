@@ -11,7 +11,7 @@ import torch
 
 from hpc_hess.errors import NumericsError
 from hpc_hess.linalg.keeping import Keep, KeepNothing
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import Enough, LinearOperator
 from hpc_hess.parallel.vector import Vector
 
 
@@ -38,7 +38,7 @@ def conjugate_gradients(
     after_product: Callable[[float], object] | None = None,
     keep: Keep | None = None,
 ) -> Solution:
-    """Solve with a positive definite A + damping I (Hestenes and Stiefel 1952). Collective: yes.
+    """Solve with a positive definite A + damping I (Hestenes and Stiefel 1952), until Enough at most. Collective: yes.
 
     Raises
     ------
@@ -49,7 +49,12 @@ def conjugate_gradients(
     norm, p = b.norm(), b.copy()
     residuals, rr = [1.0 if norm else 0.0], norm**2
     while len(residuals) <= most and residuals[-1] > tolerance:
-        q = keep.vector(partial(operator.matvec, p)).axpy_(damping, p)
+        try:
+            q = keep.vector(partial(operator.matvec, p)).axpy_(damping, p)
+        except Enough:
+            if len(residuals) == 1:
+                raise
+            break
         curvature = p.dot(q)
         if not curvature > 0:
             raise NumericsError(
@@ -79,7 +84,7 @@ def minres(
 ) -> Solution:
     """Solve with any symmetric A + damping I by smallest residuals (Paige and Saunders 1975). Collective: yes.
 
-    Six vectors; residuals never grow.
+    Six vectors; residuals never grow. Enough ends it.
 
     Raises
     ------
@@ -94,7 +99,12 @@ def minres(
     beta, eta, scale = 0.0, norm, 0.0
     c, c_before, s, s_before = 1.0, 1.0, 0.0, 0.0  # the last two rotations
     while len(residuals) <= most and residuals[-1] > tolerance:
-        u = keep.vector(partial(operator.matvec, v))
+        try:
+            u = keep.vector(partial(operator.matvec, v))
+        except Enough:
+            if len(residuals) == 1:
+                raise
+            break
         u.axpy_(damping, v).axpy_(-beta, before)
         alpha = u.dot(v)
         u.axpy_(-alpha, v)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hpc_hess.linalg import probes
 from hpc_hess.linalg.keeping import Keep, KeepNothing
-from hpc_hess.linalg.operator import LinearOperator
+from hpc_hess.linalg.operator import Enough, LinearOperator
 from hpc_hess.linalg.quadrature import Estimate, estimate, of_forms
 from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.parallel.basis import Basis
@@ -59,7 +59,7 @@ def hutchinson(
     first_probe: int = 0,
     keep: Keep | None = None,
 ) -> Moments:
-    """Sample <w, A w> and |A w|^2 until ``rule`` is content with the trace. Collective: yes."""
+    """Sample <w, A w> and |A w|^2 until ``rule`` is content with the trace, or on Enough. Collective: yes."""
     moments, keep = Moments([], []), keep or KeepNothing()
 
     def sample() -> tuple[float, float]:
@@ -68,7 +68,12 @@ def hutchinson(
         return w.dot(product), product.dot(product)
 
     while not moments.trace or not rule.enough(moments.trace):
-        first, second = keep.numbers(sample)
+        try:
+            first, second = keep.numbers(sample)
+        except Enough:
+            if not moments.trace:
+                raise
+            break
         moments.trace.append(first)
         moments.frobenius_squared.append(second)
     return moments
@@ -84,6 +89,8 @@ def hutch_plus_plus(
     keep: Keep | None = None,
 ) -> Estimate:
     """Trace from ``num_products`` products: a third each for the range, for A on it, for what is left. Collective: yes.
+
+    Enough ends it in the last third.
 
     Parameters
     ----------
@@ -106,7 +113,12 @@ def hutch_plus_plus(
     for k in range(third, num_products - rank):
         w = probe(k)
         _project_out(basis, rank, w)
-        samples.append(quadratic(w))
+        try:
+            samples.append(quadratic(w))
+        except Enough:
+            if not samples:
+                raise
+            break
     rest = estimate(samples)
     return Estimate(within + rest.mean, rest.stderr, rest.count)
 
@@ -120,7 +132,7 @@ def xtrace(
     projects onto the range that the other vectors give. Estimate i is tr(P_i A P_i) + |u|-normalised u^T A u with
     u = (I - P_i) w_i; from w_i^T A w_i = c_w^T r_i and the like, all of it is algebra with small matrices (eq. 2.3).
     Samples that share their vectors are not independent: the standard error is some 20 % small (two of it hold 89 times in
-    100, not 95).
+    100, not 95). On Enough, of the vectors for which A Q is known, or Hutchinson's estimate.
 
     Parameters
     ----------
@@ -131,6 +143,8 @@ def xtrace(
     if small.exhausted:
         return Estimate(float(np.trace(small.h)), 0.0)
     h, r, w, s = small.h, small.r, small.w, small.s
+    if not len(h):
+        return of_forms((w * r).sum(0), (r * r).sum(0))
     c = w - s * (s * w).sum(0)  # column i: coefficients of P_i w_i
     quadratic = (w * r).sum(0) - 2 * (c * r).sum(0) + (c * (h @ c)).sum(0)
     left_squared = small.squared_norms - (c * c).sum(0)
@@ -143,7 +157,8 @@ def xtrace(
 class LeaveOneOut:
     """Small matrices of k vectors W: A W = Q R, ``h`` = Q^T A Q, ``w`` = Q^T W, and ``s`` (column i: see xtrace).
 
-    ``exhausted``: Q spans all that A gives, so that A = Q Q^T A; then there is nothing to leave out.
+    ``exhausted``: Q spans all that A gives, so that A = Q Q^T A; then there is nothing to leave out. ``h`` is empty where
+    Enough came before two columns of it.
     """
 
     h: Float
@@ -175,8 +190,15 @@ def leave_one_out(
     def column(k: int) -> list[float]:
         return basis.dots(operator.matvec(basis[k]), count).tolist()
 
+    enough = False
     for k in range(count):
-        y = keep.vector(partial(operator.matvec, vector(k)))
+        try:
+            y = keep.vector(partial(operator.matvec, vector(k)))
+        except Enough:
+            if not k:
+                raise
+            enough, count = True, k
+            break
         before = norm = y.norm()
         if k:
             coefficients, norm = basis.orthogonalise_(y, 0, k)
@@ -187,12 +209,20 @@ def leave_one_out(
         r[k, k] = norm
         basis[k] = y.scale_(1 / norm)
     r, h, w, squared = r[:count, :count], h[:count, :count], w[:count, :count], squared[:count]
+    known = 0 if enough else count  # columns of h
+    for k in range(known):
+        try:
+            if images is None:
+                h[:, k] = keep.numbers(partial(column, k))
+            else:
+                images[k] = image = keep.vector(partial(operator.matvec, basis[k]))
+                h[:, k] = basis.dots(image, count).numpy()
+        except Enough:
+            known, exhausted = k if k > 1 else 0, False
+            count = known or count
+            break
+    r, h, w, squared = r[:count, :count], h[:known, :known], w[:count, :count], squared[:count]
     for k in range(count):
-        if images is None:
-            h[:, k] = keep.numbers(partial(column, k))
-        else:
-            images[k] = image = keep.vector(partial(operator.matvec, basis[k]))
-            h[:, k] = basis.dots(image, count).numpy()
         probe = vector(k)
         w[:, k] = basis.dots(probe, count).numpy()
         squared[k] = probe.dot(probe)

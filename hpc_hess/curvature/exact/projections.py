@@ -208,12 +208,17 @@ class _DualProduct(torch.autograd.Function):
         if needed[1]:
             x_dot_bar = y_dot_bar @ weight
         if needed[2]:
-            bars, xs = [y_bar.flatten(0, -2)], [x.flatten(0, -2)]
+            bars, xs = [_rows(y_bar)], [_rows(x)]
             if x_dot is not None:
-                bars, xs = [*bars, y_dot_bar.flatten(0, -2)], [*xs, x_dot.flatten(0, -2)]
+                bars, xs = [*bars, _rows(y_dot_bar)], [*xs, _rows(x_dot)]
             weight_bar = torch.cat(bars).mT @ torch.cat(xs)
         return x_bar, x_dot_bar, weight_bar, None, None, None
 
 
 def _outer(bar: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return bar.flatten(0, -2).mT @ x.flatten(0, -2)
+    return _rows(bar).mT @ _rows(x)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a matrix of the last dimension's vectors: one row of a single vector."""
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
