@@ -65,8 +65,8 @@ class Architecture:
 
     ``ignored``: patterns that transformers itself ignores; ``layers``: number of blocks; ``extra_layers``: layers for the
     prediction of further tokens that the configuration counts; ``text_of_more``: only the text part of a model with other
-    senses was built; ``left_out``: parts of it that were taken out, with their numbers of parameters; ``decoder_of_more``: only the decoder of an
-    encoder-decoder model.
+    senses was built; ``left_out``: parts of it that were taken out, with their numbers of parameters;
+    ``decoder_of_more``: only the decoder of an encoder-decoder model.
     """
 
     ignored: Collection[str] = ()
