@@ -26,11 +26,14 @@ _SETTING = re.compile(rf"(?<![\w./`-])({_SECTIONS})\.([a-z]\w*)(?![\w(])(?:\s*=\
 _COMMAND = re.compile(
     r"(?:hpc-hess|python -m hpc_hess) (?!takes)([a-z][a-z-]*(?: [a-z]+)?)((?: (?:--[a-z-]+|[A-Z<{][\w./>}]*))*)"
 )
-_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)")
+_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z_-]+)")
 _SCRIPT = re.compile(r"\b((?:launch|slurm|docs|benchmarks)/[\w./-]+\.(?:sh|md|toml|py))")
 _EXTRA = re.compile(r"hpc-hess\[(\w+)\]")
 # what the sentences of other programs name: their own options
 _FOREIGN = {
+    "--hf_assets_path",
+    "--model_name",
+    "--model_flavor",
     "--no-deps",
     "--local-dir",
     "--mpi",

