@@ -259,6 +259,7 @@ def hessian(
             if "finite_difference" not in spec.methods:
                 raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
             objective = CallableObjective(objective.micro_batches, CausalLMObjective.of_batch, module, world)
+        sharded.written()  # products read the shards, not what the last pass has gathered
         product: LinearOperator
         if isinstance(objective, CausalLMObjective):
             settings = Settings(compile=compile, programs=default_directory())
@@ -292,6 +293,7 @@ def _made(
     """Return the operator of a product, with loss and gradient at the model's parameters where it is built of them."""
     if spec.build is None:
         return Operator(product, model.module, intake)
+    model.written()
     dtype = dict(model.module.named_parameters())[model.layout.parameters[0].name].dtype  # in which backward passes add
     own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=model.sharded)
     loss, gradient = Gradient(own, objective)()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,9 +47,18 @@ def answers(operator: Any) -> Answers:
     return found
 
 
-def alone(name: str, **options: Any) -> Answers:
+def product(operator: Any) -> Answers:
+    """Return a product, of a vector whole and in parts. Collective."""
+    v = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)
+    return {"numpy": operator @ v.numpy(), "part": operator.whole(operator @ operator.part(v)).numpy()}
+
+
+@functools.cache
+def alone(
+    name: str, ask: Callable[[Any], Answers] = answers, method: Any = "finite_difference", step: Any = STEP
+) -> Answers:
     model, loss, batches = case(name)
-    return answers(hpc_hess.hessian(model, batches, loss, **options))
+    return ask(hpc_hess.hessian(model, batches, loss, method=method, step=step))
 
 
 def compare(found: Answers, right: Answers, tolerance: float = 1e-8) -> None:
@@ -55,43 +66,46 @@ def compare(found: Answers, right: Answers, tolerance: float = 1e-8) -> None:
         assert np.abs(found[name] - value).max() <= tolerance * max(1.0, np.abs(value).max()), name
 
 
-def _case(world: World, name: str, how: str, options: dict[str, Any]) -> Answers:
-    model, loss, batches = case(name)
-    model, of = spread(model, how, world.size)
-    operator = hpc_hess.hessian(model, dealt(batches, world.rank, world.size), loss, **of, **options)
-    assert operator.space.size_local <= operator.space.size
-    return answers(operator)
+def _cases(world: World, asked: list[tuple[str, str, Any]], ask: Callable[[Any], Answers]) -> list[Answers]:
+    found = []
+    for name, how, method in asked:
+        model, loss, batches = case(name)
+        model, of = spread(model, how, world.size)
+        mine = dealt(batches, world.rank, world.size)
+        found.append(ask(hpc_hess.hessian(model, mine, loss, method=method, step=STEP, **of)))
+    return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_losses_of_ones_own_on_two_ranks(name: str) -> None:
-    right = alone(name, step=STEP)
-    for how in ("fsdp", "ddp"):
-        for found in run_ranks(_case, 2, name, how, {"step": STEP}):
-            compare(found, right)
+def _equal_to_one_process(
+    ranks: int, asked: list[tuple[str, str, Any]], ask: Callable[[Any], Answers], tolerance: float = 1e-8
+) -> None:
+    for of_a_rank in run_ranks(_cases, ranks, asked, ask):
+        for (name, _, method), found in zip(asked, of_a_rank, strict=True):
+            compare(found, alone(name, ask, method), tolerance)
+
+
+def test_every_call_on_two_ranks() -> None:
+    differences: Any = "finite_difference"
+    _equal_to_one_process(2, [("squared", how, differences) for how in ("fsdp", "ddp", "hsdp 2x1")], answers)
+
+
+def test_losses_of_ones_own_on_two_ranks() -> None:
+    _equal_to_one_process(2, [(name, how, "finite_difference") for name in CASES for how in ("fsdp", "ddp")], product)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_uneven_shards_and_ranks_without_a_batch(ranks: int) -> None:
-    right = alone("squared", step=STEP)
-    for how in ("fsdp", "group"):
-        for found in run_ranks(_case, ranks, "squared", how, {"step": STEP}):
-            compare(found, right)
+    _equal_to_one_process(ranks, [("squared", how, "finite_difference") for how in ("fsdp", "group")], product)
 
 
-@pytest.mark.parametrize(("ranks", "how"), [(2, "hsdp 2x1"), (2, "hsdp 1x2"), (2, "fsdp columns"), (4, "hsdp 2x2")])
+@pytest.mark.parametrize(("ranks", "how"), [(2, "hsdp 1x2"), (2, "fsdp columns"), (4, "hsdp 2x2")])
 def test_other_meshes_and_placements(ranks: int, how: str) -> None:
-    right = alone("weighted", step=STEP)
-    for found in run_ranks(_case, ranks, "weighted", how, {"step": STEP}):
-        compare(found, right)
+    _equal_to_one_process(ranks, [("weighted", how, "finite_difference")], answers if ranks == 4 else product)
 
 
-@pytest.mark.parametrize("how", ["fsdp", "ddp", "hsdp 2x1"])
-@pytest.mark.parametrize("name", ["squared", "preferences"])
-def test_exact_products(name: str, how: str) -> None:
-    right = alone(name, method="exact")
-    for found in run_ranks(_case, 2, name, how, {"method": "exact"}):
-        compare(found, right, 1e-10)
+def test_exact_products() -> None:
+    asked = [(name, how, "exact") for name in ("squared", "preferences") for how in ("fsdp", "ddp", "hsdp 2x1")]
+    _equal_to_one_process(2, asked, product, 1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,14 +122,19 @@ def test_one_process_is_double_backward(name: str) -> None:
     rows = torch.autograd.grad(along, parameters, allow_unused=True)
     right = torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(rows, parameters, strict=True)])
     for method, tolerance in (("exact", 1e-12), ("finite_difference", 1e-6)):
-        product = hpc_hess.hessian(model, batches, loss, method=method) @ v  # type: ignore[arg-type]
-        assert float((product - right).norm()) < tolerance * float(right.norm()), method
+        found = hpc_hess.hessian(model, batches, loss, method=method) @ v  # type: ignore[arg-type]
+        assert float((found - right).norm()) < tolerance * float(right.norm()), method
+
+
+def _chosen(world: World) -> Any:
+    model, loss, batches = case("smoothed")
+    model, _ = spread(model, "fsdp", world.size)
+    return product(hpc_hess.hessian(model, dealt(batches, world.rank, world.size), loss))
 
 
 def test_the_step_that_is_chosen() -> None:
-    right = alone("smoothed")
-    for found in run_ranks(_case, 2, "smoothed", "fsdp", {}):
-        compare({"product": found["product"]}, {"product": right["product"]}, 1e-6)
+    for found in run_ranks(_chosen, 2):
+        compare(found, alone("smoothed", product, "finite_difference", "auto"), 1e-6)
 
 
 # -- language models -----------------------------------------------------------------------------------------------------
@@ -187,7 +206,7 @@ def _some_of_the_ranks(world: World) -> np.ndarray | None:
 
 
 def test_a_mesh_of_some_of_the_ranks() -> None:
-    right = alone("squared", step=STEP)["numpy"]
+    right = alone("squared", product)["numpy"]
     first, second, third = run_ranks(_some_of_the_ranks, 3)
     assert third is None
     for found in (first, second):
@@ -205,5 +224,5 @@ def _plain(world: World) -> Any:
 def test_a_plain_module_is_this_process_alone() -> None:
     (found, notes), other = run_ranks(_plain, 2)
     assert other is None
-    np.testing.assert_array_equal(found, alone("squared", step=STEP)["numpy"])
+    np.testing.assert_array_equal(found, alone("squared", product)["numpy"])
     assert any("this process's batches alone" in note for note in notes)

@@ -51,14 +51,13 @@ def loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def _spectrum(model: nn.Module, batches: list[Any]) -> None:
-    operator = hpc_hess.hessian(model, batches, loss)
+    operator = hpc_hess.hessian(model, batches, loss, step=1e-2)
     assert not any(name.startswith("blocks.0") for name in (p.name for p in operator.layout.parameters))
-    hpc_hess.slq(operator, steps=4)
-    hpc_hess.trace(operator, products=4)
+    hpc_hess.slq(operator, steps=2)
 
 
 def _exact(model: nn.Module, batches: list[Any]) -> None:
-    hpc_hess.slq(hpc_hess.hessian(model, batches, loss, method="exact"), steps=3)
+    hpc_hess.slq(hpc_hess.hessian(model, batches, loss, method="exact"), steps=2)
 
 
 class Stopped:
@@ -89,7 +88,7 @@ def _stopped(how: str, after: int, model: nn.Module, batches: list[Any]) -> None
     watched = Stopped(how, after)
     kept = [hook for m in model.modules() for hook in m._forward_hooks]
     try:
-        hpc_hess.slq(hpc_hess.hessian(model, batches, watched), steps=4)
+        hpc_hess.slq(hpc_hess.hessian(model, batches, watched, step=1e-2), steps=2)
     except (KeyboardInterrupt, RuntimeError, HpcHessError):
         assert watched.left <= 0
         assert [hook for m in model.modules() for hook in m._forward_hooks] == kept or how == "inside"
@@ -118,6 +117,8 @@ def _built(how: str, size: int) -> tuple[Any, dict[str, Any]]:
         return DistributedDataParallel(model, find_unused_parameters=True), {}
     if how == "plain":
         return model, {}
+    if how == "mixed":  # running statistics would stay in float32 beside weights in bfloat16
+        model.norm = nn.LayerNorm(6)
     if how == "checkpointed":
         model.blocks[1] = checkpoint_wrapper(model.blocks[1])
     if how == "compiled":
@@ -146,25 +147,25 @@ def _state() -> tuple[Any, ...]:
 
 
 def _trained(world: World, how: str, middle: Middle) -> dict[str, torch.Tensor]:
-    """Train for six steps, each of two micro-batches, with ``middle`` within the fourth; return weights and buffers."""
+    """Train for four steps, each of two micro-batches, with ``middle`` within the third; return weights and buffers."""
     model, _ = _built(how, world.size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(10 + world.rank)
-    data = [(torch.randn(8, 5, generator=generator), torch.randn(8, 3, generator=generator)) for _ in range(4 + world.rank)]
+    data = [(torch.randn(8, 5, generator=generator), torch.randn(8, 3, generator=generator)) for _ in range(2 + world.rank)]
     torch.manual_seed(100 + world.rank)
-    for step in range(6):
+    for step in range(4):
         for part in range(2):
             last = part == 1
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = last
             elif hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(last)
-            if step == 3 and last:
+            if step == 2 and last:
                 before = _state()
                 middle(model, data)
                 assert _state() == before
                 assert model.training
-            loss(model, data[(2 * step + part) % 4]).backward()
+            loss(model, data[(step + part) % 2]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {**whole_parameters(model), **{name: b.clone() for name, b in model.named_buffers()}}
@@ -198,7 +199,7 @@ def test_a_pass_without_gradients_just_before(how: str) -> None:
     assert run_ranks(_both, 2, how, _evaluated) == [[], []]
 
 
-@pytest.mark.parametrize("after", [2, 13, 14])
+@pytest.mark.parametrize("after", [2, 9, 12])
 @pytest.mark.parametrize("stop", ["interrupt", "signal", "inside"])
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
 def test_training_after_a_spectrum_that_was_interrupted(how: str, stop: str, after: int) -> None:

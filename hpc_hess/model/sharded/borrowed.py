@@ -190,7 +190,8 @@ def without_hooks(module: nn.Module) -> nn.Module:
     for part in found.modules():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for number, hook in list(hooks.items()):
-                if id(getattr(getattr(hook, "__wrapped__", hook), "__self__", None)) in known:
+                inner = getattr(hook, "__wrapped__", hook)  # of several modules that are sharded together
+                if {id(getattr(f, "__self__", None)) for f in (hook, inner)} & known:
                     del hooks[number]
                     part._forward_pre_hooks_with_kwargs.pop(number, None)
     return found
