@@ -12,9 +12,11 @@ import torch
 
 from hpc_hess.config import ModelSection
 from hpc_hess.model.sharded.skeleton import build_skeleton
+from hpc_hess.model.sources.hub import reaching
 from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.model.sources.weights import open_reader
 from hpc_hess.parallel.world import World
+from tests.support.hub_server import ask_here, serving
 from tests.support.multimodal_models import FAMILIES, multimodal_config, multimodal_model
 from tests.support.problems import assert_right, dense_product, products, settings_of, whole
 from tests.support.spawn import run_ranks
@@ -66,6 +68,23 @@ def test_random_weights_of_a_multimodal_configuration(family: str, tmp_path: Pat
     assert not any("vis" in name or "projector" in name for name, _ in skeleton.named_parameters())
     [note] = open_reader(source, section, skeleton).findings
     assert all(part in note.text for part in FAMILIES[family])
+
+
+@pytest.mark.slow
+def test_a_multimodal_model_by_its_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multimodal_model("qwen2_5_vl").save_pretrained(tmp_path / "served")
+    with serving(org__b=tmp_path / "served") as hub:
+        ask_here(hub, tmp_path / "home", monkeypatch)
+        with reaching("all"):
+            source = resolve_source(ModelSection(source="org/b"))
+        module, reader, _ = load(Path("org/b"))
+    by_path = resolve_source(ModelSection(source=str(tmp_path / "served")))
+    assert source.fingerprint.startswith("commit:")
+    assert source.fingerprint.accepts(str(by_path.fingerprint))
+    assert any("model.visual (" in finding.text for finding in reader.findings)
+    served, _, _ = load(tmp_path / "served")
+    for (_, a), (_, b) in zip(module.named_parameters(), served.named_parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+# parts for images and sound through which text goes too: embeddings of further tokens
+_PASSED = {"Gemma3nModel": ("embed_vision", "embed_audio")}
+
 
 def language_model(module: nn.Module) -> nn.Module | None:
     """Return the part of a composite Hugging Face model that its text configuration describes, else None."""
@@ -35,7 +38,7 @@ def _leave_out(module: nn.Module, kept: list[nn.Module], prefix: str) -> dict[st
         module._parameters[name] = None
         found[prefix + name] = parameter.numel()
     for name, child in module.named_children():
-        if any(child is part for part in kept):
+        if any(child is part for part in kept) or name in _PASSED.get(type(module).__name__, ()):
             continue
         if any(part in child.modules() for part in kept):
             found |= _leave_out(child, kept, f"{prefix}{name}.")
