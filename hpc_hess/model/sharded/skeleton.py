@@ -51,13 +51,14 @@ def build_skeleton(source: Source, section: ModelSection) -> nn.Module:
             )
     except Exception as error:  # of a constructor: any kind
         text = why(error, config.get_text_config().to_dict())
-        if isinstance(error, ValueError) and ("attention" in text.lower() or "attn" in text.lower()):
+        unknown = isinstance(error, ValueError) and "Unrecognized configuration class" in text
+        if isinstance(error, ValueError) and not unknown and ("attention" in text.lower() or "attn" in text.lower()):
             raise ModelError(
                 f'{type(config).__name__.removesuffix("Config")} has no "{section.attention}" attention in '
                 'transformers: set model.attention = "eager"'
             ) from None
         refuse_code(error, source.path)
-        if isinstance(error, ValueError) and "Unrecognized configuration class" in text:
+        if unknown:
             others = [f'"{name}"' for name in TASKS if name != spec.name and _has(config, name)]
             remedy = f"set model.task = {' or '.join(others)}" if others else text
             raise ModelError(f"{source.path} is not a Hugging Face {spec.words}: {remedy}") from None
