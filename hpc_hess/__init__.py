@@ -5,6 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "HessianCallback",
     "Spectrum",
     "decompose",
     "diagonal",
@@ -21,6 +22,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the notebook functions on first use, so that ``hpc-hess --help`` does not wait for torch."""
+    if name == "HessianCallback":  # apart: it imports the Trainer
+        return importlib.import_module("hpc_hess.api.trainer").HessianCallback
     if name in __all__:
         return getattr(importlib.import_module("hpc_hess.api"), name)
     raise AttributeError(f"module 'hpc_hess' has no attribute '{name}'")

@@ -89,6 +89,8 @@ def test_a_source_without_columns(tmp_path: Path) -> None:
 
 def test_a_head_that_the_checkpoint_has_not(tmp_path: Path) -> None:
     save_toy(tmp_path, "masked")
+    names = {"0": "no", "1": "perhaps", "2": "yes"}
+    edit_config(tmp_path, id2label=names, label2id={name: int(number) for number, name in names.items()})
     settings = settings_of(tmp_path, "roberta", model__source=str(tmp_path))
     with pytest.raises(
         ModelError, match=r"no tensor for parameter 'classifier.*this is the head of model.task: train it first"

@@ -17,6 +17,7 @@ from hpc_hess.commands.run.work import run
 from hpc_hess.commands.show_data import show_data
 from hpc_hess.config import make_config
 from hpc_hess.parallel.world import World
+from tests.support.spawn import run_ranks
 from tests.support.task_models import TOYS, images, save_toy, settings_of
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ def test_a_run_with_its_report(
 def test_the_data_are_shown(toy: tuple[Path, str]) -> None:
     directory, name = toy
     out = io.StringIO()
-    assert show_data(make_config(settings_of(directory, name)), 2, out) == 0
+    assert show_data(make_config(settings_of(directory, name, data__masked=0.9)), 2, out) == 0
     shown = {"roberta": "</s> -> [", "masked": "[<mask>]", "bart": " -> [", "resnet": "image [3, 8, 8], from "}[name]
     assert shown in out.getvalue()
     assert "-- sequence 1 (" in out.getvalue()
@@ -66,30 +67,36 @@ def test_a_plan_is_made(toy: tuple[Path, str]) -> None:
     from hpc_hess.planning.planner import trace
 
     directory, name = toy
-    traced = trace(make_config(settings_of(directory, name)), 2, 2, gloo=True)
+    traced = trace(make_config(settings_of(directory, name)), 1, 1, gloo=True)
     assert traced.num_params > 0
 
 
-def _structure(directory: Path, name: str, out: Path, world: World, **changes: Any) -> dict[str, Any]:
-    settings = settings_of(
-        directory, name, run__out=str(out), operator__kind="gauss_newton", operator__method="exact", **changes
-    )
+def _ended(world: World, settings: dict[str, Any]) -> int:
+    return run(make_config(settings), world)
+
+
+def _structure(directory: Path, name: str, ranks: int = 0) -> dict[str, Any]:
+    """Run the study of classes in this process, or on several ranks; return what it found."""
+    out = directory / f"run{ranks}"
+    operator = {"operator__kind": "gauss_newton", "operator__method": "exact", "data__micro_batch": 1}
+    settings = settings_of(directory, name, run__out=str(out), run__report=True, **operator)
     settings["studies"] = {"class_structure": {"groups": 3, "steps": 30}}
     settings["lanczos"] = {"steps": 30}
-    settings["run"]["report"] = True
-    assert run(make_config(settings), world) == 0
-    result = json.loads((out / "result.json").read_text())
-    return dict(result["studies"]["class_structure"])
+    if ranks:
+        assert run_ranks(_ended, ranks, settings) == [0] * ranks
+    else:
+        assert run(make_config(settings), World.alone()) == 0
+    return dict(json.loads((out / "result.json").read_text())["studies"]["class_structure"])
 
 
 @pytest.mark.parametrize("name", ["roberta", "resnet"])
-def test_class_means_of_a_classifier_are_those_of_a_notebook(name: str, tmp_path: Path, world: World) -> None:
+def test_class_means_of_a_classifier_are_those_of_a_notebook(name: str, tmp_path: Path) -> None:
     """Papyan's decomposition by class, of the sharded classifier and of the model itself."""
     from hpc_hess.api.classifiers import decompose
     from tests.support.task_models import own_batch
 
     model = save_toy(tmp_path, name)
-    found = _structure(tmp_path, name, tmp_path / "run", world)
+    found = _structure(tmp_path, name)
     assert found["unit"] == "label"
     assert not found["others"]
     batch = own_batch(tmp_path, name)
@@ -107,6 +114,9 @@ def test_class_means_of_a_classifier_are_those_of_a_notebook(name: str, tmp_path
     parts = decompose(Logits().eval(), [(torch.arange(len(labels)), labels)], 3)
     expected = np.sort(parts.means.both.eigenvalues())
     np.testing.assert_allclose(np.sort(found["means"])[-len(expected) :], expected, rtol=1e-8, atol=1e-12)
+    together = _structure(tmp_path, name, 2)
+    for key in ("shares", "means", "lambda_max", "lambda_max_without"):
+        np.testing.assert_allclose(together[key], found[key], rtol=1e-9, atol=1e-12)
 
 
 def test_images_of_a_data_set(tmp_path: Path, world: World) -> None:

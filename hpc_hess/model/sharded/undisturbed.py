@@ -44,7 +44,7 @@ def undisturbed(module: nn.Module | None) -> Iterator[None]:
                 parameter.grad = None
             for parameter, name, _ in hooks:
                 setattr(parameter, name, None)
-            with _modes(module, device), _generators(device):
+            with _modes(module, device), generators(device):
                 yield
         finally:
             with uninterrupted():
@@ -76,7 +76,7 @@ def _modes(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _generators(device: torch.device) -> Iterator[None]:
+def generators(device: torch.device) -> Iterator[None]:
     """Put the global random generators of torch, NumPy and Python back to where they stood."""
     state, others = random.getstate(), np.random.get_state()  # noqa: NPY002  # programs use it
     own = torch.random.fork_rng([device], device_type=device.type) if is_gpu(device) else torch.random.fork_rng([])
