@@ -1,4 +1,6 @@
-"""Tables of README.md and docs/results.md, made from results/*.json: ``python -m benchmarks.results_page`` writes them anew.
+"""Tables of README.md, docs/results.md and docs/architectures.md, made from results/*.json.
+
+``python -m benchmarks.results_page`` writes them anew.
 
 A table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->`` of a page; the rest of the page is written by
 hand.
@@ -9,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.tables import ROOT, Row, against, asked, cell, chosen, exists, pivot, rows, show, spread, table
+from benchmarks.tables import ROOT, Row, against, asked, cell, chosen, exists, pivot, rows, settings, show, spread, table
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "architectures.md"]
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -400,6 +402,58 @@ def intake() -> str:
     )
 
 
+# -- docs/architectures.md -----------------------------------------------------------------------------------------------
+
+
+def causal_lms() -> str:
+    found = rows("causal_lms")
+    ran = [row for row in found if row["runs"] == "yes"]
+    right = [row for row in ran if row["agrees"] == "yes"]
+    exact, rounded = ([row["exact"] for row in right if bool(row["rounds inside"]) == inside] for inside in (False, True))
+    return asked(
+        ("names in transformers", "", str(settings("causal_lms")["names in transformers"]), "causal_lms"),
+        ("measured", "all", str(len(found)), "causal_lms"),
+        ("their tiny model runs a forward pass", "", str(len(ran)), "causal_lms"),
+        (
+            "of these, everything agrees",
+            "95 %",
+            f"{len(right)}, {100 * len(right) / len(ran):.3g} %" + (": missed" if len(right) < 0.95 * len(ran) else ""),
+            "causal_lms",
+        ),
+        ("exact products, against double backward in float64", "1e-9", f"at most {show(max(exact))}", "causal_lms"),
+        (
+            f"the same, of {len(rounded)} models that round to float32 inside",
+            "1e-5",
+            f"at most {show(max(rounded))}" if rounded else "",
+            "causal_lms",
+        ),
+        (
+            "2 ranks against one, from safetensors",
+            "1e-12",
+            f"at most {show(max(row['2 ranks'] for row in right))}",
+            "causal_lms",
+        ),
+        (
+            "central differences against exact products",
+            "1e-3",
+            f"at most {show(max(row['differences'] for row in right))}",
+            "causal_lms",
+        ),
+        (
+            "multiplied block by block; the others as a whole",
+            "",
+            f"{sum(row['product'] == 'blocks' for row in right)}",
+            "causal_lms",
+        ),
+    )
+
+
+def architectures(agree: str) -> str:
+    numbers = ("attention", "product", "exact", "differences", "2 ranks", "compiled")
+    columns = ("type", *numbers, "why") if agree == "yes" else ("type", "class", "why")
+    return table([{name: row[name] for name in columns} for row in rows("causal_lms") if row["agrees"] == agree])
+
+
 def trusted() -> str:
     parts = {"coverage": claims, "fuzz": mutated, "intake_time": intake_time, "bytes_left": left}
     return asked(*((*row, name) for name, part in parts.items() if exists(name) for row in part(rows(name))))
@@ -533,6 +587,10 @@ TABLES: dict[str, Callable[[], str]] = {
             if not row["what"].startswith("imports")
         ]
     ),
+    "causal-lms": causal_lms,
+    "architectures-right": lambda: architectures("yes"),
+    "architectures-wrong": lambda: architectures("no"),
+    "architectures-none": lambda: architectures(""),
     "kernels": lambda: table(rows("compiled_kernels")),
     "products-1b": lambda: chosen("products_llama_1b", _PRODUCT),
     "products-05b": lambda: chosen("products_llama_05b", _PRODUCT),

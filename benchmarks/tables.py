@@ -22,6 +22,11 @@ def rows(name: str) -> list[Row]:
     return list(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
 
 
+def settings(name: str) -> Row:
+    """Return the settings of results/NAME.json."""
+    return dict(json.loads((RESULTS / f"{name}.json").read_text())["settings"])
+
+
 def cell(name: str, what: str, column: str = "measured") -> float:
     """Return the number in the row whose first column begins with ``what``."""
     found = [row for row in rows(name) if str(next(iter(row.values()))).startswith(what)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from hpc_hess.intake.forward import causal_switches
+
 VOCABULARY = 96
 _HIDDEN, _HEADS, _HEAD = 32, 4, 8
 
 # A part of a key's name -> its value; the first that fits counts. Sizes that must agree with each other do.
 _SIZES: list[tuple[tuple[str, ...], int]] = [
-    (("vocab_size",), VOCABULARY),
+    (("vocab_size", "n_words"), VOCABULARY),
     (("num_key_value_heads", "num_kv_heads", "n_head_kv", "num_kv_groups", "multi_query_group_num"), 2),
-    (("n_groups", "mamba_n_groups", "n_group", "topk_group", "mamba_ngroups"), 1),
+    (("expert_group", "n_groups", "mamba_n_groups", "n_group", "topk_group", "mamba_ngroups"), 1),
     (("mamba_n_heads", "mamba_num_heads"), 8),
     (("mamba_d_head", "mamba_head_dim"), 8),
     (("linear_num_value_heads", "linear_num_key_heads", "linear_num_heads"), 2),
@@ -23,7 +25,7 @@ _SIZES: list[tuple[tuple[str, ...], int]] = [
     (("n_shared_experts", "num_shared_experts"), 1),
     (("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     (("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads"), _HEADS),
-    (("intermediate", "ffn_dim", "ffn_size", "d_ff", "inner_dim", "ffn_hidden", "feed_forward"), 48),
+    (("intermediate", "ffn_dim", "ffn_size", "d_ff", "inner_dim", "d_inner", "ffn_hidden", "feed_forward"), 48),
     (("num_hidden_layers", "n_layer", "num_layers", "decoder_layers", "encoder_layers"), 2),
     (
         (
@@ -35,6 +37,7 @@ _SIZES: list[tuple[tuple[str, ...], int]] = [
             "word_embed_proj_dim",
             "attention_hidden_size",
             "d_embed",
+            "emb_dim",
             "lru_width",
         ),
         _HIDDEN,
@@ -44,6 +47,13 @@ _SIZES: list[tuple[tuple[str, ...], int]] = [
     (("sliding_window", "attention_window_size", "attention_chunk_size", "mamba_chunk_size", "chunk_size"), 16),
     (("num_nextn_predict_layers", "num_mtp_layers"), 0),
 ]
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
 # what a few types want besides
 _SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
@@ -51,6 +61,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zamba": {
         "num_hidden_layers": 6,
+        "layers_block_type": None,
         "attn_layer_period": 3,
         "attn_layer_offset": 1,
         "attention_hidden_size": 64,
@@ -68,7 +79,20 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "intermediate_size": [48, 48],
         "activation_sparsity_pattern": [0.0, 0.0],
     },
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
+    | {f"swa_{key}": 4 for key in ("num_attention_heads", "num_key_value_heads")}
+    | {f"swa_{key}_lora_rank": 8 for key in ("q", "kv")},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "gemma4.text_config": {"global_head_dim": 16},
+    "gemma4_unified.text_config": {"global_head_dim": 16},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dbrx.attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp.text_config": _QWEN4,
+    "blt": {"encoder_hash_byte_group_vocab": 64},
 }
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -108,36 +132,44 @@ def _cut(config: Any) -> dict[str, Any]:
         if isinstance(listed, list) and listed and own:
             rest = [each for each in listed if each != listed[0]]
             changes[key] = [listed[0], rest[0] if rest else listed[0]]
-    if config.to_dict().get("per_layer_config"):
-        changes["per_layer_config"] = None
     return changes
 
 
-def tiny_config(kind: str) -> Any:
-    """Return the tiny configuration of a model type. Raises whatever transformers raises where the rule does not fit."""
+def tiny_config(kind: str, *, causal: bool = False) -> Any:
+    """Return the tiny configuration of a model type. Raises whatever transformers raises where the rule does not fit.
+
+    ``causal``: with every switch that keeps tokens from seeing later ones, where a type has one.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(kind)
     changes = _cut(config) | _SPECIAL.get(kind, {})
+    if causal:
+        changes |= causal_switches(config)
     for name in getattr(config, "sub_configs", None) or {}:
         part = getattr(config, name, None)
         if part is not None:
             changes[name] = {**part.to_dict(), **_cut(part), **_SPECIAL.get(f"{kind}.{name}", {})}
+            changes[name].pop("per_layer_config", None)  # of layers that are cut
     changes["use_cache"] = False
     made = type(config)(**changes)
-    made._attn_implementation = "eager"
+    made._attn_implementation = made._experts_implementation = "eager"
     return made
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, seed: int = 0, *, causal: bool = False) -> Any:
     """Return the tiny model, float32, eval mode, with weights large enough to see in every layer."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(kind, causal=causal), dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.1)
+            elif parameter.is_floating_point():  # away from their special values, so that a wrong name shows
+                parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
