@@ -78,7 +78,7 @@ class TensorBoard:
         self._write(begin)
 
     def _write(self, summary: Any) -> None:
-        self._writer.file_writer.add_summary(summary, 0)  # type: ignore[union-attr]
+        self._writer.file_writer.add_summary(summary, 0)  # type: ignore[attr-defined]
 
     def add(self, point: Point) -> None:
         """Write a scalar for each value, at the time when it was measured."""
