@@ -279,6 +279,8 @@ class RunSection(Section):
     """Seconds from a signal to the end of the job, where Slurm does not tell that end."""
     report: bool = True
     """Draw figures and report.html at the end. `hpc-hess report RUN` does it later."""
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Where the run is watched besides: its steps, its findings and its figures are sent there."""
 
 
 def registered_settings() -> dict[str, type[StudySettings]]:

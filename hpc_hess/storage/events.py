@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class EventLog:
 
     def __init__(self, run_dir: Path, world: World) -> None:
         self._path, self._world = run_dir / EVENTS_NAME, world
+        self.followed_by: Callable[[list[dict[str, Any]]], None] | None = None  # on rank 0, gets what was written
 
     def write(self, *events: dict[str, Any]) -> None:
         """Append events, a dictionary with the key "event" each, with the wall-clock time. Collective: yes.
@@ -30,10 +32,13 @@ class EventLog:
         StoreError : the disk is full; what the file held before is whole.
 
         """
+        now = round(time.time(), 3)
+        written = [{"event": e["event"], "time": now, **e} for e in events]
         with attempt(self._world, self._path, "write an event"):
             if self._world.rank == 0:
-                now = round(time.time(), 3)
-                append_lines(self._path, [json.dumps({"event": e["event"], "time": now, **e}) for e in events])
+                append_lines(self._path, [json.dumps(event) for event in written])
+        if self.followed_by is not None:
+            self.followed_by(written)
 
 
 def append_lines(path: Path, lines: list[str]) -> None:

@@ -309,3 +309,18 @@ def test_exit_codes_without_traceback(toy: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "hpc_hess", "run", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "hpc-hess: error: unknown configuration key 'lanczos.step': did you mean 'lanczos.steps'?"
+
+
+def test_a_job_without_scontrol_is_told_that_its_end_is_not_known(
+    world: World, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(make_config(settings(toy, tmp_path / "run", lanczos__probes=1, lanczos__steps=2)), world) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "Slurm" in line]
+    assert "when Slurm ends job 17 (scontrol is not found, SLURM_JOB_END_TIME is not set)" in said
+    assert "set run.time_limit" in said
+    limited = settings(toy, tmp_path / "limited", lanczos__probes=1, lanczos__steps=2, run__time_limit="01:00:00")
+    assert run(make_config(limited), world) == 0
+    assert "Slurm" not in capsys.readouterr().out

@@ -16,11 +16,8 @@ from hpc_hess.intake.masks import IGNORED
 from hpc_hess.model.data.data import Samples, load_samples
 from hpc_hess.model.sources.source import Source, resolve_source
 from tests.support.base_model import config_b
+from tests.support.chat_models import CHATML, directory
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
@@ -39,25 +36,6 @@ TURNS = [
     {"role": "user", "content": "Why?"},
     {"role": "assistant", "content": "No  idea,\nsorry "},
 ]
-
-
-def directory(path: Path, template: str = "") -> Path:
-    """A model's directory, without weights, with a byte-level tokenizer of single bytes and its chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
-    )
-    if template:
-        fast.chat_template = template
-    fast.save_pretrained(path)
-    config_b(vocab_size=300, max_position_embeddings=2048).save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 from hpc_hess.commands.run.finished import digest, finished_result
 from hpc_hess.commands.run.opening import begin, goes_on
 from hpc_hess.commands.run.screen import print_summary
+from hpc_hess.commands.run.tracking import Tracking, check_installed
 from hpc_hess.config import Config
 from hpc_hess.console.words import probes_text
 from hpc_hess.curvature.exact.exact import StreamedOperator
@@ -42,6 +43,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
     HpcHessError : as one sentence for the user; the run directory keeps every committed step.
 
     """
+    check_installed(config, world)
     total = config.lanczos.steps * config.lanczos.probes
     with opened(config, world, Path(config.run.out), total, stopper=stopper) as session:
         existing = goes_on(session)
@@ -49,8 +51,9 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         inputs = read_inputs(config, world)
         if existing and (result := finished_result(session, inputs)) is not None:
             session.progress.note("this run is already finished: rewriting its report")
-            return _ended(session, result)
+            return _ended(session, result, Tracking(session))
         begun = begin(session, inputs, existing=existing)
+        tracking = Tracking(session)
         problem, store, place = begun.problem, begun.store, begun.place
         before = progress_mark(session.out, sum(store.state.lengths)) if world.rank == 0 else []
         with _watched(session, problem, begun.exact, place) as watch:
@@ -60,7 +63,7 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
             loop.tally.limits = loop.tally.limits or limits
             reason, where, found = run_studies(loop, begun.attributes)
         if not reason:
-            return _ended(session, _result(loop, found))
+            return _ended(session, _result(loop, found), tracking)
         _say_stopped(loop, reason, where)
         session.progressed = world.rank == 0 and before != progress_mark(session.out, sum(store.state.lengths))
         session.count_stop(reason)
@@ -95,7 +98,7 @@ def _result(loop: Loop, found: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _ended(session: Session, result: dict[str, Any]) -> int:
+def _ended(session: Session, result: dict[str, Any], tracking: Tracking) -> int:
     """Write the report of a finished run and show its result; return the exit code. Collective: yes. Raises StoreError."""
     world, out, report = session.world, session.out, None
     session.got_through()
@@ -108,6 +111,7 @@ def _ended(session: Session, result: dict[str, Any]) -> int:
     if world.rank == 0:
         session.progress.close()
         print_summary(result, out, report)
+        tracking.finish(result)
     world.barrier("finish")
     return 0
 

@@ -271,6 +271,7 @@ class Loop:
         """Write one event for each probe that made the step, with its share of the seconds in ``spans``."""
         hvp_s, lanczos_s, checkpoint_s = (span / len(running) for span in spans)
         record = self.operator.last_record()
+        values = {probe: ritz(process.alpha, process.beta).values for probe, process in running.items()}
         self.events.write(
             *(
                 {
@@ -283,6 +284,9 @@ class Loop:
                     "checkpoint_s": checkpoint_s,
                     "alpha": process.alpha[-1],
                     "beta": process.beta[-1],
+                    "ritz_min": float(values[probe][0]),
+                    "ritz_max": float(values[probe][-1]),
+                    "peak_bytes": self.tally.peak_bytes,
                     "eps": record.step,
                     "realised": record.realised,
                     "predicted_error": record.predicted_error,
@@ -294,13 +298,12 @@ class Loop:
                 for probe, process in running.items()
             )
         )
-        values = [ritz(process.alpha, process.beta).values for process in running.values()]
         self.progress.step(
             probes=list(running),
             step=max(process.step_count for process in running.values()),
             hvp_s=hvp_s,
-            ritz_min=min(v[0] for v in values),
-            ritz_max=max(v[-1] for v in values),
+            ritz_min=min(v[0] for v in values.values()),
+            ritz_max=max(v[-1] for v in values.values()),
             aside_s=record.calibration_s,
         )
 
