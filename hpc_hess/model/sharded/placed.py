@@ -56,7 +56,7 @@ def placed(model: nn.Module, group: Any = None) -> Placed:
     """
     module, replicas = unwrapped(model)
     free_gathered(module)  # parameters that are gathered look plain
-    spread = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    spread: dict[str, DTensor] = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
     _refuse_others(module, spread)
     if spread:
         if group is not None or replicas is not None:
