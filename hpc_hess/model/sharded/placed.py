@@ -128,7 +128,8 @@ def _refuse_others(module: nn.Module, spread: dict[str, DTensor]) -> None:
 
     for name, part in module.named_modules():
         if isinstance(part, FullyShardedDataParallel):
-            raise ModelError(f"part '{name}' is sharded by FullyShardedDataParallel, FSDP's first version: use fully_shard")
+            what = f"part '{name}'" if name else "the model"
+            raise ModelError(f"{what} is sharded by FullyShardedDataParallel, FSDP's first version: use fully_shard")
         if isinstance(part, DistributedDataParallel):
             raise ModelError(
                 f"part '{name}' is in DistributedDataParallel on its own: wrap the whole model, or pass its inside"
