@@ -171,40 +171,39 @@ def _trained(world: World, how: str, middle: Middle) -> dict[str, torch.Tensor]:
     return {**whole_parameters(model), **{name: b.clone() for name, b in model.named_buffers()}}
 
 
-def _both(world: World, how: str, middle: Middle) -> list[str]:
-    """Return the names of what differs between a training with and one without."""
-    with_it, without = _trained(world, how, middle), _trained(world, how, _nothing)
-    assert with_it.keys() == without.keys()
-    return [name for name in without if not torch.equal(with_it[name], without[name])]
+def _both(world: World, jobs: list[tuple[str, Middle]]) -> list[str]:
+    """Return what differs between a training with its middle and one without, of several in the same processes."""
+    differing = []
+    for how, middle in jobs:
+        with_it, without = _trained(world, how, middle), _trained(world, how, _nothing)
+        assert with_it.keys() == without.keys()
+        differing += [f"{how}, {middle}: {name}" for name in without if not torch.equal(with_it[name], without[name])]
+    return differing
 
 
-@pytest.mark.parametrize("how", ["fsdp", "mixed", "gathered", "checkpointed", "compiled", "hooked", "ddp"])
-def test_training_with_a_spectrum_in_the_middle(how: str) -> None:
-    assert run_ranks(_both, 2, how, _spectrum) == [[], []]
+SPREAD = ("fsdp", "mixed", "gathered", "checkpointed", "compiled", "hooked", "ddp")
+
+
+def test_training_with_a_spectrum_in_the_middle() -> None:
+    jobs = [*((how, _spectrum) for how in SPREAD), ("fsdp", _exact), ("ddp", _exact)]
+    assert run_ranks(_both, 2, jobs, timeout_s=300) == [[], []]
+
+
+def test_training_in_one_process() -> None:
+    assert run_ranks(_both, 1, [("plain", _spectrum), ("compiled", _spectrum)]) == [[]]
+
+
+def test_a_pass_without_gradients_just_before() -> None:
+    """What it has gathered must not be used after parameters were moved."""
+    assert run_ranks(_both, 2, [("fsdp", _evaluated), ("gathered", _evaluated)]) == [[], []]
 
 
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
-def test_training_with_exact_products_in_the_middle(how: str) -> None:
-    assert run_ranks(_both, 2, how, _exact) == [[], []]
-
-
-@pytest.mark.parametrize("how", ["plain", "compiled"])
-def test_training_in_one_process(how: str) -> None:
-    assert run_ranks(_both, 1, how, _spectrum) == [[]]
-
-
-@pytest.mark.parametrize("how", ["fsdp", "gathered"])
-def test_a_pass_without_gradients_just_before(how: str) -> None:
-    """Checked against itself without the pass: what it has gathered must not be used after parameters were moved."""
-    assert run_ranks(_both, 2, how, _evaluated) == [[], []]
-
-
-@pytest.mark.parametrize("after", [2, 9, 12])
-@pytest.mark.parametrize("stop", ["interrupt", "signal", "inside"])
-@pytest.mark.parametrize("how", ["fsdp", "ddp"])
-def test_training_after_a_spectrum_that_was_interrupted(how: str, stop: str, after: int) -> None:
+def test_training_after_a_spectrum_that_was_interrupted(how: str) -> None:
     """In the pass that weighs the batches, and within the first product's moved parameters."""
-    assert run_ranks(_both, 2, how, functools.partial(_stopped, stop, after)) == [[], []]
+    stops = [(stop, after) for stop in ("interrupt", "signal", "inside") for after in (2, 9, 12)]
+    jobs = [(how, functools.partial(_stopped, stop, after)) for stop, after in stops]
+    assert run_ranks(_both, 2, jobs, timeout_s=300) == [[], []]
 
 
 def _gathered_before(world: World) -> list[float]:

@@ -76,7 +76,7 @@ def gathered_as(module: nn.Module) -> dict[int, torch.Tensor]:
 
 def narrow(module: nn.Module) -> set[str]:
     """Return the types of fewer bits in which a mixed-precision policy lets parameters or gradients travel."""
-    found = set()
+    found = set[str]()
     for state in states(module):
         for group in groups(state):
             policy, own = group.mp_policy, {p.sharded_param.dtype for p in group.fsdp_params}
@@ -94,7 +94,7 @@ def borrowed(module: nn.Module) -> Iterator[None]:
     for state in known:
         state._lazy_init()
     free_gathered(module)
-    kept, orders = _Kept(), []
+    kept, orders = _Kept(), list[tuple[list[Any], list[Any]]]()
     try:
         for state in known:
             kept.put(state._state_ctx, "is_last_backward", True)
@@ -181,7 +181,7 @@ def without_hooks(module: nn.Module) -> nn.Module:
     classes = [(m, type(m)) for m in module.modules() if isinstance(m, FSDPModule)]
     try:
         for part, kind in classes:
-            part.__class__ = next(base for base in kind.__mro__ if not issubclass(base, FSDPModule))
+            part.__class__ = next(base for base in kind.__mro__ if not issubclass(base, FSDPModule))  # type: ignore[assignment]
         found = copy.deepcopy(module, memo)
     finally:
         for part, kind in classes:

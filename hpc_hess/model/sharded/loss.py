@@ -261,7 +261,7 @@ def evened(found: list[Any], world: World) -> list[Any]:
     if not all(counts):
         giver = next(rank for rank, count in enumerate(counts) if count)
         try:
-            mine = (found[0], _on_gpu(found[0])) if world.rank == giver else None
+            mine: Any = (found[0], _on_gpu(found[0])) if world.rank == giver else None
             batch, on_gpu = world.gather(mine, "a batch for ranks without any")[giver]
         except TypeError as error:
             without = counts.index(0)
@@ -288,7 +288,8 @@ class CallableObjective:
     """
 
     def __init__(self, batches: Any, loss: LossFunction, module: nn.Module, world: World | None = None) -> None:
-        world, self.loss = world or World.alone(), loss
+        world = world or World.alone()
+        self.loss = loss
         with world.together("batches"):
             found = given.drawn(batches, least=1 if world.size == 1 else 0)
         self.batches, self.num_own = evened(found, world), len(found)
@@ -368,7 +369,8 @@ def own_objective(
     DataError : there are none, they predict nothing, or something in them cannot be used.
 
     """
-    micro_batches, notes, rows, world = list[MicroBatch](), dict[Finding, None](), 0, world or World.alone()
+    world = world or World.alone()
+    micro_batches, notes, rows = list[MicroBatch](), dict[Finding, None](), 0
     with world.together("batches"):
         for number, batch in enumerate(given.drawn(batches, least=1 if world.size == 1 else 0)):
             micro_batch, found = causal_lm_batch(batch, module, number, rows)

@@ -56,7 +56,7 @@ def placed(model: nn.Module, group: Any = None) -> Placed:
     """
     module, replicas = unwrapped(model)
     free_gathered(module)  # parameters that are gathered look plain
-    spread = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    spread: dict[str, DTensor] = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
     _refuse_others(module, spread)
     if spread:
         if group is not None or replicas is not None:
@@ -128,7 +128,8 @@ def _refuse_others(module: nn.Module, spread: dict[str, DTensor]) -> None:
 
     for name, part in module.named_modules():
         if isinstance(part, FullyShardedDataParallel):
-            raise ModelError(f"part '{name}' is sharded by FullyShardedDataParallel, FSDP's first version: use fully_shard")
+            what = f"part '{name}'" if name else "the model"
+            raise ModelError(f"{what} is sharded by FullyShardedDataParallel, FSDP's first version: use fully_shard")
         if isinstance(part, DistributedDataParallel):
             raise ModelError(
                 f"part '{name}' is in DistributedDataParallel on its own: wrap the whole model, or pass its inside"
