@@ -5,12 +5,20 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Decomposition",
+    "Diagonal",
+    "Eigenpairs",
+    "Operator",
+    "Result",
+    "Solution",
     "Spectrum",
+    "Trace",
     "decompose",
     "diagonal",
     "eigenpairs",
     "gradient_sketches",
     "hessian",
+    "load",
     "sketched",
     "slq",
     "solve",

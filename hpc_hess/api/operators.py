@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
+from hpc_hess.api.showing import Shown
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.curvature.exact.programs import default_directory
 from hpc_hess.curvature.exact.streaming import Settings
@@ -16,6 +19,7 @@ from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
 from hpc_hess.curvature.operators import Point, built, exact_product
 from hpc_hess.errors import ConfigError, ModelError
 from hpc_hess.intake import given
+from hpc_hess.intake.batches import drawn, kept
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.blocks.users import of_user, plain_suffices, tried_once, user_objective
@@ -29,11 +33,11 @@ from hpc_hess.parallel.vector import Vector, VectorSpace
 from hpc_hess.registry.operators import OPERATORS, OperatorSpec
 
 
-class Operator:
+class Operator(Shown):
     """A curvature matrix of a model in this process. Vectors are flat, in the order of ``layout``'s parameters.
 
-    ``notes`` say how products are taken, and what else a user should know: kernels that were switched, a model that is not
-    split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
+    ``matrix`` names it. ``notes`` say how products are taken, and what else a user should know: kernels that were switched,
+    a model that is not split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
     """
 
     def __init__(
@@ -42,13 +46,15 @@ class Operator:
         module: nn.Module | None = None,
         intake: Sequence[Finding] = (),
         notes: Sequence[str] = (),
+        matrix: str = "matrix",
+        by: str = "products",
     ) -> None:
         self._operator, self._module = operator, module
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
         self.intake: list[Finding] = list(intake)
-        self._notes = notes
+        self._notes, self.matrix, self._by = notes, matrix, by
 
     @property
     def notes(self) -> list[str]:
@@ -56,9 +62,23 @@ class Operator:
         found = [finding.text for finding in self.intake if finding.verdict != "passed"]
         return [*self._notes, *getattr(self._operator, "notes", []), *found]
 
-    def __repr__(self) -> str:
-        """Show the size, and the notes."""
-        return "\n".join([f"{type(self).__name__} of {self.space.size:,} parameters", *(f"  note: {n}" for n in self.notes)])
+    def _lines(self) -> list[str]:
+        where = f"{str(self.space.dtype).removeprefix('torch.')} on {self.space.device}"
+        names = len(self.layout.parameters)
+        return [
+            f"{type(self).__name__}: {self.matrix} of {self.space.size:,} parameters in {names:,} tensors",
+            f"{self._by}, vectors in {where}",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    @overload
+    def matvec(self, v: Vector) -> Vector: ...
+
+    @overload
+    def matvec(self, v: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def matvec(self, v: ArrayLike) -> np.ndarray: ...
 
     def matvec(self, v: Any) -> Any:
         """Return A v for a vector of N finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
@@ -85,6 +105,15 @@ class Operator:
     def _multiply(self, vectors: Sequence[Vector]) -> list[Vector]:
         with undisturbed(self._module):
             return products(self._operator, vectors)
+
+    @overload
+    def __matmul__(self, v: Vector) -> Vector: ...
+
+    @overload
+    def __matmul__(self, v: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def __matmul__(self, v: ArrayLike) -> np.ndarray: ...
 
     def __matmul__(self, v: Any) -> Any:
         """``operator @ v``."""
@@ -131,7 +160,7 @@ def hessian(
     ----------
     model : any module. The matrix is that of the selected parameters that require gradients; they share one dtype and
         device (float64 gives the smallest error). Half precision needs method "exact"; vectors are float32 then.
-    batches : any iterable, drawn once; each element is passed to ``loss``.
+    batches : any iterable, drawn once and kept; each element is passed to ``loss``.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
         The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``, or on the ids
         alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
@@ -162,15 +191,17 @@ def hessian(
     half = computed in (torch.bfloat16, torch.float16)
     if half and method == "finite_difference":
         raise ConfigError(given.ROUNDED)
+    found = drawn(batches)
+    intake += kept(batches, found)
     with undisturbed(model):
         objective: CausalLMObjective | CallableObjective
         if loss is None:
-            objective, notes = own_objective(batches, model, sharded.space.device)
+            objective, notes = own_objective(found, model, sharded.space.device)
             intake += notes
         else:
             if not callable(loss):
                 raise ConfigError(f"loss is a {type(loss).__name__}: it should be a function loss(model, batch)")
-            objective = user_objective(batches, loss, model)
+            objective = user_objective(found, loss, model)
         tried, rounded = tried_once(sharded, objective)
         intake += tried
         if method == "finite_difference":
@@ -203,10 +234,11 @@ def _made(
     spec: OperatorSpec, product: LinearOperator, model: ShardedModel, objective: Objective, intake: Sequence[Finding]
 ) -> Operator:
     """Return the operator of a product, with loss and gradient at the model's parameters where it is built of them."""
+    by = "differences of gradients" if isinstance(product, _Differences) else "exact products"
     if spec.build is None:
-        return Operator(product, model.module, intake)
+        return Operator(product, model.module, intake, (), spec.matrix, by)
     dtype = dict(model.module.named_parameters())[model.layout.parameters[0].name].dtype  # in which backward passes add
     own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=False)
     loss, gradient = Gradient(own, objective)()
     point = Point(loss, model.space.wrap(gradient.data.to(model.space.dtype)), model)
-    return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()))
+    return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()), spec.matrix, by)

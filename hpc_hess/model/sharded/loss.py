@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from hpc_hess.errors import DataError
 from hpc_hess.intake import given
+from hpc_hess.intake.batches import drawn
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.sharded.precision import honest_casts, whole_rows
 
@@ -137,7 +138,7 @@ class CallableObjective:
     """
 
     def __init__(self, batches: Any, loss: LossFunction, module: nn.Module) -> None:
-        self.batches, self.loss = given.drawn(batches), loss
+        self.batches, self.loss = drawn(batches), loss
         self.num_micro_batches = len(self.batches)
         with torch.no_grad():
             weights = [self._evaluate(module, index)[1] for index in range(len(self.batches))]
@@ -200,7 +201,7 @@ def own_objective(batches: Any, module: nn.Module, device: torch.device) -> tupl
 
     """
     micro_batches, notes, rows = list[MicroBatch](), dict[Finding, None](), 0
-    for number, batch in enumerate(given.drawn(batches)):
+    for number, batch in enumerate(drawn(batches)):
         micro_batch, found = causal_lm_batch(batch, module, number, rows)
         rows += len(micro_batch.input_ids)
         micro_batches.append(micro_batch)
