@@ -5,13 +5,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Decomposition",
+    "Diagonal",
+    "Eigenpairs",
     "HessianCallback",
+    "Operator",
+    "Result",
+    "Solution",
     "Spectrum",
+    "Trace",
     "decompose",
     "diagonal",
     "eigenpairs",
     "gradient_sketches",
     "hessian",
+    "load",
     "sketched",
     "slq",
     "solve",

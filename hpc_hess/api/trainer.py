@@ -76,7 +76,7 @@ class HessianCallback(TrainerCallback):
         model = trainer.model_wrapped
         with _without_autocast(model):
             operator = hessian(model, self._batches, self._loss or self._own_loss)
-            spectrum = slq(operator, **self._of_slq)
+            spectrum = slq(operator, progress=False, **self._of_slq)
             found = {
                 "lambda_max": spectrum.lambda_max,
                 "lambda_min": spectrum.lambda_min,
@@ -85,7 +85,9 @@ class HessianCallback(TrainerCallback):
             if spectrum.trace.stderr is not None:
                 found["trace_stderr"] = float(spectrum.trace.stderr)
             if self._eigenvectors:
-                pairs = eigenpairs(operator, self._eigenvectors, which="largest", tolerance=1e-2, copies=False)
+                pairs = eigenpairs(
+                    operator, self._eigenvectors, which="largest", tolerance=1e-2, copies=False, progress=False
+                )
                 found |= {f"eigenvalue_{k + 1}": float(value) for k, value in enumerate(pairs.values)}
                 now = torch.as_tensor(pairs.vectors)
                 if self._before is not None and self._before.shape == now.shape:

@@ -25,6 +25,7 @@ CHECKS: dict[str, str] = {
     "model.writes": "a forward pass leaves parameters and buffers as they were",
     "model.padding": "a padded row has the loss of the row alone",
     "model.frozen": "which parameters the matrix spans",
+    "given.batches": "how much memory batches take that were drawn from a generator or a loader",
     "given.positions": "positions of left-padded and packed rows of batches",
     "given.ranks": "which ranks' batches the matrix of a user's model is made of",
     "given.precision": "in which precision a user's model is multiplied",

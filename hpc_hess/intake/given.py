@@ -9,14 +9,12 @@ import hashlib
 import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
-from torch.utils.data import Subset, TensorDataset
 
 from hpc_hess.errors import ConfigError, DataError, ModelError, NumericsError
 from hpc_hess.intake.findings import Finding, noted
@@ -143,42 +141,8 @@ def vector(v: Any, size: int, dtype: torch.dtype, device: torch.device) -> tuple
 # -- batches -------------------------------------------------------------------------------------------------------------
 
 
-def drawn(batches: Any, none: str = "there are no batches", *, least: int = 1) -> list[Any]:
-    """Return the batches of any iterable, drawn once: a data loader that shuffles, or a generator, gives one data set.
-
-    Raises
-    ------
-    DataError : none, or what was given is one batch, or single examples.
-
-    """
-    dataset = batches
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    if isinstance(dataset, TensorDataset):
-        raise DataError("batches is a TensorDataset of single examples: put it into a DataLoader with a batch_size")
-    if isinstance(batches, Mapping):
-        raise DataError("batches is one dictionary: put it into a list, [batch]")
-    indexed = isinstance(batches, Sequence | torch.Tensor | np.ndarray)
-    iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
-    if isinstance(batches, str | bytes) or not iterable or getattr(batches, "ndim", 1) == 0:
-        raise DataError(f"batches is {_named(batches)}: give a list of batches")
-    if isinstance(batches, list | tuple) and all(isinstance(b, torch.Tensor | np.ndarray) for b in batches):
-        kinds = {(str(b.dtype).removeprefix("torch."), b.ndim) for b in batches}
-        if len(kinds) > 1 and len({b.shape[:1] for b in batches}) == 1:
-            raise DataError("batches is one batch of several tensors: put it into a list, [(inputs, targets)]")
-    if indexed:
-        found = list(batches)
-    else:  # which may fill the same tensors again and again
-        found = [tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, batch) for batch in batches]
-    if len(found) < least:
-        raise DataError(none)
-    for number, batch in enumerate(found):
-        if batch is None:
-            raise DataError(f"batch {number} is None")
-    return found
-
-
-def _named(value: Any) -> str:
+def named(value: Any) -> str:
+    """Return what kind of thing was given, after "is"."""
     return "None" if value is None else f"a {type(value).__name__}"
 
 
@@ -199,6 +163,9 @@ def _rows(value: Any, where: str) -> torch.Tensor:
             raise DataError(f"{where} has rows of different lengths: pad them, with an attention_mask, or give single rows")
         value = torch.stack(list(value)) if value and isinstance(value[0], torch.Tensor) else np.array(value)
     try:
+        if not isinstance(value, torch.Tensor):
+            value = np.array(value)  # a copy: arrays of files are not writable, and some run backwards
+            value = value.astype(value.dtype.newbyteorder("="))
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where} is no matrix of numbers, rows by tokens") from error
@@ -218,9 +185,20 @@ def token_batch(batch: Any, number: int, module: nn.Module | None) -> tuple[dict
     where, notes = f"batch {number}", list[Finding]()
     if isinstance(batch, tuple) and len(batch) == 1:
         batch = batch[0]
+    if isinstance(batch, list) and any(getattr(part, "ndim", 0) > 1 for part in batch):  # as loaders of a TensorDataset
+        if len(batch) > 1:
+            raise DataError(
+                f"{where} is a list of {len(batch)} tensors: say what they are, {{'input_ids': ..., 'labels': ...}}"
+            )
+        batch = batch[0]
+    if isinstance(batch, list) and batch and all(isinstance(part, Mapping) for part in batch):
+        raise DataError(
+            f"{where} is a list of {len(batch)} dictionaries: give each as a batch, or collate them into one, padded, with "
+            "an attention_mask"
+        )
     if isinstance(batch, tuple) or not isinstance(batch, Mapping | torch.Tensor | np.ndarray | list):
         raise DataError(
-            f"{where} is {_named(batch)}: without a loss of your own a batch is a dictionary with input_ids, or the ids"
+            f"{where} is {named(batch)}: without a loss of your own a batch is a dictionary with input_ids, or the ids"
         )
     given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     if given.get("input_ids") is None:
@@ -279,7 +257,7 @@ def classified(batch: Any, number: int, num_classes: int) -> tuple[Any, torch.Te
     """
     where = f"batch {number}"
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise DataError(f"{where} is {_named(batch)}: a pair of inputs and class numbers is needed")
+        raise DataError(f"{where} is {named(batch)}: a pair of inputs and class numbers is needed")
     inputs, targets = batch
     targets = torch.as_tensor(targets)
     if targets.ndim != 1:
@@ -341,7 +319,7 @@ def loss_value(value: Any, number: int) -> tuple[torch.Tensor, float]:
     if isinstance(value, Mapping) or hasattr(value, "logits"):
         raise DataError(f"{where} returns a {type(value).__name__}: return its loss, a scalar tensor")
     if not isinstance(value, torch.Tensor):
-        raise DataError(f"{where} returns {_named(value)}: a scalar tensor is needed")
+        raise DataError(f"{where} returns {named(value)}: a scalar tensor is needed")
     if value.numel() != 1:
         shape = list(value.shape)
         raise DataError(f"{where} returns a tensor of shape {shape}: return its mean, or its sum and the number of terms")

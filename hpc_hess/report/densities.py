@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from hpc_hess.linalg.density import Density, density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz
-from hpc_hess.report.style import MUTED, linear_threshold, set_symlog
+from hpc_hess.report.style import INK, MUTED, NEGATIVE, POSITIVE, label_powers, linear_threshold, set_symlog
 
 Float = NDArray[np.float64]
+_FLOOR = 1e-12  # smallest density shown, relative to the peak
 
 
 class Curve(NamedTuple):
@@ -48,6 +49,29 @@ def told(shape: Density, parts: Sequence[Ritz]) -> NDArray[np.bool_]:
     after = np.searchsorted(shape.grid, np.concatenate([q.values for q in parts]))
     beside = np.clip([after - 1, after], 0, len(stretch) - 1)
     return np.asarray(shape.resolved & np.isin(stretch, stretch[beside]))
+
+
+def draw_density(axes: Axes, shape: Density, x: Float, parts: Sequence[Ritz], size: int) -> None:
+    """Draw a density at places ``x`` of its axis: coloured by sign, with its band for ``size`` eigenvalues (0: without)."""
+    peak, line, nodes = float(shape.mean.max()), told(shape, parts), np.concatenate([q.values for q in parts])
+    # every Ritz value stays in sight, unless its weight is rounding
+    floor = float(np.interp(nodes, shape.grid, shape.mean).min()) / 10
+    floor = min(max(floor, peak * _FLOOR), peak * 1e-3)
+    under = floor * 1e-3  # out of sight, so that steep flanks are drawn to the axis
+    curve = np.where(line, np.maximum(shape.mean, under), np.nan)
+    axes.set_yscale("log")
+    for colour, side in ((NEGATIVE, shape.grid <= 0), (POSITIVE, shape.grid >= 0)):
+        shade = colour if nodes.min() < 0 else POSITIVE  # smoothing alone makes no negative curvature
+        axes.fill_between(x, under, curve, where=side & line, color=shade, alpha=0.16, linewidth=0)
+    low, high = shape.band(size, everywhere=False) if size else (shape.low, shape.high)
+    low, high = (np.clip(edge, under, peak * 1e3) for edge in (low, high))
+    draw_unresolved(axes, x, low, high, ~line)
+    if size:
+        axes.fill_between(x, low, high, where=line, color=MUTED, alpha=0.28, linewidth=0)
+    axes.plot(x, curve, color=INK)
+    axes.set_ylim(floor, peak * 4)
+    label_powers(axes, 9)
+    axes.set_xlim(float(x[0]) + 2 * shape.width, float(x[-1]) - 2 * shape.width)  # three widths beyond the ends
 
 
 def draw_curve(axes: Axes, shape: Density, parts: Sequence[Ritz], linear: float, **look: Any) -> None:

@@ -214,7 +214,7 @@ def test_every_copy_of_an_eigenvalue_is_found(count: int, which: Any, method: An
     assert pairs.values == pytest.approx(expected[which], abs=1e-6)
     assert pairs.converged
     assert pairs.multiplicity_resolved
-    vectors = pairs.vectors.numpy()
+    vectors = pairs.vectors
     assert np.abs(vectors @ vectors.T - np.eye(len(vectors))).max() < 1e-6
     for value, u, residual in zip(pairs.values, vectors, pairs.residuals, strict=True):
         assert np.linalg.norm(operator @ u - value * u) < residual + 1e-6

@@ -201,8 +201,8 @@ def test_every_estimate_of_a_zero_matrix_is_zero(method: Any) -> None:
         assert abs(found.mean) <= scale
     for estimate in ("xdiag", "hutchinson"):
         mean, error = hpc_hess.diagonal(operator, method=estimate, products=20)  # type: ignore[arg-type]
-        assert float(mean.abs().max()) <= scale
-        assert float(error.abs().max()) <= scale
+        assert np.abs(mean).max() <= scale
+        assert np.abs(error).max() <= scale
     spectrum = hpc_hess.slq(operator, steps=5, probes=2)
     assert max(abs(spectrum.lambda_max), abs(spectrum.lambda_min), abs(spectrum.trace.mean)) <= scale
     for axis in ("linear", "symlog", "log", "chebyshev"):
@@ -281,8 +281,8 @@ def test_an_exhausted_range_gives_the_trace_and_the_diagonal_exactly(products: i
     assert found.mean == pytest.approx(float(exact.sum()), rel=1e-12)
     assert found.stderr == 0
     mean, error = hpc_hess.diagonal(operator, products=products)
-    assert torch.allclose(mean, exact, rtol=1e-10)
-    assert float(error.abs().max()) == 0
+    np.testing.assert_allclose(mean, exact, rtol=1e-10)
+    assert np.abs(error).max() == 0
 
 
 def test_signs_that_a_matrix_loses_are_not_taken_for_zero() -> None:
@@ -290,7 +290,7 @@ def test_signs_that_a_matrix_loses_are_not_taken_for_zero() -> None:
     operator = hpc_hess.hessian(model, [x], lambda m, b: (m(b) ** 2).mean(), method="exact")  # 2 [[1, -1], [-1, 1]]
     for seed in range(12):
         mean, error = hpc_hess.diagonal(operator, products=16, seed=seed)
-        assert float((mean - 2).abs().max()) <= 4 * float(error.max()) + 1e-9, seed
+        assert np.abs(mean - 2).max() <= 4 * error.max() + 1e-9, seed
 
 
 # -- H7 ------------------------------------------------------------------------------------------------------------------
@@ -363,10 +363,10 @@ def test_every_iterative_result_says_whether_it_converged(operator: Any) -> None
     assert x is short.x
     assert residuals is short.residuals
     assert not short.converged
-    assert "converged=False" in repr(short)
+    assert "not converged" in repr(short)
     long = hpc_hess.solve(operator, b, damping=1e-3, products=500, tolerance=1e-8)
     assert long.converged
-    assert np.linalg.norm(operator @ long.x.numpy() + 1e-3 * long.x.numpy() - b) < 2e-8 * np.linalg.norm(b)
+    assert np.linalg.norm(operator @ long.x + 1e-3 * long.x - b) < 2e-8 * np.linalg.norm(b)
     assert not hpc_hess.eigenpairs(operator, 1, most_products=2).converged
     few, all_of_them = hpc_hess.slq(operator, steps=3), hpc_hess.slq(operator, steps=37)
     assert min(few.residuals) > 1e-6

@@ -77,3 +77,9 @@ def test_it_runs_the_toy_where_there_is_no_clone(bin_: Path, tmp_path: Path) -> 
 
 def test_it_says_its_version(bin_: Path, wheel: Path, tmp_path: Path) -> None:
     assert called(bin_ / "hpc-hess", "--version", cwd=tmp_path) == f"hpc-hess {wheel.name.split('-')[1]}\n"
+
+
+def test_a_strict_type_checker_knows_the_interface(bin_: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "support" / "typed_program.py", tmp_path / "program.py")
+    said = called(bin_ / "python", "-m", "mypy", "--strict", "program.py", cwd=tmp_path)
+    assert said == "Success: no issues found in 1 source file\n"

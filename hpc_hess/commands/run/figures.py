@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hpc_hess.console.words import minus, number
 from hpc_hess.linalg.density import Density, density, density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz, ritz
-from hpc_hess.report.densities import draw_unresolved, smoothing_width, told
+from hpc_hess.report.densities import draw_density, smoothing_width
 from hpc_hess.report.spectrum import quadratures
 from hpc_hess.report.style import (
     CYCLE,
@@ -40,7 +40,6 @@ from hpc_hess.studies import views
 from hpc_hess.studies.quadrature import cumulative
 
 Float = NDArray[np.float64]
-_FLOOR = 1e-12  # smallest density shown, relative to the peak
 
 
 class Plot(NamedTuple):
@@ -117,7 +116,7 @@ def _density_plot(parts: list[Ritz], size: int, folder: Path, kind: str) -> Plot
         smoothing = f"Gaussian smoothing of width {number(width, 2)} decades"
         title = "Spectral density, symmetric-log axis"
         note = f"the axis is linear for |λ| below {number(linear, 2)} and logarithmic beyond"
-    _draw_density(top, shape, x, parts, size)
+    draw_density(top, shape, x, parts, size)
     _draw_rug(rug, parts, place)
     _mark_ends(top, rug, float(values.min()), float(values.max()), place)
     figure.align_ylabels()
@@ -135,28 +134,6 @@ def _certainty(shape: Density, size: int) -> str:
     if not np.isfinite(shape.high).all():
         hatched = "No line: without the last residual norm nothing bounds the density (hatched)"
     return f"{hatched}; {band}." if band else f"{hatched}."
-
-
-def _draw_density(axes: Axes, shape: Density, x: Float, parts: list[Ritz], size: int) -> None:
-    peak, line, nodes = float(shape.mean.max()), told(shape, parts), np.concatenate([q.values for q in parts])
-    # every Ritz value stays in sight, unless its weight is rounding
-    floor = float(np.interp(nodes, shape.grid, shape.mean).min()) / 10
-    floor = min(max(floor, peak * _FLOOR), peak * 1e-3)
-    under = floor * 1e-3  # out of sight, so that steep flanks are drawn to the axis
-    curve = np.where(line, np.maximum(shape.mean, under), np.nan)
-    axes.set_yscale("log")
-    for colour, side in ((NEGATIVE, shape.grid <= 0), (POSITIVE, shape.grid >= 0)):
-        shade = colour if nodes.min() < 0 else POSITIVE  # smoothing alone makes no negative curvature
-        axes.fill_between(x, under, curve, where=side & line, color=shade, alpha=0.16, linewidth=0)
-    low, high = shape.band(size, everywhere=False) if size else (shape.low, shape.high)
-    low, high = (np.clip(edge, under, peak * 1e3) for edge in (low, high))
-    draw_unresolved(axes, x, low, high, ~line)
-    if size:
-        axes.fill_between(x, low, high, where=line, color=MUTED, alpha=0.28, linewidth=0)
-    axes.plot(x, curve, color=INK)
-    axes.set_ylim(floor, peak * 4)
-    label_powers(axes, 9)
-    axes.set_xlim(float(x[0]) + 2 * shape.width, float(x[-1]) - 2 * shape.width)  # three widths beyond the ends
 
 
 def _draw_rug(axes: Axes, parts: list[Ritz], place: Callable[[Any], Float]) -> None:

@@ -187,11 +187,11 @@ def without_hooks(module: nn.Module) -> nn.Module:
         for part, kind in classes:
             part.__class__ = kind
     known = {id(state) for state in states(module)}
-    for part in found.modules():
-        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+    for each in found.modules():
+        for hooks in (each._forward_pre_hooks, each._forward_hooks):
             for number, hook in list(hooks.items()):
                 inner = getattr(hook, "__wrapped__", hook)  # of several modules that are sharded together
                 if {id(getattr(f, "__self__", None)) for f in (hook, inner)} & known:
                     del hooks[number]
-                    part._forward_pre_hooks_with_kwargs.pop(number, None)
+                    each._forward_pre_hooks_with_kwargs.pop(number, None)
     return found

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hpc_hess.errors import DataError, ModelError
 from hpc_hess.intake import given
+from hpc_hess.intake.batches import drawn
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.sharded.precision import honest_casts, whole_rows
 from hpc_hess.parallel.world import World
@@ -291,7 +292,7 @@ class CallableObjective:
         world = world or World.alone()
         self.loss = loss
         with world.together("batches"):
-            found = given.drawn(batches, least=1 if world.size == 1 else 0)
+            found = drawn(batches, least=1 if world.size == 1 else 0)
         self.batches, self.num_own = evened(found, world), len(found)
         self.num_micro_batches = len(self.batches)
         sharded = any(isinstance(p, DTensor) for p in module.parameters())
@@ -372,7 +373,7 @@ def own_objective(
     world = world or World.alone()
     micro_batches, notes, rows = list[MicroBatch](), dict[Finding, None](), 0
     with world.together("batches"):
-        for number, batch in enumerate(given.drawn(batches, least=1 if world.size == 1 else 0)):
+        for number, batch in enumerate(drawn(batches, least=1 if world.size == 1 else 0)):
             micro_batch, found = causal_lm_batch(batch, module, number, rows)
             rows += len(micro_batch.input_ids)
             micro_batches.append(micro_batch)

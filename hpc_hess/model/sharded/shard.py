@@ -167,7 +167,7 @@ class ShardedModel:
             total.backward(inputs=None if self._hidden else self._parameters)
         finally:
             for other, gradient in before:
-                other.grad = gradient
+                other.grad = gradient  # type: ignore[assignment]
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,11 @@ def diagonal_study(bench: Bench) -> dict[str, Any]:
         "norm": norm,
         "relative_error": estimate.relative_error,
         "store": "studies/diagonal/diagonal",
-        "groups": _groups(estimate),
+        "groups": by_group(estimate),
     }
 
 
-def _groups(estimate: DiagonalEstimate) -> dict[str, dict[str, float]]:
+def by_group(estimate: DiagonalEstimate) -> dict[str, dict[str, float]]:
     """Sum entries and their variances by block or module: the trace of each, and its standard error. Collective: yes."""
     mean, stderr = estimate.mean, estimate.stderr
     pieces = mean.space.shard.pieces

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hpc_hess.console.words import minus, number
@@ -46,10 +47,15 @@ def size(found: Mapping[str, Any]) -> tuple[float, float]:
 
 def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Draw a bar for each layer and return the caption."""
-    axes = figure.subplots()
-    names = sorted(found["groups"], key=_order)
-    sums = [found["groups"][name]["sum"] for name in names]
-    errors = [sqrt(found["groups"][name]["variance"]) for name in names]
+    draw_bars(figure.subplots(), found["groups"])
+    return "What each layer adds to the trace, with standard errors (of independent entries)."
+
+
+def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a bar for each layer: its ``sum``, with the root of its ``variance``."""
+    names = sorted(groups, key=_order)
+    sums = [groups[name]["sum"] for name in names]
+    errors = [sqrt(groups[name]["variance"]) for name in names]
     colours = [NEGATIVE if value < 0 else POSITIVE for value in sums]
     axes.barh(range(len(names)), sums, xerr=errors, color=colours, height=0.7, error_kw={"linewidth": 0.8})
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -57,7 +63,6 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.set_xlabel("sum of the diagonal: the layer's part of the trace")
-    return "What each layer adds to the trace, with standard errors (of independent entries)."
 
 
 def _order(name: str) -> tuple[bool, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import NullFormatter
 
 from hpc_hess.console.words import minus, number, plural
@@ -61,23 +62,8 @@ def size(found: Mapping[str, Any]) -> tuple[float, float]:
 def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Draw the picture into an empty figure and return its caption."""
     pairs = sorted(found["pairs"], key=lambda p: -p["value"])[:_MOST_ROWS]
-    groups = list(pairs[0]["groups"])
-    groups.sort(key=lambda name: (not name.startswith("block"), int(name.split()[1]) if name.startswith("block") else 0))
-    shares = np.array([[pair["groups"][name] for name in groups] for pair in pairs])
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
-    image = heat.imshow(
-        np.where(shares < _LEAST, np.nan, shares),
-        aspect="auto",
-        cmap="viridis_r",
-        norm=LogNorm(_LEAST, 1.0),
-        interpolation="nearest",
-    )
-    heat.grid(False)
-    _name_columns(heat, groups)
-    heat.set_yticks(range(len(pairs)), [minus(number(pair["value"], 4)) for pair in pairs])
-    heat.set_ylabel("eigenvalue λ")
-    for label, pair in zip(heat.get_yticklabels(), pairs, strict=True):
-        label.set_color(NEGATIVE if pair["value"] < 0 else POSITIVE)
+    image = draw_heat(heat, [pair["value"] for pair in pairs], [pair["groups"] for pair in pairs])
     bars.barh(
         range(len(pairs)),
         [pair["participation"] for pair in pairs],
@@ -91,6 +77,27 @@ def draw(figure: Figure, found: Mapping[str, Any], result: Mapping[str, Any]) ->
     bars.tick_params(axis="y", length=0, labelleft=False)
     figure.colorbar(image, ax=heat, location="top", shrink=0.5, aspect=30, label="share of the vector")
     return _CAPTION
+
+
+def draw_heat(axes: Axes, values: Sequence[float], groups: Sequence[Mapping[str, float]]) -> AxesImage:
+    """Draw a row for each eigenvector: its eigenvalue, and its ``groups``, name -> share of the squared entries."""
+    names = list(groups[0])
+    names.sort(key=lambda name: (not name.startswith("block"), int(name.split()[1]) if name.startswith("block") else 0))
+    shares = np.array([[group[name] for name in names] for group in groups])
+    image = axes.imshow(
+        np.where(shares < _LEAST, np.nan, shares),
+        aspect="auto",
+        cmap="viridis_r",
+        norm=LogNorm(_LEAST, 1.0),
+        interpolation="nearest",
+    )
+    axes.grid(False)
+    _name_columns(axes, names)
+    axes.set_yticks(range(len(values)), [minus(number(value, 4)) for value in values])
+    axes.set_ylabel("eigenvalue λ")
+    for label, value in zip(axes.get_yticklabels(), values, strict=True):
+        label.set_color(NEGATIVE if value < 0 else POSITIVE)
+    return image
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
