@@ -166,7 +166,7 @@ class ShardedModel:
                 other.grad = None
             total.backward(inputs=None if self._hidden else self._parameters)
         finally:
-            for other, gradient in before:
+            for other, gradient in before:  # type: ignore[assignment]
                 other.grad = gradient  # type: ignore[assignment]
 
 
