@@ -103,8 +103,12 @@ def markdown() -> str:
 
 def _commented(key: Key) -> str:
     meaning = textwrap.fill(key.meaning.replace("`", ""), _WIDTH, initial_indent="# ", subsequent_indent="# ")
-    values = "" if key.values == "text" else f" # {key.values}"
-    return f"{meaning}\n{key.name} = {json.dumps(key.default)}{values}"
+    line = f"{key.name} = {json.dumps(key.default)}"
+    if key.values == "text":
+        return f"{meaning}\n{line}"
+    if len(line) + len(key.values) <= _WIDTH:
+        return f"{meaning}\n{line} # {key.values}"
+    return f"{meaning}\n{textwrap.fill(key.values, _WIDTH, initial_indent='# ', subsequent_indent='# ')}\n{line}"
 
 
 def _registry(info: FieldInfo) -> Registry[Any] | None:

