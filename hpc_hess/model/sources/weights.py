@@ -13,7 +13,6 @@ from hpc_hess.config import ModelSection
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.sources.source import Source
-from hpc_hess.parallel.memory import reusing_freed_pages
 from hpc_hess.registry.sources import MODELS
 from hpc_hess.registry.table import load
 
@@ -64,7 +63,7 @@ def fill(module: nn.Module, reader: WeightReader, shard_index: int = 0, num_shar
     ModelError : a tensor cannot be read or has another shape than the parameter's shard.
 
     """
-    with torch.no_grad(), reusing_freed_pages():  # of each block, by the next one
+    with torch.no_grad():
         for name, parameter in module.named_parameters():
             _fill_one(name, parameter.detach(), reader, shard_index, num_shards)
         persistent = module.state_dict().keys()
