@@ -49,7 +49,7 @@ def test_the_data_are_shown(toy: tuple[Path, str]) -> None:
     directory, name = toy
     out = io.StringIO()
     assert show_data(make_config(settings_of(directory, name, data__masked=0.9)), 2, out) == 0
-    shown = {"roberta": "</s> -> [", "masked": "[<mask>]", "bart": " -> [", "resnet": "image [3, 8, 8], from "}[name]
+    shown = {"roberta": "</s> -> [", "masked": "[ <mask>]", "bart": " -> [", "resnet": "image [3, 8, 8], from "}[name]
     assert shown in out.getvalue()
     assert "-- sequence 1 (" in out.getvalue()
 
@@ -75,7 +75,7 @@ def _ended(world: World, settings: dict[str, Any]) -> int:
     return run(make_config(settings), world)
 
 
-def _structure(directory: Path, name: str, ranks: int = 0) -> dict[str, Any]:
+def _structure(directory: Path, name: str, world: World, ranks: int = 0) -> dict[str, Any]:
     """Run the study of classes in this process, or on several ranks; return what it found."""
     out = directory / f"run{ranks}"
     operator = {"operator__kind": "gauss_newton", "operator__method": "exact", "data__micro_batch": 1}
@@ -85,18 +85,18 @@ def _structure(directory: Path, name: str, ranks: int = 0) -> dict[str, Any]:
     if ranks:
         assert run_ranks(_ended, ranks, settings) == [0] * ranks
     else:
-        assert run(make_config(settings), World.alone()) == 0
+        assert run(make_config(settings), world) == 0
     return dict(json.loads((out / "result.json").read_text())["studies"]["class_structure"])
 
 
 @pytest.mark.parametrize("name", ["roberta", "resnet"])
-def test_class_means_of_a_classifier_are_those_of_a_notebook(name: str, tmp_path: Path) -> None:
+def test_class_means_of_a_classifier_are_those_of_a_notebook(name: str, tmp_path: Path, world: World) -> None:
     """Papyan's decomposition by class, of the sharded classifier and of the model itself."""
     from hpc_hess.api.classifiers import decompose
     from tests.support.task_models import own_batch
 
     model = save_toy(tmp_path, name)
-    found = _structure(tmp_path, name)
+    found = _structure(tmp_path, name, world)
     assert found["unit"] == "label"
     assert not found["others"]
     batch = own_batch(tmp_path, name)
@@ -114,7 +114,7 @@ def test_class_means_of_a_classifier_are_those_of_a_notebook(name: str, tmp_path
     parts = decompose(Logits().eval(), [(torch.arange(len(labels)), labels)], 3)
     expected = np.sort(parts.means.both.eigenvalues())
     np.testing.assert_allclose(np.sort(found["means"])[-len(expected) :], expected, rtol=1e-8, atol=1e-12)
-    together = _structure(tmp_path, name, 2)
+    together = _structure(tmp_path, name, world, 2)
     for key in ("shares", "means", "lambda_max", "lambda_max_without"):
         np.testing.assert_allclose(together[key], found[key], rtol=1e-9, atol=1e-12)
 
