@@ -125,13 +125,17 @@ class Operator(Shown):
         of_a_rank = world.any_true(part and space.size_local < space.size, "whose part a vector is")
         return v if isinstance(v, Vector) else space.wrap(flat), not (part or of_a_rank), dtype
 
-    def part(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of all N entries, (size_local,). Collective: no."""
+    def part(self, whole: Any) -> Any:
+        """Return this rank's part of all N entries, a tensor or a numpy array, in kind, (size_local,). Collective: no."""
         starts, lengths = self.space.shard.file_intervals
+        if isinstance(whole, np.ndarray):
+            return self.part(torch.from_numpy(whole)).numpy()
         return torch.cat([whole[:0], *(whole[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True))])
 
-    def whole(self, part: Vector | torch.Tensor) -> torch.Tensor:
-        """Return all N entries of a vector on every rank, (N,). Collective: yes."""
+    def whole(self, part: Any) -> Any:
+        """Return all N entries of a vector on every rank, (N,): an array of an array, else a tensor. Collective: yes."""
+        if isinstance(part, np.ndarray):
+            return self.whole(torch.from_numpy(part).to(self.space.device)).cpu().numpy()
         data = part.data if isinstance(part, Vector) else part
         out, position = torch.zeros(self.space.size, dtype=data.dtype, device=self.space.device), 0
         for start, length in zip(*(x.tolist() for x in self.space.shard.file_intervals), strict=True):

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from hpc_hess.cli import main
+from hpc_hess.commands.arguments import Training
+from hpc_hess.commands.finetune.work import finetune
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
+from hpc_hess.errors import ConfigError, StoreError
 from hpc_hess.parallel.world import World
 from tests.support.adapters import CASES, KEPT, PRODUCTS, base_model, expected, ids, loss_of, product_by_peft, product_of
-from tests.support.base_model import result_of, write_config
+from tests.support.base_model import result_of
 from tests.support.problems import assert_right, dense_product, products, settings_of
 from tests.support.spawn import run_ranks
 
@@ -131,12 +133,12 @@ def test_a_run_says_what_the_model_is(what: str, tmp_path: Path, world: World) -
     assert run(make_config(values), world) == 0  # the directory is gone on with
     other = json.loads(json.dumps(values))
     other["model"]["adapter"] = {"merge": "factors", "factors": "merge"}[what]
-    assert main(["run", str(write_config(tmp_path / "other.toml", other))]) == 2
+    with pytest.raises(StoreError, match=f"holds a run with model.adapter = '{what}'"):
+        run(make_config(other), world)
     assert result_of(tmp_path / "run") == found
 
 
-def test_training_of_factors_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = settings("patterns", tmp_path, model__adapter="factors")
-    config = write_config(tmp_path / "config.toml", values)
-    assert main(["finetune", str(config), "--out", str(tmp_path / "trained"), "--steps", "1"]) == 2
-    assert "training writes whole models: set model.adapter = 'merge'" in capsys.readouterr().err
+def test_training_of_factors_is_refused(tmp_path: Path, world: World) -> None:
+    config = make_config(settings("patterns", tmp_path, model__adapter="factors"))
+    with pytest.raises(ConfigError, match="training writes whole models: set model.adapter = 'merge'"):
+        finetune(config, world, Training(tmp_path / "trained", steps=1))

@@ -37,10 +37,10 @@ def answers(operator: Any) -> Answers:
         "betas": np.concatenate(spectrum.betas),
         "sketched": np.concatenate(small.alphas),
         "eigenvalues": pairs.values,
-        "eigenvector": np.abs(operator.whole(pairs.vectors[-1]).numpy()),
+        "eigenvector": np.abs(operator.whole(pairs.vectors[-1])),
         "trace": np.array(hpc_hess.trace(operator, products=12).mean),
-        "diagonal": operator.whole(hpc_hess.diagonal(operator, products=12)[0]).numpy(),
-        "solution": hpc_hess.solve(operator, v, damping=1.0, products=8).x.numpy(),
+        "diagonal": operator.whole(hpc_hess.diagonal(operator, products=12).values),
+        "solution": hpc_hess.solve(operator, v, damping=1.0, products=8).x,
     }
     if "head.bias" in {p.name for p in operator.layout.parameters}:
         found["block"] = hpc_hess.sub_block(operator, ["head.bias"])
