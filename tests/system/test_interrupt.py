@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +42,13 @@ print("whole", flush=True)
 """
 
 
+def _read(terminal: int, shown: bytearray) -> None:
+    """Add what is written to a terminal to ``shown``, until its other end is closed."""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 1 << 16):
+            shown += part
+
+
 def test_ctrl_c_ends_a_spectrum_with_what_there_is(tmp_path: Path) -> None:
     """The bar is on the terminal; what is printed goes to a pipe."""
     ours, terminal = pty.openpty()
@@ -54,24 +63,22 @@ def test_ctrl_c_ends_a_spectrum_with_what_there_is(tmp_path: Path) -> None:
         start_new_session=True,
     )
     os.close(terminal)
-    shown = b""
+    shown = bytearray()
+    reading = threading.Thread(target=_read, args=(ours, shown), daemon=True)  # as a terminal does, all the time
+    reading.start()
     try:
         assert program.stdout is not None
         assert program.stdout.readline() == "begins\n"
         deadline = time.monotonic() + 120
         while max((int(n) for n in re.findall(rb"slq:.* (\d+)/800", shown.replace(b"\r", b"\n"))), default=0) < 5:
-            shown += os.read(ours, 1 << 16)
-            assert time.monotonic() < deadline, shown
+            time.sleep(0.05)
+            assert time.monotonic() < deadline, bytes(shown)
         program.send_signal(signal.SIGINT)
         steps = int(program.stdout.readline().split()[1])
         assert 5 <= steps < 400
         assert program.stdout.readline() == "whole\n"
-        while True:
-            try:
-                shown += os.read(ours, 1 << 16)
-            except OSError:  # the other end is closed
-                break
         assert program.wait(60) == 0
+        reading.join(60)
     finally:
         program.kill()
         program.wait()
