@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from tests.support.spawn import clean_environment, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,3 +33,19 @@ def test_a_plain_fsdp2_loop() -> None:
         assert float(largest) > max(float(smallest), 0)
         assert float(trace) == float(trace)
     assert re.search(r"spectra took \d+% of the time", text)
+
+
+def test_a_loop_of_accelerate() -> None:
+    text = launched("accelerate_loop.py", "--steps", "4", "--every", "2")
+    assert [step for step, _, _ in re.findall(r"step (\d+): lambda max (\S+), trace (\S+)", text)] == ["2", "4"]
+
+
+def test_a_trainer_with_the_callback(tmp_path: Path) -> None:
+    """Its training is bitwise the one without spectra."""
+    numbers = r"'hessian/lambda_max': '([\d.]+)', 'hessian/lambda_min': '(\S+)', 'hessian/trace': '(\S+)'"
+    text = launched("trainer.py", "--steps", "4", "--every", "2", "--save", str(tmp_path / "with.pt"))
+    assert len(re.findall(numbers, text)) == 2
+    assert 0 <= float(re.findall(r"'hessian/overlap': '([\d.]+)'", text)[0]) <= 1
+    launched("trainer.py", "--steps", "4", "--every", "0", "--save", str(tmp_path / "without.pt"))
+    first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("with", "without"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
