@@ -9,7 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator as ScipyOperator
 from torch import nn
 
@@ -86,7 +86,7 @@ class Operator(Shown):
     def matvec(self, v: torch.Tensor) -> torch.Tensor: ...
 
     @overload
-    def matvec(self, v: ArrayLike) -> np.ndarray: ...
+    def matvec(self, v: ArrayLike) -> NDArray[np.floating[Any]]: ...
 
     def matvec(self, v: Any) -> Any:
         """Return A v for a vector of finite real entries: a numpy array, a torch tensor, a list or a Vector; in kind.
@@ -160,7 +160,7 @@ class Operator(Shown):
     def __matmul__(self, v: torch.Tensor) -> torch.Tensor: ...
 
     @overload
-    def __matmul__(self, v: ArrayLike) -> np.ndarray: ...
+    def __matmul__(self, v: ArrayLike) -> NDArray[np.floating[Any]]: ...
 
     def __matmul__(self, v: Any) -> Any:
         """``operator @ v``."""

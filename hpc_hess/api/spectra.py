@@ -19,7 +19,7 @@ from hpc_hess.linalg import trace as traces
 from hpc_hess.linalg.lanczos import Lanczos, Reorthogonalise, basis_rows
 from hpc_hess.linalg.operator import Enough
 from hpc_hess.linalg.sampling import StoppingRule
-from hpc_hess.linalg.wanted import num_wanted
+from hpc_hess.linalg.wanted import Which, num_wanted
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.studies.diagonal.compute import by_group
 from hpc_hess.studies.localisation import localise
@@ -79,7 +79,7 @@ def eigenpairs(
     operator: Operator,
     count: int,
     *,
-    which: eigen.Which = "both",
+    which: Which = "both",
     tolerance: float = 1e-3,
     basis_size: int | None = None,
     most_products: int = 300,
