@@ -22,7 +22,7 @@ from hpc_hess.errors import ConfigError, HpcHessError, ModelError
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.blocks.users import of_user, tried_once
-from hpc_hess.model.sharded.borrowed import without_hooks
+from hpc_hess.model.sharded.borrowed import take_over, without_hooks
 from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
@@ -170,6 +170,7 @@ def shard(built: Built, config: Config, world: World, dtype: torch.dtype) -> Sha
                     "before fully_shard, or set the key"
                 )
         model, findings = of_user(module, include, exclude, Placed(module, world, sharded=True))
+        take_over(module)
         return Sharded(model, without_hooks(module), findings)
     module = module.to(dtype=dtype, device=world.device)
     if world.size == 1:

@@ -88,13 +88,14 @@ def test_the_extreme_eigenvalues_are_those_of_double_backward(method: str, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "reward_model", "distillation"])
 def test_ranks_give_the_numbers_of_one_process(name: str, tmp_path: Path, world: World) -> None:
-    for method, ranks in (("finite_difference", 2), ("exact", 4)):  # 6 batches: two ranks of four have one more
+    # 6 batches: two ranks of four have one more; the step of differences depends on measured noise
+    for method, ranks, tolerance in (("finite_difference", 2, 1e-5), ("exact", 4, 1e-9)):
         changes = [f'operator.method="{method}"', "lanczos.steps=3"]
         assert run(example(name, tmp_path / method, *changes), world) == 0
         alone, out = result(tmp_path / method), tmp_path / f"{method}{ranks}"
         assert run_ranks(on_ranks, ranks, example(name, out, *changes), timeout_s=300) == [0] * ranks
         for key in ("lambda_max", "lambda_min", "loss"):
-            assert result(out)[key] == pytest.approx(alone[key], rel=1e-7 if method == "finite_difference" else 1e-9)
+            assert result(out)[key] == pytest.approx(alone[key], rel=tolerance)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, world: World) -> None:
@@ -135,7 +136,7 @@ def test_a_model_that_is_sharded_already(tmp_path: Path, world: World) -> None:
             config = example("reward_model", out, *changes, f'operator.method="{method}"')
             assert run_ranks(on_ranks, ranks, config) == [0] * ranks
             found.append(result(out)["lambda_max"])
-        assert found[0] == pytest.approx(found[1], rel=1e-7)
+        assert found[0] == pytest.approx(found[1], rel=1e-5 if method == "finite_difference" else 1e-9)
 
 
 GOOD = """

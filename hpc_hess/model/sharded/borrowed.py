@@ -114,6 +114,16 @@ def borrowed(module: nn.Module) -> Iterator[None]:
             order[:] = before
 
 
+def take_over(module: nn.Module) -> None:
+    """Have backward passes of a sharded module add up gradients of all ranks, for good. Collective: no."""
+    for state in states(module):
+        state._lazy_init()
+        for group in groups(state):
+            _as_sums(group, _Kept())
+            _own_precision(state, group, _Kept())
+    free_gathered(module)
+
+
 def _as_sums(group: Any, kept: _Kept) -> None:
     for name, value in _SETTINGS.items():
         if hasattr(group, name):
