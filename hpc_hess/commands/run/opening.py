@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpc_hess.config import Config
+from hpc_hess.config import LEFT_OUT_AT_DEFAULT, Config
 from hpc_hess.curvature.exact.whole_model import ExactOperator
 from hpc_hess.errors import StoreError
 from hpc_hess.linalg.lanczos import basis_rows
@@ -202,8 +202,10 @@ def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     before, now = json.loads(found["config"]), json.loads(wanted["config"])
     defaults = Config().model_dump()
     for section, keys in now.items():
-        for key, value in keys.items():
-            old = before.get(section, {}).get(key, defaults[section].get(key))  # runs from before the key came
+        gone = [key for key in before.get(section, {}) if section == "problem" or (section, key) in LEFT_OUT_AT_DEFAULT]
+        for key in {**keys, **dict.fromkeys(gone)}:
+            usual = defaults[section].get(key)
+            old, value = (given.get(section, {}).get(key, usual) for given in (before, now))
             if old != value:
                 raise StoreError(f"{out} holds a run with {section}.{key} = {old!r}, not {value!r}: {remedy}")
     for key in ("model_fingerprint", "data_fingerprint", "layout_fingerprint"):
