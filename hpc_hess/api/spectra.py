@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -109,12 +111,22 @@ def slq(
     seed: int = 0,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
     reorthogonalise: Reorthogonalise = "full",
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
 ) -> Spectrum:
     """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): the spectral density of ``operator``.
 
+    Parameters
+    ----------
+    out : a directory for the run, of an operator of :func:`hessian`: every step is kept there, then result.json and the
+        report, as by ``hpc-hess run``. The same call goes on with a run that was killed or stopped.
+    resume : False puts a run that ``out`` holds aside, and begins anew.
+
     Raises
     ------
-    ConfigError : an argument is not valid. NumericsError : a product is not finite.
+    ConfigError : an argument is not valid. NumericsError : a product is not finite. StoreError : ``out`` holds the run of
+        another model, other batches or settings, or cannot be written. StoppedError : SIGUSR1 or SIGTERM came, or the job
+        ends, before the last step; the steps so far are kept in ``out``.
 
     """
     space = operator.space
@@ -124,6 +136,11 @@ def slq(
         given.one_of("reorthogonalise", reorthogonalise, ("full", "none"))
     else:
         reorthogonalise = given.whole("reorthogonalise", reorthogonalise)
+    if out is not None:
+        asked = {"steps": steps, "probes": probes, "seed": seed, "distribution": distribution}
+        found = _kept(operator, {**asked, "reorthogonalise": reorthogonalise}, Path(out), resume=resume)
+        quadratures = [quadrature.ritz(alpha, beta) for alpha, beta in found]
+        return Spectrum(space.size, quadratures, [alpha for alpha, _ in found], [beta for _, beta in found])
     basis = Basis(space, basis_rows(reorthogonalise, steps))
     alphas, betas, quadratures = [], [], []
     for probe in range(probes):
@@ -135,6 +152,28 @@ def slq(
         betas.append(np.array(process.beta))
         quadratures.append(quadrature.ritz(process.alpha, process.beta))
     return Spectrum(space.size, quadratures, alphas, betas)
+
+
+def _kept(operator: Operator, lanczos: dict[str, Any], out: Path, *, resume: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Make the run ``out`` of an operator, or go on with it; return alpha and beta of every probe. Collective: yes.
+
+    Raises
+    ------
+    ConfigError, StoreError, StoppedError : as :func:`slq`.
+
+    """
+    from hpc_hess.studies.in_program import run_in_program  # h5py and the store: not for calls without a directory
+
+    if operator.parts is None:
+        raise ConfigError(
+            "slq keeps runs of operators that hessian() returned, and of no others: call it without a directory"
+        )
+    if operator.parts.half:
+        raise ConfigError(
+            "slq keeps no runs of models in half precision: convert it to float32, or call slq without a directory"
+        )
+    operator.require_theta0()
+    return run_in_program(operator.parts, lanczos, out, resume=resume)
 
 
 @dataclass(frozen=True)
