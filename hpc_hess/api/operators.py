@@ -254,7 +254,8 @@ def hessian(
     half = computed in (torch.bfloat16, torch.float16)
     if half and method == "finite_difference":
         raise ConfigError(given.ROUNDED)
-    settings = {"operator": asked, "parameters": {"include": list(include), "exclude": list(exclude)}}
+    chosen = {"include": given.patterns("include", include), "exclude": given.patterns("exclude", exclude)}
+    settings: dict[str, dict[str, Any]] = {"operator": asked, "parameters": chosen}
     with undisturbed(module):
         objective: CausalLMObjective | CallableObjective
         product: LinearOperator

@@ -79,5 +79,5 @@ def _config(parts: Parts, lanczos: Mapping[str, Any], out: Path, *, resume: bool
         **parts.settings,
     }
     tables["operator"] = {**tables.get("operator", {}), "check": False}  # what the program did not ask for costs nothing
-    config = Config(problem=ProblemSection(build=IN_PROGRAM, loss=parts.loss))
+    config = Config(problem=ProblemSection.model_validate({"build": IN_PROGRAM, "loss": parts.loss}))
     return config.model_copy(update={name: getattr(config, name).model_copy(update=t) for name, t in tables.items()})
