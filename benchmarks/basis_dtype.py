@@ -13,12 +13,12 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.frame import Table, benchmark
-from hpc_hess.commands.run import page
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import make_config
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.reader import StoreView, read_store
+from hpc_hess.studies import run_page as page
 
 CASES: dict[str, dict[str, Any]] = {
     "float32, full": {},

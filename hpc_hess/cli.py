@@ -380,7 +380,7 @@ def _clean(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     with importing():
-        from hpc_hess.commands.run.page import rewrite_report
+        from hpc_hess.commands.run.report import rewrite_report
 
     print(rewrite_report(args.run))
     return 0

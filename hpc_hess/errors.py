@@ -57,3 +57,9 @@ class NumericsError(HpcHessError):
 
 class CollectiveError(HpcHessError):
     """A collective did not complete, because another rank died or hangs."""
+
+
+class StoppedError(HpcHessError):
+    """A computation stopped early, as a signal or a time limit asked; what it has committed is kept, to go on from."""
+
+    exit_code = EXIT_STOPPED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
@@ -27,7 +28,8 @@ from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.blocks.users import of_user, plain_suffices, require_equal_replicas, tried_once
 from hpc_hess.model.sharded.borrowed import without_hooks
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, Objective, own_objective
+from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.sharded.parts import Parts
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel
@@ -46,6 +48,7 @@ class Operator(Shown):
 
     ``matrix`` names it. ``notes`` say how products are taken, and what else a user should know: kernels that were switched,
     a model that is not split into blocks, parameters that are left out. ``intake`` holds all findings about what was given.
+    ``parts``: what a run that is kept makes it of again, None where it is made of other operators.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class Operator(Shown):
         notes: Sequence[str] = (),
         matrix: str = "matrix",
         by: str = "products",
+        parts: Parts | None = None,
     ) -> None:
-        self._operator, self._module = operator, module
+        self._operator, self._module, self.parts = operator, module, parts
         self.space: VectorSpace = operator.space
         self.layout: Layout = operator.space.layout
         self.shape = (self.space.size, self.space.size)
@@ -153,6 +157,18 @@ class Operator(Shown):
         with undisturbed(self._module):
             return products(self._operator, vectors)
 
+    def require_theta0(self) -> None:
+        """Refuse a model that has been trained since, as products by finite differences do. Collective: yes.
+
+        Raises
+        ------
+        ConfigError : its parameters have changed.
+
+        """
+        if isinstance(self._operator, _Differences):
+            with undisturbed(self._module):
+                self._operator.require_theta0()
+
     @overload
     def __matmul__(self, v: Vector) -> Vector: ...
 
@@ -188,7 +204,11 @@ def collective(call: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             plain = {name: v for name, v in bound.arguments.items() if name not in _OF_A_RANK}
-            words = {name: repr(v) for name, v in plain.items() if isinstance(v, str | int | float | list | tuple | None)}
+            words = {
+                name: repr(v)
+                for name, v in plain.items()
+                if isinstance(v, str | int | float | list | tuple | PurePath | None)
+            }
             alike(operator.space.world, call.__name__, {**words, "operator": str(operator.shape)})
         return call(*args, **kwargs)
 
@@ -202,11 +222,15 @@ class _Differences:
         self.space, self._operator = operator.space, operator
 
     def matvec(self, v: Vector) -> Vector:
+        self.require_theta0()
+        return self._operator.matvec(v)
+
+    def require_theta0(self) -> None:
+        """Refuse a model that has been trained since. Collective: yes. Raises ConfigError."""
         model, theta0 = self._operator.gradient.model, self._operator.theta0
         same = model.holds_its_parameters() and torch.equal(model.read_parameters(), theta0)
         if not self.space.world.all_true(same, "whether the parameters are the same"):
             raise ConfigError("the model's parameters have changed since hessian() was called: call it again")
-        return self._operator.matvec(v)
 
 
 def hessian(
@@ -265,11 +289,14 @@ def hessian(
     half = computed in (torch.bfloat16, torch.float16)
     if half and method == "finite_difference":
         raise ConfigError(given.ROUNDED)
+    chosen = {"include": given.patterns("include", include), "exclude": given.patterns("exclude", exclude)}
+    settings: dict[str, dict[str, Any]] = {"operator": asked, "parameters": chosen}
     with world.together("batches"):
         drawn_batches = drawn(batches, least=1 if world.size == 1 else 0)
         intake += kept(batches, drawn_batches)
     with undisturbed(module):
         objective: CausalLMObjective | CallableObjective
+        product: LinearOperator
         if loss is None:
             objective, notes = own_objective(drawn_batches, module, sharded.space.device, world)
             intake += notes
@@ -281,7 +308,8 @@ def hessian(
             if rounded:
                 raise ConfigError(given.ROUNDED)
             gradient = Gradient(sharded, objective, Routing(module, "frozen"))
-            return _made(spec, _Differences(FiniteDifferenceHessian(gradient, scheme, step)), sharded, objective, intake)
+            product = _Differences(FiniteDifferenceHessian(gradient, scheme, step))
+            return _made(spec, product, Parts(sharded, objective, settings, given.function(loss), intake))
         if half:
             intake.append(
                 noted(
@@ -298,13 +326,12 @@ def hessian(
                 raise ModelError(f'forwards were replaced on parts of the model, so kind = "{kind}" is not known')
             objective = CallableObjective(objective.micro_batches, CausalLMObjective.of_batch, module, world)
         sharded.written()  # products read the shards, not what the last pass has gathered
-        product: LinearOperator
         if isinstance(objective, CausalLMObjective):
-            settings = Settings(compile=compile, programs=default_directory())
-            product = exact_or_whole(exact_product(spec), sharded, objective, settings=settings, **options)
+            streamed = Settings(compile=compile, programs=default_directory())
+            product = exact_or_whole(exact_product(spec), sharded, objective, settings=streamed, **options)
         else:
             product = WholeModel(sharded, objective, exact_product(spec).start, **options)
-        return _made(spec, product, sharded, objective, intake)
+        return _made(spec, product, Parts(sharded, objective, settings, given.function(loss), intake))
 
 
 def _checked(asked: dict[str, Any], loss: Any) -> OperatorSpec:
@@ -325,16 +352,16 @@ def _checked(asked: dict[str, Any], loss: Any) -> OperatorSpec:
     return spec
 
 
-def _made(
-    spec: OperatorSpec, product: LinearOperator, model: ShardedModel, objective: Objective, intake: Sequence[Finding]
-) -> Operator:
+def _made(spec: OperatorSpec, product: LinearOperator, parts: Parts) -> Operator:
     """Return the operator of a product, with loss and gradient at the model's parameters where it is built of them."""
+    model = parts.model
     by = "differences of gradients" if isinstance(product, _Differences) else "exact products"
     if spec.build is None:
-        return Operator(product, model.module, intake, (), spec.matrix, by)
+        return Operator(product, model.module, parts.findings, (), spec.matrix, by, parts)
     model.written()
     dtype = dict(model.module.named_parameters())[model.layout.parameters[0].name].dtype  # in which backward passes add
     own = ShardedModel(model.module, model.world, VectorSpace(model.world, model.layout, dtype), sharded=model.sharded)
-    loss, gradient = Gradient(own, objective)()
+    loss, gradient = Gradient(own, parts.objective)()
     point = Point(loss, model.space.wrap(gradient.data.to(model.space.dtype)), model)
-    return Operator(built(spec, product, point), model.module, intake, getattr(product, "notes", ()), spec.matrix, by)
+    notes = getattr(product, "notes", ())
+    return Operator(built(spec, product, point), model.module, parts.findings, notes, spec.matrix, by, parts)

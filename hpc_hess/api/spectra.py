@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from hpc_hess.api.operators import Operator, collective
 from hpc_hess.api.results import Diagonal, Eigenpairs, Float, Solution, Spectrum, Trace
 from hpc_hess.api.watching import watched
+from hpc_hess.errors import ConfigError
 from hpc_hess.intake import given
 from hpc_hess.linalg import diagonal as diagonals
 from hpc_hess.linalg import eigen
@@ -38,15 +41,26 @@ def slq(
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
     reorthogonalise: Reorthogonalise = "full",
     progress: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
 ) -> Spectrum:
     """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017): the spectral density of ``operator``.
 
     An interrupt gives the spectrum of the steps so far. The last probe counts where it is the only one, or has made half of
-    its steps. ``progress``: a bar, on terminals and in notebooks, here and in the other functions.
+    its steps.
+
+    Parameters
+    ----------
+    progress : a bar, on terminals and in notebooks, here and in the other functions.
+    out : a directory for the run, of an operator of :func:`hessian`: every step is kept there, then result.json and the
+        report, as by ``hpc-hess run``. The same call goes on with a run that was killed or stopped.
+    resume : False puts a run that ``out`` holds aside, and begins anew.
 
     Raises
     ------
     ConfigError : an argument is not valid. NumericsError : a product is not finite. KeyboardInterrupt : before a step.
+    StoreError : ``out`` holds the run of another model, other batches or settings, or cannot be written. StoppedError :
+        SIGUSR1 or SIGTERM came, or the job ends, before the last step; the steps so far are kept in ``out``.
 
     """
     space = operator.space
@@ -56,6 +70,10 @@ def slq(
         given.one_of("reorthogonalise", reorthogonalise, ("full", "none"))
     else:
         reorthogonalise = given.whole("reorthogonalise", reorthogonalise)
+    if out is not None:
+        asked = {"steps": steps, "probes": probes, "seed": seed, "distribution": distribution}
+        found = _kept(operator, {**asked, "reorthogonalise": reorthogonalise}, Path(out), resume=resume)
+        return Spectrum(space.size, [alpha for alpha, _ in found], [beta for _, beta in found], operator.matrix)
     basis, done = Basis(space, basis_rows(reorthogonalise, steps)), list[Lanczos]()
     with watched(operator, "slq", steps * probes, progress) as watch:
         for probe in range(probes):
@@ -72,6 +90,28 @@ def slq(
             if watch.stopped:
                 break
     return Spectrum(space.size, [np.array(p.alpha) for p in done], [np.array(p.beta) for p in done], operator.matrix)
+
+
+def _kept(operator: Operator, lanczos: dict[str, Any], out: Path, *, resume: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Make the run ``out`` of an operator, or go on with it; return alpha and beta of every probe. Collective: yes.
+
+    Raises
+    ------
+    ConfigError, StoreError, StoppedError : as :func:`slq`.
+
+    """
+    from hpc_hess.studies.in_program import run_in_program  # h5py and the store: not for calls without a directory
+
+    if operator.parts is None:
+        raise ConfigError(
+            "slq keeps runs of operators that hessian() returned, and of no others: call it without a directory"
+        )
+    if operator.parts.half:
+        raise ConfigError(
+            "slq keeps no runs of models in half precision: convert it to float32, or call slq without a directory"
+        )
+    operator.require_theta0()
+    return run_in_program(operator.parts, lanczos, out, resume=resume)
 
 
 @collective

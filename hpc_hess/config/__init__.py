@@ -2,6 +2,7 @@
 
 from hpc_hess.config.loading import DEMO, PACKAGE, TOY, load_config, make_config, parse_time_limit, sections
 from hpc_hess.config.sections import (
+    IN_PROGRAM,
     LEFT_OUT_AT_DEFAULT,
     Config,
     DataSection,
@@ -17,6 +18,7 @@ from hpc_hess.config.sections import (
 
 __all__ = [
     "DEMO",
+    "IN_PROGRAM",
     "LEFT_OUT_AT_DEFAULT",
     "PACKAGE",
     "TOY",

@@ -28,6 +28,9 @@ class OneOf:
         return value
 
 
+IN_PROGRAM = "hpc_hess.slq"  # what problem.build says of a run that a program made by that function
+
+
 class Section(BaseModel):
     """Keys with their defaults; the text under a key is what `hpc-hess config` and docs/configuration.md say of it.
 
@@ -154,6 +157,11 @@ class ProblemSection(Section):
     def settings(self) -> dict[str, Any]:
         """The keys that are the user's own."""
         return dict(self.model_extra or {})
+
+    @property
+    def in_program(self) -> bool:
+        """Whether a user's program holds the problem: no file builds it."""
+        return self.build == IN_PROGRAM
 
 
 class OperatorSection(Section):

@@ -256,17 +256,17 @@ class World:
         Collective: yes. With HSDP replica 0's sums are broadcast, so that replicas cannot drift apart.
         """
         if self.connected and self.shard_size > 1:
-            with self._named(name, "all-reduce"), self._carried(values) as carried:
+            with self._named(name, "all-reduce"), self.carried(values) as carried:
                 dist.all_reduce(carried, group=self._shard_group)
         if self.connected and self.num_replicas > 1:
-            with self._named(name, "all-reduce"), self._carried(values) as carried:
+            with self._named(name, "all-reduce"), self.carried(values) as carried:
                 dist.broadcast(carried, group_src=0, group=self.replica_group)
         return values
 
     def sum_over_replicas(self, values: torch.Tensor, name: str) -> torch.Tensor:
         """Sum ``values`` in place over the ranks that hold the same entries. Collective: yes."""
         if self.connected and self.num_replicas > 1:
-            with self._named(name, "all-reduce"), self._carried(values) as carried:
+            with self._named(name, "all-reduce"), self.carried(values) as carried:
                 dist.all_reduce(carried, group=self.replica_group)
         return values
 
@@ -280,22 +280,22 @@ class World:
 
     def _reduced(self, values: torch.Tensor, op: Any, name: str) -> torch.Tensor:
         if self.connected and self.size > 1:
-            with self._named(name), self._carried(values) as carried:
+            with self._named(name), self.carried(values) as carried:
                 for group in self._groups:
                     dist.all_reduce(carried, op=op, group=group)
         return values
 
     @contextlib.contextmanager
-    def _carried(self, values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield ``values`` where collectives can take them; what becomes of them is written back."""
-        carried = values if self._carrier is None else values.to(self._carrier)
-        yield carried
-        if carried is not values:
-            values.copy_(carried)
+    def carried(self, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield ``values`` where collectives can take them; what becomes of them is written back. Collective: no."""
+        there = values if self._carrier is None else values.to(self._carrier)
+        yield there
+        if there is not values:
+            values.copy_(there)
 
     def _sent(self, values: torch.Tensor) -> torch.Tensor:
         """Return rank 0's ``values`` on every rank."""
-        with self._carried(values) as carried:
+        with self.carried(values) as carried:
             for group in self._groups:
                 dist.broadcast(carried, group=group, group_src=0)
         return values

@@ -80,6 +80,8 @@ def build(config: Config, world: World) -> tuple[Built, Source]:
 def _function(section: ProblemSection) -> tuple[Path, Callable[..., Any]]:
     name, _, function = section.build.rpartition(":")
     path = Path(name)
+    if section.in_program:
+        raise ConfigError(f"a program made this run by {section.build}(..., out=...): start that program again")
     if not name.endswith(".py") or not function.isidentifier():
         raise ConfigError(f"problem.build = '{section.build}' should be FILE.py:FUNCTION")
     if not path.is_file():
@@ -130,8 +132,13 @@ def _last_line(error: Exception, path: Path) -> str:
 
 def _fingerprint(built: Built, path: Path, config: Config) -> Fingerprint:
     """Return what tells a problem from others: its file, its settings, and its weights (sampled). Collective: if sharded."""
-    digest = hashlib.sha256(path.read_bytes() + json.dumps(config.problem.settings, sort_keys=True).encode())
-    for name, tensor in sorted([*built.model.named_parameters(), *built.model.named_buffers()]):
+    return fingerprint_of(built.model, path.read_bytes() + json.dumps(config.problem.settings, sort_keys=True).encode())
+
+
+def fingerprint_of(module: nn.Module, beside: bytes = b"") -> Fingerprint:
+    """Return what tells a module from others: its weights and buffers (sampled), and ``beside``. Collective: if sharded."""
+    digest = hashlib.sha256(beside)
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda named: named[0]):
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
         part = whole[:: max(1, whole.numel() // _SAMPLED)].cpu().contiguous()
         digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())

@@ -65,18 +65,24 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(config: Config, world: World, out: Path, total: int, *, stopper: Stopper | None = None) -> Iterator[Session]:
+def opened(
+    config: Config, world: World, out: Path, total: int, *, stopper: Stopper | None = None, shown: bool = True
+) -> Iterator[Session]:
     """Form the mesh, show progress of ``total`` steps, listen to signals and time limits, lock ``out``. Collective: yes.
 
+    The world of a user's program has its groups already, and gets no mesh.
+
     ``stopper`` : of a command that runs several sessions; else signals and run.time_limit count from here on.
+    ``shown`` : whether rank 0 shows anything.
 
     Raises
     ------
     HpcHessError : the mesh is not possible; another job has the directory.
 
     """
-    world.make_mesh(config.parallel.replicate)
-    with make_progress(world.rank == 0, total) as progress, contextlib.ExitStack() as held:
+    if not config.problem.in_program:
+        world.make_mesh(config.parallel.replicate)
+    with make_progress(shown and world.rank == 0, total) as progress, contextlib.ExitStack() as held:
         stopper = stopper or held.enter_context(Stopper(world, config.run.time_limit, config.run.grace_s))
         lock = RunLock.acquire(out, world)
         session = Session(config, world, out, progress, stopper, lock, EventLog(out, world), held)

@@ -38,6 +38,7 @@ class Stopper:
     Attributes
     ----------
     note : what rank 0 should say of a job whose end is not known, where no time limit is set; else "".
+    received : the signals that came, on this rank.
 
     """
 
@@ -54,7 +55,7 @@ class Stopper:
         if job_end is not None and self._job_end_known:
             limits.append(job_end - _TO_LEAVE_S - time.time())
         self._deadline = time.monotonic() + min(limits) if limits else math.inf
-        self._signalled = False
+        self.received: list[int] = []
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -65,12 +66,13 @@ class Stopper:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # of C code: Python cannot set it again
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._signalled and not self._job_end_known:
+        if not self.received and not self._job_end_known:
             self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
-        self._signalled = True
+        self.received.append(number)
 
     def agreed(self, next_step_s: float) -> str:
         """Return why all ranks should stop now, or "". ``next_step_s`` is how long one more step takes.
@@ -78,7 +80,7 @@ class Stopper:
         Collective: yes.
         """
         late = time.monotonic() + next_step_s > self._deadline
-        return self._agree(2 if self._signalled else int(late))
+        return self._agree(2 if self.received else int(late))
 
     def agreed_within(self, remaining_s: float | None, save_s: float) -> str:
         """Return why all ranks should stop in the middle of a product, or "". Collective: yes.
@@ -92,7 +94,7 @@ class Stopper:
         left_s = self._deadline - time.monotonic()
         if remaining_s is not None and remaining_s <= left_s:
             return self._agree(0)
-        return self._agree(2 if self._signalled else int(left_s < save_s))
+        return self._agree(2 if self.received else int(left_s < save_s))
 
     def _agree(self, reason: int) -> str:
         return _REASONS[int(self._world.max_over_ranks(reason, "time to stop?"))]

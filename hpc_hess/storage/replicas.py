@@ -19,5 +19,5 @@ def share_with_replicas(world: World, values: NDArray) -> None:
     flat = torch.from_numpy(values)
     for piece in flat.split(_MAX_BYTES // values.dtype.itemsize):
         if piece.numel():
-            with world.guard("share a basis row"):
-                dist.broadcast(piece, group_src=0, group=group)
+            with world.guard("share a basis row"), world.carried(piece) as carried:
+                dist.broadcast(carried, group_src=0, group=group)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_hess.commands.run.opening import _identity
 from hpc_hess.config import make_config
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.forward import causal_remedy, check_causal
 from hpc_hess.parallel.world import World
+from hpc_hess.studies.opening import _identity
 from tests.support.base_model import fill_b, ids_b, save_b, tokens_b
 from tests.support.own_code import SCALED, save_own
 from tests.support.problems import assert_right, dense_product, problem_of, products, settings_of

@@ -145,7 +145,7 @@ def test_a8_own_code_belongs_to_the_model(tmp_path: Path) -> None:
 
 def test_a8_runs_of_the_earlier_fingerprint_go_on(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run directory holds what the earlier version wrote: the sha256 over the ends of the files, without a kind."""
-    from hpc_hess.commands.run import opening as program
+    from hpc_hess.studies import opening as program
 
     save_wide(tmp_path / "model")
     section = ModelSection(source=str(tmp_path / "model"))

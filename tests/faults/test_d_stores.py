@@ -22,7 +22,6 @@ import torch
 
 from hpc_hess.commands.dynamics import work as dynamics_module
 from hpc_hess.commands.dynamics.work import dynamics
-from hpc_hess.commands.run.page import rewrite_report
 from hpc_hess.commands.run.screen import inspect_run
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, load_config, make_config
@@ -44,6 +43,7 @@ from hpc_hess.storage.opening import put_aside
 from hpc_hess.storage.reader import read_store
 from hpc_hess.storage.run_files import write_aside
 from hpc_hess.studies import runner as studies
+from hpc_hess.studies.run_page import rewrite_report
 from tests.support.fuzz_store import stopped_after
 from tests.support.spawn import run_ranks, start_ranks
 from tests.support.store_toys import create, fill, reopen, unseal
@@ -504,11 +504,11 @@ def test_result_and_report_are_written_under_the_lock(world: World, toy: Path, t
 
         return call
 
-    from hpc_hess.commands.run import page
+    from hpc_hess.studies import run_page as page
 
     with (
-        mock.patch("hpc_hess.commands.run.opening.write_aside", attempted("write", write_aside)),
-        mock.patch("hpc_hess.commands.run.work.write_aside", attempted("write", write_aside)),
+        mock.patch("hpc_hess.studies.opening.write_aside", attempted("write", write_aside)),
+        mock.patch("hpc_hess.studies.whole_run.write_aside", attempted("write", write_aside)),
         mock.patch.object(page, "write_report", attempted("report", page.write_report)),
     ):
         assert run(settings(toy, out, "run.report=true"), world) == 0

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage import Case, chebyshev, of_densities, of_quadratures, spectra
-from hpc_hess.commands.run.figures import write_figures
 from hpc_hess.linalg.density import density, density_chebyshev, density_symlog, symlog
 from hpc_hess.linalg.measure import Radau
 from hpc_hess.linalg.quadrature import Ritz, ritz
 from hpc_hess.studies.block_diagonal import layers_view as layers
 from hpc_hess.studies.block_diagonal.compute import known_top, stand_in
+from hpc_hess.studies.run_figures import write_figures
 from tests.support.report_case import lanczos, llm_like, make_result
 
 SEEDS = 6

@@ -13,12 +13,12 @@ from unittest import mock
 import h5py
 import numpy as np
 
-from hpc_hess.commands.run.page import rewrite_report
 from hpc_hess.commands.run.screen import inspect_run
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.parallel.world import World
 from hpc_hess.session.stopping import Stopper
+from hpc_hess.studies.run_page import rewrite_report
 from tests.support.toys import toy_directory
 from tests.support.trying import Ended, try_apart
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hpc_hess import api
-from hpc_hess.commands.run.page import write_report
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, make_config
 from hpc_hess.errors import ConfigError, StoreError
@@ -20,6 +19,7 @@ from hpc_hess.model.sources.source import resolve_source
 from hpc_hess.parallel.world import World
 from hpc_hess.storage.disk import give_back
 from hpc_hess.storage.reader import read_store
+from hpc_hess.studies.run_page import write_report
 from tests.support.runs import go, on_ranks
 from tests.support.spawn import run_ranks
 from tests.support.toys import ONLY

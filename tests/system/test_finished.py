@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_hess.commands.run import opening, work
+from hpc_hess.commands.run import work
 from hpc_hess.config import Config, make_config
 from hpc_hess.parallel.world import World
+from hpc_hess.studies import opening
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hpc_hess.commands.run import page
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, load_config
 from hpc_hess.errors import ConfigError
@@ -24,6 +23,7 @@ from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.session.stopping import Stopper
 from hpc_hess.storage.reader import read_store
+from hpc_hess.studies import run_page as page
 from hpc_hess.studies.quadrature import loop
 from tests.support.spawn import run_ranks
 
@@ -191,7 +191,7 @@ def go_with_little_memory(world: World, folder: Path) -> None:
     room = (4 + 1 + 2 * 5) * 26_784 * 8
     with (
         mock.patch.object(memory, "host_bytes_free", return_value=room),
-        mock.patch("hpc_hess.commands.run.opening.exact_product_bytes", return_value=0),
+        mock.patch("hpc_hess.studies.opening.exact_product_bytes", return_value=0),
     ):
         with pytest.raises(ConfigError, match=r"3 probes x 5 rows .* lanczos\.lock_step = 1 or .* would fit"):
             go(world, toy(folder / "explicit", "lanczos.lock_step=3"))

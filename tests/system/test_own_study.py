@@ -13,7 +13,6 @@ import pytest
 from pydantic import Field
 
 from hpc_hess.commands.config_page import commented_toml
-from hpc_hess.commands.run.page import write_report
 from hpc_hess.commands.run.work import run
 from hpc_hess.config import Config, StudySettings, make_config
 from hpc_hess.errors import ConfigError
@@ -22,6 +21,7 @@ from hpc_hess.parallel.world import World
 from hpc_hess.registry.studies import STUDIES, StudySpec
 from hpc_hess.storage.reader import read_store
 from hpc_hess.studies.base import Bench, Recipe
+from hpc_hess.studies.run_page import write_report
 
 
 class Settings(StudySettings):

@@ -17,7 +17,6 @@ from hpc_hess import cli
 from hpc_hess.commands.attribute import work as attribution
 from hpc_hess.commands.intrinsic_dimension.rule import DoublingRule
 from hpc_hess.commands.intrinsic_dimension.work import Search, intrinsic_dimension
-from hpc_hess.commands.run.page import write_report
 from hpc_hess.commands.run.work import run
 from hpc_hess.commands.sketch_check.work import Comparison, sketch_check
 from hpc_hess.config import Config, make_config
@@ -35,6 +34,7 @@ from hpc_hess.sketch.influence import fisher_preconditioned
 from hpc_hess.sketch.sketch import SketchedOperator
 from hpc_hess.storage import examples as stored
 from hpc_hess.storage.examples import Examples
+from hpc_hess.studies.run_page import write_report
 from tests.support.dense import matrix_of
 from tests.support.spawn import run_ranks
 from tests.support.toys import toy_directory

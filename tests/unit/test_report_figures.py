@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hpc_hess.commands.run.figures import write_figures
 from hpc_hess.linalg.density import symlog
 from hpc_hess.report.style import STYLE, decade_ticks, linear_threshold, new_figure, save_figure
+from hpc_hess.studies.run_figures import write_figures
 from tests.support.report_case import llm_like, make_events, make_result
 
 pytestmark = pytest.mark.filterwarnings("error")  # a figure that warns is drawn badly

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_hess.commands.run.figures import Plot
-from hpc_hess.commands.run.page import render, write_report
 from hpc_hess.console.words import count, duration, number, size, trace_text
 from hpc_hess.errors import ConfigError
 from hpc_hess.report.spectrum import story, warnings
 from hpc_hess.storage.run_files import read_run, step_events
+from hpc_hess.studies.run_figures import Plot
+from hpc_hess.studies.run_page import render, write_report
 from tests.support.report_case import llm_like, make_result, write_run
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -10,7 +10,7 @@ MOST = 7
 EXCEPTIONS = {
     "api/operators.py": {"hessian"},  # settings that people write by name in notebooks
     "api/sketches.py": {"gradient_sketches"},
-    "api/spectra.py": {"eigenpairs"},
+    "api/spectra.py": {"eigenpairs", "slq"},
     "curvature/exact/tangents.py": {"pull_again", "push_keeping"},  # a function, its point, its direction
     "model/blocks/attention.py": {"scaled_dot_product_attention"},  # torch's own
     "model/blocks/attention_chunks.py": {"pulls"},  # what stands in its formula

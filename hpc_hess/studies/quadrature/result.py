@@ -198,10 +198,12 @@ def _data(config: Config, problem: Problem) -> dict[str, Any]:
     samples, objective = problem.samples, problem.objective
     if not isinstance(objective, LabelObjective):
         return {"batches": len(samples), "weight": objective.total_weight, "fingerprint": samples.fingerprint}
+    if config.problem.build:
+        return {"tokens": objective.num_tokens, "batches": len(samples), "fingerprint": samples.fingerprint}
     return {
         f"{TASKS[config.model.task].predicts}s": objective.num_tokens,
         "sequences": len(samples),
-        "source": config.problem.build or config.data.source,
+        "source": config.data.source,
         "sequence_length": config.data.sequence_length,
         "fingerprint": samples.fingerprint,
         **({"commit": samples.commit} if samples.commit else {}),

@@ -57,13 +57,16 @@ def goes_on(session: Session) -> bool:
     return there and resume != "never"
 
 
-def begin(session: Session, inputs: Inputs, *, existing: bool) -> Begun:
-    """Load the model, check what is asked against it and against the directory, open the store. Collective: yes."""
+def begin(session: Session, inputs: Inputs | Problem, *, existing: bool) -> Begun:
+    """Load the model, check what is asked against it and against the directory, open the store. Collective: yes.
+
+    ``inputs`` : used up; or the problem itself, where a program has it.
+    """
     config, world, out, progress = session.config, session.world, session.out, session.progress
-    problem = load_problem(config, world, progress, inputs)
+    problem = inputs if isinstance(inputs, Problem) else load_problem(config, world, progress, inputs)
     check_studies(session, problem)
     attributes = _identity(config, problem)
-    found = _look(out, world, attributes) if existing else None
+    found = _look(out, world, attributes, in_program=config.problem.in_program) if existing else None
     if config.run.resume == "never":
         _put_aside(session)
     if found:
@@ -121,7 +124,7 @@ def _identity(config: Config, problem: Problem) -> dict[str, Any]:
     }
 
 
-def _look(out: Path, world: World, attributes: dict[str, Any]) -> _Existing:
+def _look(out: Path, world: World, attributes: dict[str, Any], *, in_program: bool) -> _Existing:
     """Read what the run directory holds and compare it with this run, before anything is rebuilt. Collective: yes."""
     found: Any = None
     with attempt(world, out / FILE, "open the store"):
@@ -131,7 +134,7 @@ def _look(out: Path, world: World, attributes: dict[str, Any]) -> _Existing:
             found = _Existing(header.attributes, header.schema, state)
     found = world.broadcast(found, "read the store's settings")
     with attempt(world, out / FILE, "read the store's settings"):
-        _compare(out, found.attributes, attributes)
+        _compare(out, found.attributes, attributes, in_program=in_program)
     return found
 
 
@@ -197,8 +200,8 @@ def _kept_basis_notes(config: Config, found: _Existing | None) -> list[str]:
     return notes
 
 
-def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    remedy = "choose another run.out, or go back to the settings in its config.toml"
+def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any], *, in_program: bool) -> None:
+    remedy = f"choose another {'out' if in_program else 'run.out'}, or go back to the settings in its config.toml"
     before, now = json.loads(found["config"]), json.loads(wanted["config"])
     defaults = Config().model_dump()
     for section, keys in now.items():

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from hpc_hess.config import Config
-from hpc_hess.session.problem import Inputs
+from hpc_hess.session.problem import Inputs, Problem
 from hpc_hess.session.session import Session
 from hpc_hess.storage.agree import attempt
 from hpc_hess.storage.commit import newest
@@ -23,7 +23,7 @@ def digest(config: Config, result: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps([asked, rest], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def finished_result(session: Session, inputs: Inputs) -> dict[str, Any] | None:
+def finished_result(session: Session, inputs: Inputs | Problem) -> dict[str, Any] | None:
     """Return the result that is there, if it answers all that is asked and no basis is left to free; {} beside rank 0.
 
     Collective: yes.

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpc_hess.commands.run.figures import Plot, write_figures
+from hpc_hess.config import IN_PROGRAM
 from hpc_hess.console.words import (
     ERROR_TERMS,
     NONE,
@@ -41,6 +41,7 @@ from hpc_hess.report.template import render_template
 from hpc_hess.storage.run_files import WRITE_ANEW, RunFiles, read_run, step_events, write_aside
 from hpc_hess.studies import views
 from hpc_hess.studies.quadrature import cumulative
+from hpc_hess.studies.run_figures import Plot, write_figures
 
 
 class Row(NamedTuple):
@@ -281,9 +282,24 @@ def _setting(value: Any) -> str:
 
 def _commands(run: RunFiles) -> list[str]:
     """Return the command that repeats the run into a new directory, as it was launched where that is known."""
+    if call := _call(run):
+        return [call]
     config = shlex.quote(str(run.path / "config.toml"))
     again = shlex.quote(f"run.out={run.path}-again")
     python = f"-m hpc_hess run {config} --set {again}"
     ranks = run.result.get("world_size") or 1
     command = f"python {python}" if ranks == 1 else f"torchrun --nproc-per-node {ranks} {python}"
     return [command]
+
+
+def _call(run: RunFiles) -> str:
+    """Return the call by which a program repeats its run, "" of runs that no program made."""
+    try:
+        config = tomllib.loads(run.config_text)
+        if config.get("problem", {}).get("build") != IN_PROGRAM:
+            return ""
+        asked = {key: config["lanczos"][key] for key in ("steps", "probes", "seed", "distribution", "reorthogonalise")}
+    except (tomllib.TOMLDecodeError, AttributeError, LookupError, TypeError):
+        return ""
+    arguments = [f"{key}={value!r}" for key, value in (asked | {"out": f"{run.path}-again"}).items()]
+    return f"{IN_PROGRAM}(operator, {', '.join(arguments)})"
