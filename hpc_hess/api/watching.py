@@ -78,7 +78,7 @@ def watched(operator: LinearOperator, what: str, total: int, progress: bool) -> 
     if watch.asked:
         found = "the result is that of these" if watch.stopped else "which were all it needed"
         text = f"{what} was interrupted after {watch.num_products} of at most {total} products: {found}"
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        warnings.warn(text, RuntimeWarning, stacklevel=5)  # of the caller: two contexts, and what @collective puts around
 
 
 @contextlib.contextmanager

@@ -247,4 +247,5 @@ def test_type_checkers_see_the_names_that_there_are() -> None:
     assert all(found[name] is getattr(hpc_hess, name) for name in hpc_hess.__all__)
     names = re.search(r"__all__ = \[(.*?)\]", (ROOT / "hpc_hess" / "api" / "__init__.py").read_text(), re.DOTALL)
     assert names is not None
-    assert re.findall(r'"(\w+)"', names[1]) == hpc_hess.__all__
+    apart = "HessianCallback"  # imports the Trainer, so it is no part of hpc_hess.api
+    assert re.findall(r'"(\w+)"', names[1]) == [name for name in hpc_hess.__all__ if name != apart]

@@ -40,6 +40,9 @@ class Interrupted:
                 signal.raise_signal(signal.SIGINT)
         return self._operator.matvec(v)
 
+    def taken(self, b: Any) -> tuple[Vector, bool, torch.dtype]:
+        return self.space.wrap(torch.as_tensor(b).clone()), False, torch.float64
+
 
 def operator(number: int = 0, times: int = 1) -> Any:
     return Interrupted(with_spectrum(torch.from_numpy(VALUES), torch.float64), number, times)
@@ -47,9 +50,9 @@ def operator(number: int = 0, times: int = 1) -> Any:
 
 @pytest.fixture(autouse=True)
 def _handler_is_put_back() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores the signal
     yield
-    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def stopped(what: str, call: Callable[[], Any]) -> Any:
