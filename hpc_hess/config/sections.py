@@ -145,7 +145,7 @@ class DataSection(Section):
 
 
 class ProblemSection(Section):
-    """A model, data and a loss of one's own, in the place of [model] and [data]. All further keys are settings of yours."""
+    """A model, batches and a loss of your own, in the place of [model] and [data]. Further keys are your settings."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
 
