@@ -63,3 +63,13 @@ class StoppedError(HpcHessError):
     """A computation stopped early, as a signal or a time limit asked; what it has committed is kept, to go on from."""
 
     exit_code = EXIT_STOPPED
+
+
+def first_line(error: BaseException, none: str = "") -> str:
+    """Return what a message shows of another program's error: its first line, else ``none``, or else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), none or type(error).__name__)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the type of another program's error and the first line of its message."""
+    return f"{type(error).__name__}, {first_line(error, 'no message')}"

@@ -227,8 +227,7 @@ class _Differences:
 
     def require_theta0(self) -> None:
         """Refuse a model that has been trained since. Collective: yes. Raises ConfigError."""
-        model, theta0 = self._operator.gradient.model, self._operator.theta0
-        same = model.holds_its_parameters() and torch.equal(model.read_parameters(), theta0)
+        same = self._operator.gradient.model.holds(self._operator.theta0)
         if not self.space.world.all_true(same, "whether the parameters are the same"):
             raise ConfigError("the model's parameters have changed since hessian() was called: call it again")
 

@@ -321,10 +321,10 @@ class Diagonal(_Pair):
         ]
 
     def _draw(self, axes: Axes) -> None:
-        from hpc_hess.studies import figures
+        from hpc_hess.studies.diagonal.view import draw_bars
 
         rows = zip(self.modules.tolist(), self.sums.tolist(), self.errors.tolist(), strict=True)
-        figures.draw_diagonal(axes, {name: {"sum": total, "variance": error**2} for name, total, error in rows})
+        draw_bars(axes, {name: {"sum": total, "variance": error**2} for name, total, error in rows})
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -29,7 +29,8 @@ def problem_of(parts: Parts, config: Config) -> Problem:
     model, objective = parts.model, parts.objective
     model.written()
     module = model.module
-    source = Source("problem", type(module).__name__, Path(), getattr(module, "config", None), None, fingerprint_of(module))
+    print_of = fingerprint_of(module, model.world)
+    source = Source("problem", type(module).__name__, Path(), getattr(module, "config", None), None, print_of)
     exact, intake = config.operator.method == "exact", Intake()
     intake.add(*parts.findings)
     return Problem(

@@ -9,7 +9,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hpc_hess.config import Config, ProblemSection
-from hpc_hess.errors import ConfigError, HpcHessError, ModelError
+from hpc_hess.errors import ConfigError, HpcHessError, ModelError, in_a_line
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.blocks.users import of_user, tried_once
@@ -42,15 +41,6 @@ class Built(NamedTuple):
     loss: LossFunction | None
 
 
-@dataclass(frozen=True)
-class OwnData:
-    """What a run tells of the user's batches: their number and their weights, of all ranks."""
-
-    count: int
-    weight: float
-    fingerprint: str
-
-
 def build(config: Config, world: World) -> tuple[Built, Source]:
     """Call the user's function; return what it gives, and what tells it from other problems. Collective: yes.
 
@@ -64,9 +54,9 @@ def build(config: Config, world: World) -> tuple[Built, Source]:
     with world.together("build the problem"):
         path, function = _function(section)
         built = _called(function, section, world)
-    source = Source(
-        "problem", section.build, path, getattr(built.model, "config", None), None, _fingerprint(built, path, config)
-    )
+    said = path.read_bytes() + json.dumps(section.settings, sort_keys=True).encode()
+    print_of = fingerprint_of(built.model, world, said)
+    source = Source("problem", section.build, path, getattr(built.model, "config", None), None, print_of)
     everyone = world.gather(str(source.fingerprint), "compare the problem of the ranks")
     with world.together("compare the problem of the ranks"):
         if other := next((rank for rank, text in enumerate(everyone) if text != everyone[0]), None):
@@ -124,22 +114,17 @@ def _called(function: Callable[..., Any], section: ProblemSection, world: World)
 
 def _last_line(error: Exception, path: Path) -> str:
     """Return an error's kind and message, and where in the user's file it arose."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    return f"{type(error).__name__}, {text}" + (f" (line {lines[-1]})" if lines else "")
+    return in_a_line(error) + (f" (line {lines[-1]})" if lines else "")
 
 
-def _fingerprint(built: Built, path: Path, config: Config) -> Fingerprint:
-    """Return what tells a problem from others: its file, its settings, and its weights (sampled). Collective: if sharded."""
-    return fingerprint_of(built.model, path.read_bytes() + json.dumps(config.problem.settings, sort_keys=True).encode())
-
-
-def fingerprint_of(module: nn.Module, beside: bytes = b"") -> Fingerprint:
+def fingerprint_of(module: nn.Module, world: World, beside: bytes = b"") -> Fingerprint:
     """Return what tells a module from others: its weights and buffers (sampled), and ``beside``. Collective: if sharded."""
     digest = hashlib.sha256(beside)
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()], key=lambda named: named[0]):
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
+        with world.guard("sample the weights"):
+            whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
         part = whole[:: max(1, whole.numel() // _SAMPLED)].cpu().contiguous()
         digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
         digest.update(part.view(torch.uint8).numpy().tobytes())

@@ -22,7 +22,11 @@ class EventLog:
 
     def __init__(self, run_dir: Path, world: World) -> None:
         self._path, self._world = run_dir / EVENTS_NAME, world
-        self.followed_by: Callable[[list[dict[str, Any]]], None] | None = None  # on rank 0, gets what was written
+        self._follower: Callable[[list[dict[str, Any]]], None] | None = None
+
+    def follow(self, follower: Callable[[list[dict[str, Any]]], None]) -> None:
+        """Hand what is written from here on to ``follower``, too. Collective: no."""
+        self._follower = follower
 
     def write(self, *events: dict[str, Any]) -> None:
         """Append events, a dictionary with the key "event" each, with the wall-clock time. Collective: yes.
@@ -37,8 +41,8 @@ class EventLog:
         with attempt(self._world, self._path, "write an event"):
             if self._world.rank == 0:
                 append_lines(self._path, [json.dumps(event) for event in written])
-        if self.followed_by is not None:
-            self.followed_by(written)
+        if self._follower is not None:
+            self._follower(written)
 
 
 def append_lines(path: Path, lines: list[str]) -> None:

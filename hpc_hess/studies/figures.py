@@ -17,7 +17,6 @@ from hpc_hess.linalg.density import density_symlog, symlog
 from hpc_hess.linalg.quadrature import Ritz
 from hpc_hess.report.densities import draw_density, smoothing_width
 from hpc_hess.report.style import CYCLE, INK, MUTED, NEGATIVE, POSITIVE, STYLE, linear_threshold, new_figure, set_symlog
-from hpc_hess.studies.diagonal.view import draw_bars
 from hpc_hess.studies.eigenpairs.view import draw_heat
 
 Draw = Callable[[Axes], None]
@@ -70,11 +69,6 @@ def draw_pairs(axes: Axes, values: Sequence[float], groups: Sequence[Mapping[str
     figure = axes.get_figure()
     if figure is not None:
         figure.colorbar(image, ax=axes, label="share of the vector", aspect=30)
-
-
-def draw_diagonal(axes: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw what each block or module adds to the trace."""
-    draw_bars(axes, groups)
 
 
 def draw_residuals(axes: Axes, residuals: NDArray[np.float64], tolerance: float) -> None:

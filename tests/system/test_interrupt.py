@@ -18,7 +18,9 @@ from tests.support.spawn import clean_environment
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background would ignore
 import torch
 import hpc_hess
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from hpc_hess.commands.run.trackers import TRACKERS, Point, Tracker, Watched, flat
 from hpc_hess.config import Config
-from hpc_hess.errors import ConfigError
+from hpc_hess.errors import ConfigError, first_line
 from hpc_hess.parallel.world import World
 from hpc_hess.session.session import Session
 from hpc_hess.storage.events import read_events
@@ -57,8 +57,7 @@ class _Sender(threading.Thread):
             while (job := self._jobs.get()) is not None:
                 job(tracker)
         except BaseException as error:  # of somebody else's program: SystemExit too
-            told = next(iter(str(error).splitlines()), "") or type(error).__name__
-            self.said.put(f"{self.tracker_name} is sent nothing more of this run, which goes on: {told}")
+            self.said.put(f"{self.tracker_name} is sent nothing more of this run, which goes on: {first_line(error)}")
 
     def put(self, job: Callable[[Tracker], None] | None) -> None:
         """Do this next; None ends the thread."""
@@ -69,14 +68,17 @@ class Tracking:
     """The trackers of a run, on rank 0; elsewhere, and where none is asked for, all methods do nothing. Local."""
 
     def __init__(self, session: Session) -> None:
-        """Open the trackers and send what the run directory holds."""
         self._session, self._senders = session, list[_Sender]()
         self._points: dict[tuple[str, int], None] = {}  # those that were sent
+
+    def begin(self) -> None:
+        """Open the trackers, send what the run directory holds, and then each event."""
+        session = self._session
         if session.world.rank == 0 and session.config.run.track:
             run = Watched(session.out, read_header(session.out / FILE).schema.run_id, session.config.model_dump())
             self._senders = [_Sender(name, run) for name in dict.fromkeys(session.config.run.track)]
             self._take(read_events(session.out))
-            session.events.followed_by = self._take
+            session.events.follow(self._take)
             session.held.callback(self.close)
 
     def _take(self, events: list[dict[str, Any]]) -> None:

@@ -33,19 +33,13 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
     with opened(config, world, Path(config.run.out), total, stopper=stopper) as session:
         existing = goes_on(session)
         limits = [] if existing else _limits(config, world)
-        tracking = list[Tracking]()
-        made = make(
-            session,
-            read_inputs(config, world),
-            existing=existing,
-            limits=limits,
-            begun=lambda: tracking.append(Tracking(session)),
-        )
+        tracking = Tracking(session)
+        made = make(session, read_inputs(config, world), existing=existing, limits=limits, begun=tracking.begin)
         if not made.stopped:
             if world.rank == 0:
                 session.progress.close()
                 print_summary(made.result, session.out, made.report)
-                tracking[0].finish(made.result)
+                tracking.finish(made.result)
             world.barrier("finish")
             return 0
     world.barrier("stop")  # a launcher may end the others as soon as one rank leaves

@@ -23,8 +23,9 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hpc_hess.curvature.exact.ports import Mapped, Single, Together
-from hpc_hess.curvature.exact.self_check import disagreement, first_line
+from hpc_hess.curvature.exact.self_check import disagreement
 from hpc_hess.curvature.exact.stages import Stage, Tree, Work
+from hpc_hess.errors import first_line
 from hpc_hess.parallel import devices
 
 Kernels = Callable[[], AbstractContextManager[Any]]
@@ -296,7 +297,9 @@ def compile_graph(graph: fx.GraphModule, tensors: list[torch.Tensor], path: Path
     with torch._C.DisableTorchFunction(), torch.no_grad():
         program = torch._inductor.standalone_compile(graph, list(tensors), dynamic_shapes="from_example_inputs")
         if path is not None:
-            program.save(path=str(path), format="binary")
+            unfinished = path.with_suffix(".part")  # one process at a time is here
+            program.save(path=str(unfinished), format="binary")
+            unfinished.replace(path)
     return program
 
 

@@ -11,7 +11,7 @@ import torch
 
 from hpc_hess.curvature.exact.projections import Projections
 from hpc_hess.curvature.exact.tangents import Several, Stage, Tensors, Way, pull_again, push
-from hpc_hess.errors import ModelError
+from hpc_hess.errors import ModelError, first_line
 from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.sharded.loss import MicroBatch
 
@@ -126,8 +126,3 @@ def widened(leaf: Any) -> Any:
     """Return half-precision tensors in fp32: bf16 would hide an error in rounding."""
     low = isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
     return leaf.float() if low else leaf
-
-
-def first_line(error: BaseException) -> str:
-    """Return what a message shows of an error."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,10 +16,10 @@ from torch import nn
 
 from hpc_hess.curvature.exact.cross_entropy import HESSIAN, Start, starting_cotangents
 from hpc_hess.curvature.exact.exact import StreamedOperator, move_buffers
-from hpc_hess.curvature.exact.self_check import disagreement, first_line, widened
+from hpc_hess.curvature.exact.self_check import disagreement, widened
 from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.curvature.exact.tangents import Several, Stage, Tensors, Way, pull_again, push, push_keeping
-from hpc_hess.errors import ModelError, NumericsError, SplitError
+from hpc_hess.errors import ModelError, NumericsError, SplitError, first_line
 from hpc_hess.model.blocks.blocks import require_eval
 from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.model.blocks.splice import (

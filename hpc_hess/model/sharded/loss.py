@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hpc_hess.errors import DataError, ModelError
+from hpc_hess.errors import DataError, ModelError, in_a_line
 from hpc_hess.intake import given
 from hpc_hess.intake.batches import drawn
 from hpc_hess.intake.findings import Finding
@@ -241,8 +241,7 @@ def in_words(what: str) -> Iterator[None]:
     except _RAW as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise DataError(f"{what}: {type(error).__name__}, {text}") from error
+        raise DataError(f"{what}: {in_a_line(error)}") from error
 
 
 def evened(found: list[Any], world: World) -> list[Any]:

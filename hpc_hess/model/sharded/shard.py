@@ -59,10 +59,11 @@ class ShardedModel:
         """
         return [local_part(p.detach()) for p in self._parameters]
 
-    def holds_its_parameters(self) -> bool:
-        """Whether the module still has the parameters that it had: the same objects, on this rank. Collective: no."""
+    def holds(self, flat: torch.Tensor) -> bool:
+        """Whether the module still has the parameters that it had, with the values ``flat``, here. Collective: no."""
         named = dict(self.module.named_parameters())
-        return all(named.get(x.parameter.name) is p for x, p in zip(self.shard.pieces, self._parameters, strict=True))
+        same = all(named.get(x.parameter.name) is p for x, p in zip(self.shard.pieces, self._parameters, strict=True))
+        return same and all(map(torch.equal, self.local_parameters, self.pieces_of(flat)))
 
     def pieces_of(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield views of a flat local vector, one per selected parameter, in the local parameters' shapes."""
