@@ -30,7 +30,7 @@ from hpc_hess.curvature.exact.gauss_newton import GaussNewton
 from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.parallel.basis import Basis
-from hpc_hess.parallel.memory import gigabytes, release_memory
+from hpc_hess.parallel.memory import gigabytes, release_memory, reusing_freed_pages
 from hpc_hess.parallel.vector import Vector
 from hpc_hess.parallel.world import World
 from hpc_hess.session.problem import Problem, load_problem
@@ -110,13 +110,6 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def touch_memory(problem: Problem) -> None:
-    """Write to free memory of two vectors: the host of a virtual machine takes back what lay idle, and needs seconds."""
-    if DEVICE == "cpu":
-        for fresh in [problem.model.space.empty() for _ in range(2)]:
-            fresh.data.zero_()
-
-
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     settle()
     began = time.perf_counter()
@@ -154,7 +147,6 @@ class Products:
         for waiting, reference in zip(self.vectors, self.references, strict=True):
             v = space.wrap(waiting.to(space.device))
             near = self.gradient()
-            touch_memory(self.problem)
             if DEVICE == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             try:
@@ -285,8 +277,12 @@ def main(
         "TF32": "off",
         "attention": "sdpa for gradients, closed forms for exact products",
         "exact products": "compiled",
+        "freed memory": "kept for what is measured next",
     }
-    with subject(model) as (title, config), tempfile.TemporaryDirectory() as programs:
+    if only:
+        table.name += f"_{only.split()[0]}"
+    # the host of a virtual machine takes idle pages back, and a fresh vector would wait seconds for them
+    with reusing_freed_pages(), subject(model) as (title, config), tempfile.TemporaryDirectory() as programs:
         table.title = f"Hessian products on {title}"
         config["data"]["micro_batch"] = micro_batch
         measure(table, config, power_steps, only, fast_bfloat16=model != "smollm2", programs=Path(programs))

@@ -592,6 +592,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures-wrong": lambda: architectures("no"),
     "architectures-none": lambda: architectures(""),
     "kernels": lambda: table(rows("compiled_kernels")),
+    "long-sequences": lambda: table(rows("long_sequences")),
+    "four-probes": lambda: table(rows("four_probes")),
     "products-1b": lambda: chosen("products_llama_1b", _PRODUCT),
     "products-05b": lambda: chosen("products_llama_05b", _PRODUCT),
     "peers": lambda: chosen("peers", _PEER),
