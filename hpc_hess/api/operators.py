@@ -25,7 +25,7 @@ from hpc_hess.intake import given
 from hpc_hess.intake.batches import drawn, kept
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.linalg.operator import LinearOperator, products
-from hpc_hess.model.blocks.users import of_user, plain_suffices, require_equal_replicas, tried_once
+from hpc_hess.model.blocks.users import of_user, plain_suffices, require_causal, require_equal_replicas, tried_once
 from hpc_hess.model.sharded.borrowed import without_hooks
 from hpc_hess.model.sharded.gradient import Gradient
 from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
@@ -260,8 +260,8 @@ def hessian(
     group : the torch process group whose ranks hold replicas of a plain module, and batches of their own. Without it a
         plain module is this process's alone.
     loss : ``loss(model, batch)`` returns a scalar (batches count equally) or a pair (sum, weight) for a weighted mean.
-        The default is the token-weighted cross-entropy of a causal LM on dictionaries with ``input_ids``, or on the ids
-        alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
+        The default is the token-weighted cross-entropy of a causal LM (encoders are refused) on dictionaries with
+        ``input_ids``, or on the ids alone; whatever else the model's forward takes (``position_ids``) is handed on to it.
     method, scheme, step : as in the configuration's [operator]. "exact" streams a causal LM with its default loss block by
         block, and takes any other model or loss as a whole: its ``loss`` must be twice differentiable.
     compile : whether the blocks of exact products are compiled: "auto" once as many products as there were would repay it.
@@ -302,7 +302,7 @@ def hessian(
         else:
             objective = CallableObjective(drawn_batches, loss, module, world)
         tried, rounded = tried_once(sharded, objective)
-        intake += tried
+        intake += [*tried, *require_causal(sharded, objective)]
         if method == "finite_difference":
             if rounded:
                 raise ConfigError(given.ROUNDED)

@@ -12,7 +12,7 @@ from torch import nn
 from hpc_hess.api.operators import Operator, collective
 from hpc_hess.errors import NumericsError
 from hpc_hess.intake import given
-from hpc_hess.model.blocks.users import of_user
+from hpc_hess.model.blocks.users import of_user, require_causal
 from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.precision import whole_rows
@@ -77,6 +77,7 @@ def gradient_sketches(
             if loss is not None
             else own_objective(batches, module, of.space.device, world)[0]
         )
+        require_causal(of, objective)
         for index in range(objective.num_micro_batches):
             for row in _rows(of, objective, index, sketch):
                 if index < objective.num_own:

@@ -17,7 +17,7 @@ from hpc_hess.parallel.world import World
 Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids (1, L), mask (1, L)) -> (L, V); collective
 
 _TOKENS = 64  # of a row that the first checks take: a model that sees ahead does so in a short row too
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest logit
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of the largest logit
 _CAUSAL: dict[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni", "use_bidirectional_attention": None}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,9 +47,9 @@ def causal_switches(config: Any) -> dict[str, Any]:
     return {key: on for key, on in _CAUSAL.items() if differs(getattr(config, key, on), on)}
 
 
-def causal_remedy(config: Any) -> str:
+def causal_remedy(config: Any, other: str = 'set model.task = "masked-lm"') -> str:
     """Return what to do with a model whose tokens see later ones: its configuration may have a switch for that."""
-    other = 'take a causal model, or set model.task = "masked-lm"'
+    other = f"take a causal model, or {other}"
     for key, on in causal_switches(config).items():
         return f'set "{key}": {json.dumps(on)} in config.json, {other}'
     return other

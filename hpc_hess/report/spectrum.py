@@ -112,7 +112,11 @@ def story(result: Mapping[str, Any]) -> str:
         return "No Ritz values are stored in this run."
     scale = max(abs(low), abs(high))
     if scale == 0:
-        return "Every Ritz value is zero: the curvature vanishes on this data."
+        probes = len(quadratures(result))
+        along = "the random vector" if probes == 1 else f"each of the {probes} random vectors"
+        return (
+            f"Every Ritz value is zero: the product with {along} of this run vanishes; a larger lanczos.probes tells more."
+        )
     tiny = 1e-6 * scale
     if low >= -tiny:
         head = f"No negative curvature was found; the largest eigenvalue is {number(high)}"

@@ -20,7 +20,7 @@ from hpc_hess.config import Config, ProblemSection
 from hpc_hess.errors import ConfigError, HpcHessError, ModelError, in_a_line
 from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
-from hpc_hess.model.blocks.users import of_user, tried_once
+from hpc_hess.model.blocks.users import of_user, require_causal, tried_once
 from hpc_hess.model.sharded.borrowed import take_over, without_hooks
 from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.placed import Placed, placed
@@ -193,6 +193,7 @@ def objective_of(
         else:
             objective = CallableObjective(built.batches, built.loss, model.module, model.world)
         tried, rounded = tried_once(model, objective)
+        notes += require_causal(model, objective)
     if rounded and config.operator.method == "finite_difference":
         raise ConfigError(given.ROUNDED)
     return objective, [*notes, *tried]

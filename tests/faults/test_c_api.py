@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import hpc_hess
-from hpc_hess.errors import ConfigError, DataError, HpcHessError, NumericsError
-from tests.support.base_model import HIGHEST_B, fill_b, ids_b, model_b
+from hpc_hess.errors import ConfigError, DataError, HpcHessError, ModelError, NumericsError
+from tests.support.base_model import HIGHEST_B, encoder, fill_b, ids_b, model_b
 
 METHODS = ["finite_difference", "exact"]
 
@@ -251,6 +251,31 @@ def test_a_weight_that_depends_on_the_parameters_is_refused() -> None:
 def test_a_model_output_is_not_a_loss() -> None:
     with pytest.raises(DataError, match="CausalLMOutputWithPast: return its loss"):
         hpc_hess.hessian(model_b(), [{"input_ids": IDS, "labels": IDS}], lambda m, b: m(**b))
+
+
+def test_a_model_that_sees_its_targets_is_refused_and_left_as_it_was() -> None:
+    batch = {"input_ids": torch.arange(3, 11)[None].repeat(2, 1)}
+    model = encoder()
+    before, state = {k: t.clone() for k, t in model.state_dict().items()}, torch.get_rng_state()
+    for call in (hpc_hess.hessian, hpc_hess.gradient_sketches):
+        with pytest.raises(ModelError, match='^BertLMHeadModel is not a causal .* set "is_decoder": true in config.json'):
+            call(model, [batch])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    own = hpc_hess.hessian(model, [batch], lambda m, b: cross_entropy(m(**b).logits.flatten(0, 1), b["input_ids"].flatten()))
+    assert np.isfinite(own @ np.ones(own.shape[0])).all()
+    assert hpc_hess.hessian(encoder(is_decoder=True), [batch]).notes == []
+
+
+def test_whether_tokens_see_later_ones_is_not_tried_on_rows_of_one_token() -> None:
+    model, (words, ids) = encoder(), (torch.zeros(1, 8, dtype=torch.int64), torch.arange(3, 11)[None])
+    with pytest.raises(ModelError, match="is not a causal"):
+        hpc_hess.hessian(model, [{"input_ids": ids, "token_type_ids": words}])
+    one = {"input_ids": ids, "attention_mask": (ids == 3).long()}
+    operator = hpc_hess.hessian(model, [one, {"input_ids": ids}])
+    assert any("was not tried" in note for note in operator.notes)
 
 
 @pytest.mark.parametrize(

@@ -15,42 +15,9 @@ from transformers import PreTrainedModel
 
 import hpc_hess
 from hpc_hess.parallel.world import World
-from tests.support.in_training import CASES, case, dealt, fully_sharded, spread
+from tests.support.in_training import CASES, STEP, Answers, answers, case, dealt, fully_sharded, on_ranks, product, spread
 from tests.support.spawn import run_ranks
 from tests.support.toys import toy_model, toy_tokens
-
-STEP = 1e-3  # the same on all ranks, so that numbers differ by rounding alone
-Answers = dict[str, np.ndarray]
-
-
-def answers(operator: Any) -> Answers:
-    """Return one number or vector of each call, whole. Collective."""
-    v = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)
-    spectrum = hpc_hess.slq(operator, steps=6, probes=2, seed=3)
-    pairs = hpc_hess.eigenpairs(operator, 1, tolerance=1e-6, copies=False)
-    small = hpc_hess.slq(hpc_hess.sketched(operator, 16), steps=4)
-    found = {
-        "product": (operator @ v).numpy(),
-        "part": operator.whole(operator @ operator.part(v)).numpy(),
-        "numpy": operator @ v.numpy(),
-        "alphas": np.concatenate(spectrum.alphas),
-        "betas": np.concatenate(spectrum.betas),
-        "sketched": np.concatenate(small.alphas),
-        "eigenvalues": pairs.values,
-        "eigenvector": np.abs(operator.whole(pairs.vectors[-1])),
-        "trace": np.array(hpc_hess.trace(operator, products=12).mean),
-        "diagonal": operator.whole(hpc_hess.diagonal(operator, products=12).values),
-        "solution": hpc_hess.solve(operator, v, damping=1.0, products=8).x,
-    }
-    if "head.bias" in {p.name for p in operator.layout.parameters}:
-        found["block"] = hpc_hess.sub_block(operator, ["head.bias"])
-    return found
-
-
-def product(operator: Any) -> Answers:
-    """Return a product, of a vector whole and in parts. Collective."""
-    v = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)
-    return {"numpy": operator @ v.numpy(), "part": operator.whole(operator @ operator.part(v)).numpy()}
 
 
 @functools.cache
@@ -66,20 +33,10 @@ def compare(found: Answers, right: Answers, tolerance: float = 1e-8) -> None:
         assert np.abs(found[name] - value).max() <= tolerance * max(1.0, np.abs(value).max()), name
 
 
-def _cases(world: World, asked: list[tuple[str, str, Any]], ask: Callable[[Any], Answers]) -> list[Answers]:
-    found = []
-    for name, how, method in asked:
-        model, loss, batches = case(name)
-        model, of = spread(model, how, world.size)
-        mine = dealt(batches, world.rank, world.size)
-        found.append(ask(hpc_hess.hessian(model, mine, loss, method=method, step=STEP, **of)))
-    return found
-
-
 def _equal_to_one_process(
     ranks: int, asked: list[tuple[str, str, Any]], ask: Callable[[Any], Answers], tolerance: float = 1e-8
 ) -> None:
-    for of_a_rank in run_ranks(_cases, ranks, asked, ask):
+    for of_a_rank in run_ranks(on_ranks, ranks, asked, ask):
         for (name, _, method), found in zip(asked, of_a_rank, strict=True):
             compare(found, alone(name, ask, method), tolerance)
 
@@ -173,8 +130,8 @@ def test_default_loss(how: str, options: dict[str, Any]) -> None:
     model, batches = _language_model()
     operator = hpc_hess.hessian(model, batches, **options)
     right = (operator @ torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)).numpy()
-    for product, notes in run_ranks(_of_a_language_model, 2, how, options):
-        assert np.abs(product - right).max() < 1e-8 * np.abs(right).max()
+    for found, notes in run_ranks(_of_a_language_model, 2, how, options):
+        assert np.abs(found - right).max() < 1e-8 * np.abs(right).max()
         assert not any("as a whole" in note for note in notes)
 
 

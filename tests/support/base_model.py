@@ -149,3 +149,13 @@ def extremes(model: nn.Module, ids: torch.Tensor | None = None) -> tuple[float, 
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)
     return float(loss.detach()), np.sort(eigsh(operator, 2, which="BE", tol=1e-6, v0=start, return_eigenvectors=False))
+
+
+def encoder(**changes: Any) -> Any:
+    """Return a tiny BERT with a head of a language model, float64, whose tokens see their targets; in training mode."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, **changes)
+    config._attn_implementation = "eager"
+    return fill_b(BertLMHeadModel(config), spread=0.1).double().train()

@@ -6,16 +6,22 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
+import hpc_hess
+from hpc_hess.parallel.world import World
+
 WORDS = 11
 Loss = Callable[[nn.Module, Any], Any]
+STEP = 1e-3  # the same on all ranks, so that numbers differ by rounding alone
+Answers = dict[str, np.ndarray]
 
 
 class Net(nn.Module):
@@ -147,6 +153,12 @@ def fully_sharded(model: Net, mesh: Any, *, columns: bool = False, **options: An
     return model
 
 
+def hybrid(how: str) -> DeviceMesh:
+    """Return the mesh of "hsdp 2x3": two replicas of three shards."""
+    shape = tuple(int(n) for n in how.removeprefix("hsdp ").split("x"))
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+
+
 def spread(model: Net, how: str, size: int) -> tuple[nn.Module, dict[str, Any]]:
     """Return a copy of the model as programs spread it, and what hessian() is told of it."""
     model = copy.deepcopy(model)
@@ -155,8 +167,7 @@ def spread(model: Net, how: str, size: int) -> tuple[nn.Module, dict[str, Any]]:
     if how == "group":
         return model, {"group": torch.distributed.group.WORLD}
     if how.startswith("hsdp"):
-        shape = tuple(int(n) for n in how.removeprefix("hsdp ").split("x"))
-        return fully_sharded(model, init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))), {}
+        return fully_sharded(model, hybrid(how)), {}
     return fully_sharded(model, init_device_mesh("cpu", (size,)), columns=how == "fsdp columns"), {}
 
 
@@ -166,4 +177,45 @@ def whole_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, p in model.named_parameters():
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
         found[name.removeprefix("module.")] = whole.detach().clone()
+    return found
+
+
+def answers(operator: Any) -> Answers:
+    """Return one number or vector of each call, whole. Collective: yes."""
+    v = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)
+    spectrum = hpc_hess.slq(operator, steps=6, probes=2, seed=3)
+    pairs = hpc_hess.eigenpairs(operator, 1, tolerance=1e-6, copies=False)
+    small = hpc_hess.slq(hpc_hess.sketched(operator, 16), steps=4)
+    found = {
+        "product": (operator @ v).numpy(),
+        "part": operator.whole(operator @ operator.part(v)).numpy(),
+        "numpy": operator @ v.numpy(),
+        "alphas": np.concatenate(spectrum.alphas),
+        "betas": np.concatenate(spectrum.betas),
+        "sketched": np.concatenate(small.alphas),
+        "eigenvalues": pairs.values,
+        "eigenvector": np.abs(operator.whole(pairs.vectors[-1])),
+        "trace": np.array(hpc_hess.trace(operator, products=12).mean),
+        "diagonal": operator.whole(hpc_hess.diagonal(operator, products=12).values),
+        "solution": hpc_hess.solve(operator, v, damping=1.0, products=8).x,
+    }
+    if "head.bias" in {p.name for p in operator.layout.parameters}:
+        found["block"] = hpc_hess.sub_block(operator, ["head.bias"])
+    return found
+
+
+def product(operator: Any) -> Answers:
+    """Return a product, of a vector whole and in parts. Collective: yes."""
+    v = torch.linspace(-1, 1, operator.shape[0], dtype=torch.float64)
+    return {"numpy": operator @ v.numpy(), "part": operator.whole(operator @ operator.part(v)).numpy()}
+
+
+def on_ranks(world: World, asked: list[tuple[str, str, Any]], ask: Callable[[Any], Answers]) -> list[Answers]:
+    """Return what is asked of each (case, distribution, method), batches dealt over these ranks. Collective: yes."""
+    found = []
+    for name, how, method in asked:
+        model, loss, batches = case(name)
+        model, of = spread(model, how, world.size)
+        mine = dealt(batches, world.rank, world.size)
+        found.append(ask(hpc_hess.hessian(model, mine, loss, method=method, step=STEP, **of)))
     return found

@@ -10,12 +10,14 @@ from torch import nn
 
 from hpc_hess.errors import DataError, ModelError, NumericsError
 from hpc_hess.intake import given
-from hpc_hess.intake.findings import Finding, noted
+from hpc_hess.intake.findings import Finding, noted, unchecked
+from hpc_hess.intake.forward import beginning, causal_remedy, check_causal
 from hpc_hess.model.blocks.splice import plain_forward, replaced_forwards
 from hpc_hess.model.sharded.borrowed import gathered_as, narrow
-from hpc_hess.model.sharded.loss import Objective, in_words
+from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, Objective, in_words
 from hpc_hess.model.sharded.placed import Placed
 from hpc_hess.model.sharded.shard import ShardedModel, select, whole_model
+from hpc_hess.model.sharded.skeleton import text_config
 from hpc_hess.model.sharded.undisturbed import uninterrupted
 from hpc_hess.parallel.vector import VectorSpace
 
@@ -101,6 +103,41 @@ def tried_once(model: ShardedModel, objective: Objective) -> tuple[list[Finding]
             "the loss was cut off from the parameters (detach, item, no_grad, numpy): return the tensor computed from them"
         )
     return [noted("model.reached", "the loss of batch 0 does not depend on any of the parameters")], half
+
+
+def require_causal(model: ShardedModel, objective: Objective) -> list[Finding]:
+    """Refuse the loss of a causal LM where tokens see their targets, by the beginning of a row. Collective: yes.
+
+    Returns what is to be noted: it cannot be tried where the forward takes more than numbers of each token, or a rank's
+    first batch has rows of one token.
+
+    Raises
+    ------
+    ModelError : the logits depend on a later token. On every rank.
+
+    """
+    if not isinstance(objective, CausalLMObjective):
+        return []
+    module, world, batch = model.module, model.world, objective.micro_batches[0]
+    row = int(batch.attention_mask.sum(1).argmax())
+    kept = batch.attention_mask[row].nonzero()[:, 0]
+    ids = beginning(batch.input_ids[row][kept])
+    kept = kept[: ids.shape[1]]
+    plain = all(isinstance(v, torch.Tensor) and v.shape == batch.input_ids.shape for v in batch.others.values())
+    if not world.all_true(plain and ids.shape[1] > 1, "causal"):
+        return [unchecked("model.causal", "whether tokens see later ones was not tried: it takes a row of tokens alone")]
+    others = {name: value[row : row + 1, kept] for name, value in batch.others.items()}
+
+    def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        own = CausalLMObjective([MicroBatch([0], ids, mask, ids, others, batch.masked)], 1, model.space.device)
+        with model.measuring(), world.guard("causal"):
+            return own.outputs(module, 0)[0].flatten(0, -2)
+
+    dtype = next(module.parameters()).dtype
+    remedy = causal_remedy(text_config(getattr(module, "config", None)), "give hessian() a loss of your own")
+    name = type(module).__name__.removeprefix("FSDP")
+    found = check_causal(logits, ids, logits(ids, torch.ones_like(ids)), dtype, world, name, remedy)
+    return [] if found.verdict == "passed" else [found]
 
 
 def plain_suffices(model: ShardedModel, objective: Objective) -> bool:
