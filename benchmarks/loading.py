@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from benchmarks.frame import Table, benchmark
@@ -231,6 +231,42 @@ def _safetensors_alone(folder: str) -> float:
     return total / seconds
 
 
+def theirs(kind: str, path: str, rounds: int) -> dict[str, float]:
+    """Dequantise the matrices of one layer by transformers' own code; return bytes of float32 values a second."""
+    if kind.startswith("GGUF"):
+        from gguf import GGUFReader, dequantize
+
+        held = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith("blk.0.ffn_")]
+        made = [
+            lambda tensor=tensor: dequantize(tensor.data, tensor.tensor_type) for tensor in held if len(tensor.shape) > 1
+        ]
+    else:
+        from transformers.integrations import finegrained_fp8, mxfp4
+
+        tensors = load_file(Path(path) / "model-00001.safetensors")
+        single = torch.float32
+        made = [
+            lambda key=key: mxfp4.convert_moe_packed_tensors(
+                tensors[key], tensors[key.replace("_blocks", "_scales")], dtype=single
+            )
+            for key in tensors
+            if key.endswith("down_proj_blocks")
+        ]
+        fp8 = finegrained_fp8.Fp8Dequantize(None)
+        made += [
+            lambda key=key: fp8._dequantize_one(tensors[key], tensors[f"{key}_scale_inv"], single)
+            for key in tensors
+            if f"{key}_scale_inv" in tensors
+        ]
+    best = math.inf
+    for _ in range(rounds):
+        began, total = time.process_time(), 0
+        for make in made:
+            total += make().nbytes
+        best = min(best, time.process_time() - began)
+    return {"rate": total / best}
+
+
 @benchmark(
     "Loading released formats",
     asked={"memory over the shard, MB: *": "<= 300", "rate against safetensors: *": ">= 0.5"},
@@ -252,6 +288,9 @@ def main(
                 path = plain if kind == "float32" else _save(kind, Path(folder), gigabytes * 1e9)
                 files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
                 size = sum(file.stat().st_size for file in files)
+                if kind != "float32":
+                    rate = apart(theirs, kind, str(path), rounds, ranks=1, threads=1)[0]["rate"]
+                    table.measured(f"GB of values a second, transformers' own code: {kind}, 1 rank", rate / 1e9)
                 for count in ranks:
                     found = apart(load, str(path), str(plain), rounds, ranks=count, threads=1)
                     case = f"{kind}, {count} rank{'s' * (count > 1)}"

@@ -448,6 +448,15 @@ def causal_lms() -> str:
     )
 
 
+def loading() -> str:
+    def parts(row: Row) -> tuple[str, str]:
+        what, case = row["what"].split(": ")
+        return f"{what} (asked: {row['asked']})" if row.get("asked") else what, case
+
+    found = [{"case": parts(row)[1], "what": parts(row)[0], "measured": row["measured"]} for row in rows("loading")]
+    return pivot(found, {"case": "file and ranks"}, lambda row: (row["what"], row["measured"]))
+
+
 def architectures(agree: str) -> str:
     numbers = ("attention", "product", "exact", "differences", "2 ranks", "compiled")
     columns = ("type", *numbers, "why") if agree == "yes" else ("type", "class", "why")
@@ -588,6 +597,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ]
     ),
     "causal-lms": causal_lms,
+    "loading": loading,
     "architectures-right": lambda: architectures("yes"),
     "architectures-wrong": lambda: architectures("no"),
     "architectures-none": lambda: architectures(""),

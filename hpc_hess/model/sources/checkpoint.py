@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hpc_hess.intake.tensors import (
     wrong_type,
 )
 from hpc_hess.model.sources.conversion import Mapped, model_tensors
-from hpc_hess.model.sources.lazy import Computed, Lazy
+from hpc_hess.model.sources.lazy import Computed, Lazy, copy, slab
 from hpc_hess.model.sources.quantised import Mxfp4, Scaled, dequantised
 from hpc_hess.model.sources.source import Source
 from hpc_hess.model.sources.stored import SafetensorsFiles, Stored
@@ -87,12 +88,21 @@ class SafetensorsReader:
 
         """
         tensor = self._tensors[name]
-        box = [(0, n) for n in tensor.shape]
-        if box:
-            box[dim] = (low, high)
+        with self._reading(name):
+            found = tensor.read(slab(tensor.shape, dim, low, high))
+            return found if found.ndim else found.reshape(1)  # a scalar, held as a vector: see model.sources.scalars
+
+    def copy(self, name: str, dim: int, low: int, place: torch.Tensor) -> None:
+        """Copy the entries from ``low`` on along ``dim`` that ``place`` has room for. Raises ModelError. Collective: no."""
+        tensor = self._tensors[name]
+        with self._reading(name):
+            where = place if tensor.shape else place.reshape(())
+            copy(tensor, slab(tensor.shape, dim, low, low + place.shape[dim]), where)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
         try:
-            found = tensor.read(tuple(box))
-            return found if box else found.reshape(1)  # a scalar, held as a vector: see model.sources.scalars
+            yield
         except Exception as error:
             raise ModelError(f"cannot read tensor '{name}' of {self._directory}: {error}") from None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 Box = tuple[tuple[int, int], ...]  # one [low, high) per dimension
+_COPIED = 1 << 22  # entries read at a time
+_WRITTEN = 1 << 24  # entries written at a time by a tensor that makes them where they belong
 
 
 class Lazy(Protocol):
@@ -22,6 +25,35 @@ class Lazy(Protocol):
     def read(self, box: Box) -> torch.Tensor:
         """Return the entries in ``box``, on the CPU, in the stored dtype."""
         ...
+
+
+def copy(tensor: Lazy, box: Box, place: torch.Tensor) -> None:
+    """Copy a box into ``place``, of any floating dtype and device, in blocks: little is held besides. Collective: no."""
+    write = getattr(tensor, "write", None)
+    for part in cuts(box, _COPIED if write is None else _WRITTEN):
+        where = place[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(part, box, strict=True))]
+        if write is None:
+            where.copy_(tensor.read(part))
+        else:
+            write(part, where)
+
+
+def slab(shape: tuple[int, ...], dim: int, low: int, high: int) -> Box:
+    """Return the box of entries [low, high) along ``dim``; of a scalar, all of it."""
+    return tuple((low, high) if k == dim else (0, n) for k, n in enumerate(shape))
+
+
+def cuts(box: Box, size: int) -> Iterator[Box]:
+    """Yield boxes of at most ``size`` entries, in order, that make up ``box``."""
+    inner = math.prod(high - low for low, high in box[1:])
+    if not box or (box[0][1] - box[0][0]) * inner <= size:
+        yield box
+        return
+    step = 1 << max(size // inner, 1).bit_length() - 1  # a power of two: blocks under one scale stay together
+    for start in range(box[0][0] // step * step, box[0][1], step):
+        rows = (max(start, box[0][0]), min(start + step, box[0][1]))
+        for rest in [box[1:]] if inner <= size else cuts(box[1:], size):
+            yield (rows, *rest)
 
 
 @dataclass(frozen=True)
@@ -150,6 +182,10 @@ class Computed:
     def read(self, box: Box) -> torch.Tensor:
         """Compute the whole tensor, return a copy of the box."""
         return self.compute()[tuple(slice(low, high) for low, high in box)].clone()
+
+    def write(self, box: Box, place: torch.Tensor) -> None:
+        """Compute the whole tensor once, however small the blocks of others are."""
+        place.copy_(self.read(box))
 
 
 def _empty(box: Box) -> torch.Tensor:

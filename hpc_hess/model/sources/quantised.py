@@ -5,6 +5,7 @@ The values are those of transformers' own dequantisation, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -13,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding, noted
 from hpc_hess.intake.quantisation import Quantisation
 from hpc_hess.intake.tensors import FLOATS
-from hpc_hess.model.sources.lazy import Box
+from hpc_hess.model.sources.lazy import Box, cuts
 from hpc_hess.model.sources.stored import Stored
 
 _POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)  # the scale that each byte is the exponent of
+_PLACES = torch.tensor([4096, 256, 16, 1], dtype=torch.int16)[:, None]  # each brings four bits to the top of sixteen
 _GROUP = 32  # entries under one scale of MXFP4
 _BYTES = ("F8_E4M3", "F8_E5M2", "I8")
 _CHUNK = 1 << 18  # values that are made at a time: what several passes go over stays in the processor's cache
@@ -59,23 +62,33 @@ class Mxfp4:
 
     def read(self, box: Box) -> torch.Tensor:
         """Return the box in float32."""
+        return _made(self, box, torch.float32)
+
+    def write(self, box: Box, place: torch.Tensor) -> None:
+        """Write the box into ``place``, of any floating dtype."""
         experts, (low, high), columns = box
-        groups = cover(low, high, _GROUP)
-        packed = self.blocks.read((experts, columns, groups, (0, _GROUP // 2)))
-        powers = _POWERS[self.scales.read((experts, columns, groups)).view(torch.uint8).int()].transpose(1, 2)
+        if low % _GROUP or high % _GROUP:
+            first, last = cover(low, high, _GROUP)
+            start = first * _GROUP
+            place.copy_(self.read((experts, (start, last * _GROUP), columns))[:, low - start : high - start])
+            return
+        groups = (low // _GROUP, high // _GROUP)
+        packed = self.blocks.read((experts, columns, groups, (0, _GROUP // 2))).flatten(2)
+        fours = packed.view(torch.int16).numpy()  # four values each, of rows that follow each other
+        exponents = self.scales.read((experts, columns, groups)).view(torch.uint8).int()
+        powers = _POWERS[exponents].transpose(1, 2).contiguous()
         count, width = powers.shape[1:]
-        values = torch.empty(len(packed), count, _GROUP, width)
-        step = max(1, _CHUNK // (_GROUP * max(1, width)))
-        for expert, start in itertools.product(range(len(packed)), range(0, count, step)):
-            part = slice(start, start + step)
-            mine = packed[expert, :, part].clone(memory_format=torch.contiguous_format).view(width, -1)
-            fours = mine.view(torch.int16).t().contiguous()  # four values each, of rows that follow each other
-            made = values[expert, part]
-            for place in range(4):
-                made.view(-1, 4, width)[:, place] = _e2m1(fours << (12 - 4 * place))
-            made.mul_(2.0**14).mul_(powers[expert, part, None])
-        start = groups[0] * _GROUP
-        return values.flatten(1, 2)[:, low - start : high - start]
+        tiles = cuts(((0, count), (0, width)), _CHUNK // _GROUP)
+        for expert, (rows, across) in itertools.product(range(len(packed)), tiles):
+            part, inside = slice(*rows), slice(*across)
+            mine = fours[expert, inside, rows[0] * 8 : rows[1] * 8]
+            turned = torch.from_numpy(np.ascontiguousarray(mine.T))  # faster than torch's own transposition
+            shifted = turned[:, None] * _PLACES
+            # the highest four bits as float16, times 2^-14: the same sign, exponent and mantissa
+            halves = shifted.bitwise_right_shift_(3).bitwise_and_(-0x7200).view(torch.float16)
+            values = halves.reshape(-1, _GROUP, inside.stop - inside.start).float().mul_(2.0**14)
+            made = place[expert, _GROUP * rows[0] : _GROUP * rows[1], inside].unflatten(0, (-1, _GROUP))
+            _multiply(values, powers[expert, part, None, inside], made)
 
 
 @dataclass(frozen=True)
@@ -99,17 +112,29 @@ class Scaled:
 
     def read(self, box: Box) -> torch.Tensor:
         """Return the box, in ``dtype``."""
+        return _made(self, box, _TYPES[self.dtype])
+
+    def write(self, box: Box, place: torch.Tensor) -> None:
+        """Write the box into ``place``, of any floating dtype."""
         *lead, (top, bottom), (left, right) = box
-        values = _values(self.weight.read(box)).to(_TYPES[self.dtype])
-        if math.prod(self.scale.shape) == 1:
-            return values.mul_(self._factor(tuple((0, 1) for _ in self.scale.shape)).reshape(()))
-        height, width = self.block
+        stored, (height, width) = self.weight.read(box), self.block
         rows, columns = cover(top, bottom, height), cover(left, right, width)
-        factor = self._factor((*lead, rows, columns)).index_select(-2, torch.arange(top, bottom) // height - rows[0])
-        for k in range(columns[0], columns[1]):
-            inside = slice(max(k * width, left) - left, min((k + 1) * width, right) - left)
-            values[..., inside].mul_(factor[..., k - columns[0], None])
-        return values
+        if math.prod(self.scale.shape) == 1:
+            whole = self._factor(tuple((0, 1) for _ in self.scale.shape))
+            factor = whole.reshape([1] * len(box)).expand(*stored.shape[:-2], 1, 1)
+        else:
+            factor = self._factor((*lead, rows, columns))
+        if factor.shape[-1] > 1:
+            factor = factor.index_select(-1, torch.arange(left, right) // width - columns[0])
+        for part in cuts(tuple((0, n) for n in stored.shape), _CHUNK):
+            at = tuple(slice(*extent) for extent in part)
+            scales = factor[at[:-2]] if factor.shape[-1] == 1 else factor[(*at[:-2], slice(None), at[-1])]
+            first, last = top + part[-2][0], top + part[-2][1]
+            if first // height == (last - 1) // height:
+                scales = scales.narrow(-2, first // height - rows[0], 1)
+            else:
+                scales = scales.index_select(-2, torch.arange(first, last) // height - rows[0])
+            _multiply(_values(stored[at], _TYPES[self.dtype]), scales, place[at])
 
     def _factor(self, box: Box) -> torch.Tensor:
         scale = self.scale.read(box)
@@ -118,26 +143,36 @@ class Scaled:
         return scale.to(_TYPES[self.dtype])
 
 
-def _e2m1(high: torch.Tensor) -> torch.Tensor:
-    """Return values of 4 bits, the highest of int16, times 2^-14 in float16: the same sign, exponent and mantissa."""
-    return high.bitwise_right_shift_(3).bitwise_and_(-0x7200).view(torch.float16)
-
-
-def _values(stored: torch.Tensor) -> torch.Tensor:
-    """Return numbers of 8 bits in float32: those of floating point by way of float16, faster than the conversion itself."""
-    if stored.dtype == torch.int8:
-        return stored.float()
-    shift, mask, factor = (8, -1, 1.0) if stored.dtype == torch.float8_e5m2 else (7, ~0x4000, 256.0)
-    values = torch.empty(stored.shape)
-    flat, signed = values.view(-1), stored.contiguous().view(torch.int8).view(-1)
-    for start in range(0, len(flat), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        halves = signed[part].short().bitwise_left_shift_(shift).bitwise_and_(mask).view(torch.float16)
-        flat[part].copy_(halves).mul_(factor)
-    wrong = (signed << 1) == -2  # not a number, as E4M3 writes it: all bits but the sign are set
-    if shift == 7 and wrong.any():
-        flat.masked_fill_(wrong, math.nan)
+def _made(tensor: Mxfp4 | Scaled, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.empty([high - low for low, high in box], dtype=dtype)
+    tensor.write(box, values)
     return values
+
+
+def _multiply(values: torch.Tensor, factor: torch.Tensor, place: torch.Tensor) -> None:
+    """Write the product, of the dtype that both have, into ``place``; ``values`` may be changed."""
+    if place.device == values.device and place.dtype == values.dtype:
+        torch.mul(values, factor, out=place)
+    else:
+        place.copy_(values.mul_(factor))
+
+
+def _values(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return numbers of 8 bits in ``dtype``; those of floating point by a table, faster than their conversion."""
+    if stored.dtype == torch.int8:
+        return stored.to(dtype)
+    count = stored.numel()
+    twos = torch.zeros(-(-count // 2), dtype=torch.uint16)
+    twos.view(torch.uint8)[:count].view(stored.shape).copy_(stored.view(torch.uint8))
+    return _pairs(stored.dtype, dtype).index_select(0, twos.int()).view(dtype)[:count].view(stored.shape)
+
+
+@functools.cache
+def _pairs(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """Return the two values in each pair of bytes, as one item of twice their size."""
+    one = torch.arange(256, dtype=torch.uint8).view(stored).to(dtype)
+    both = torch.cartesian_prod(one, one).flip(1).contiguous()  # the first byte is the lower
+    return both.view({2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]).view(-1)
 
 
 def dequantised(

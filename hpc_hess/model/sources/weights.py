@@ -20,7 +20,10 @@ _BLOCK = 1 << 24  # entries copied at a time
 
 
 class WeightReader(Protocol):
-    """Serves slices of a model's parameters by the model's own names; ``findings`` say what it found besides."""
+    """Serves slices of a model's parameters by the model's own names; ``findings`` say what it found besides.
+
+    One that has ``copy(name, dim, low, place)`` fills places itself, with the entries from ``low`` on along ``dim``.
+    """
 
     findings: list[Finding]
 
@@ -55,8 +58,8 @@ def fill(module: nn.Module, reader: WeightReader, shard_index: int = 0, num_shar
     """Copy this rank's slice of every parameter (selected or not) into place, and the persistent buffers.
 
     Parameters are plain tensors (the whole) or DTensors sharded on one dimension as ``torch.chunk`` cuts it, on any
-    device, already allocated. Values are cast to the parameter's dtype. At most one block of 2**24 entries (one row
-    along the sharded dimension, if that is longer) is held besides. Collective: no.
+    device, already allocated. Values are cast to the parameter's dtype. What is held besides is a block of at most 2**24
+    entries (of readers without ``copy``, one row along the sharded dimension, if that is longer). Collective: no.
 
     Raises
     ------
@@ -95,6 +98,10 @@ def _fill_one(name: str, parameter: torch.Tensor, reader: WeightReader, shard_in
             if local.shape[dim] != high - low:
                 raise ModelError(f"parameter '{name}' is sharded in an unexpected way: {tuple(local.shape)}")
     if local.numel() == 0:
+        return
+    copy = getattr(reader, "copy", None)
+    if copy is not None:
+        copy(name, dim, low, local)
         return
     row = math.prod(local.shape) // local.shape[dim] if local.ndim else 1
     step = max(1, _BLOCK // row)
