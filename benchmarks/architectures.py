@@ -13,7 +13,7 @@ from torch import nn
 
 import hpc_hess
 from benchmarks.frame import Option, Table, benchmark
-from hpc_hess.model.sharded.loss import CallableObjective, causal_lm_loss
+from hpc_hess.model.sharded.own_loss import CallableObjective, causal_lm_loss
 from hpc_hess.model.sharded.precision import honest_casts
 from tests.support.dense import dense_hessian
 from tests.support.toys import TOYS, VOCAB, toy_model

@@ -28,7 +28,8 @@ from hpc_hess.linalg.operator import LinearOperator, products
 from hpc_hess.model.blocks.users import of_user, plain_suffices, require_causal, require_equal_replicas, tried_once
 from hpc_hess.model.sharded.borrowed import without_hooks
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.own_loss import CallableObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.parts import Parts
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.routing import Routing

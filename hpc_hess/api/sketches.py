@@ -13,7 +13,8 @@ from hpc_hess.api.operators import Operator, collective
 from hpc_hess.errors import NumericsError
 from hpc_hess.intake import given
 from hpc_hess.model.blocks.users import of_user, require_causal
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.own_loss import CallableObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.precision import whole_rows
 from hpc_hess.model.sharded.shard import ShardedModel

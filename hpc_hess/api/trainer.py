@@ -15,7 +15,7 @@ from hpc_hess.api.operators import hessian
 from hpc_hess.api.spectra import eigenpairs, slq
 from hpc_hess.errors import ConfigError, DataError
 from hpc_hess.intake import given
-from hpc_hess.model.sharded.loss import LossFunction
+from hpc_hess.model.sharded.own_loss import LossFunction
 from hpc_hess.model.sharded.undisturbed import generators
 
 

@@ -15,7 +15,8 @@ from hpc_hess.intake.findings import Intake
 from hpc_hess.model.data.data import Samples
 from hpc_hess.model.sharded.borrowed import without_hooks
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CallableObjective, MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
+from hpc_hess.model.sharded.own_loss import CallableObjective
 from hpc_hess.model.sharded.parts import Parts
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sources.source import Source

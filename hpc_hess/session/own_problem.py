@@ -22,7 +22,8 @@ from hpc_hess.intake import given
 from hpc_hess.intake.findings import Finding
 from hpc_hess.model.blocks.users import of_user, require_causal, tried_once
 from hpc_hess.model.sharded.borrowed import take_over, without_hooks
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, LossFunction, own_objective
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.own_loss import CallableObjective, LossFunction, own_objective
 from hpc_hess.model.sharded.placed import Placed, placed
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.model.sharded.undisturbed import undisturbed

@@ -19,7 +19,8 @@ from hpc_hess.intake.findings import Finding, Intake
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
 from hpc_hess.model.data.trial import spanned_finding, try_forward
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CallableObjective, LabelObjective
+from hpc_hess.model.sharded.loss import LabelObjective
+from hpc_hess.model.sharded.own_loss import CallableObjective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, checkpoint_blocks, shard_model
 from hpc_hess.model.sharded.skeleton import attention_note, attention_of, build_skeleton

@@ -18,7 +18,8 @@ from hpc_hess.errors import ConfigError, HpcHessError, ModelError
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.solve import conjugate_gradients, minres
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CausalLMObjective, own_objective
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.own_loss import own_objective
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import whole_model
 from tests.support.base_model import ids_b, model_b

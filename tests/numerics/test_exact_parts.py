@@ -9,7 +9,8 @@ from hpc_hess.curvature.exact.exact import ExactHessian
 from hpc_hess.curvature.exact.gauss_newton import GaussNewton, Residual
 from hpc_hess.curvature.exact.streaming import Settings
 from hpc_hess.errors import ModelError, NumericsError
-from hpc_hess.model.sharded.loss import CallableObjective, shifted_targets
+from hpc_hess.model.sharded.micro_batch import shifted_targets
+from hpc_hess.model.sharded.own_loss import CallableObjective
 from hpc_hess.model.sharded.precision import survives
 from hpc_hess.model.sharded.shard import whole_model
 from tests.support.exact_case import ToyBlock, ToyLM, case, error, micro_batches, objective, reference, vectors, widened

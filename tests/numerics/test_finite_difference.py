@@ -19,7 +19,8 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.probes import normals, signs
 from hpc_hess.linalg.quadrature import ritz
 from hpc_hess.model.sharded.gradient import Gradient
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective, Contribution, Objective
+from hpc_hess.model.sharded.loss import CausalLMObjective, Contribution, Objective
+from hpc_hess.model.sharded.own_loss import CallableObjective
 from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.model.sharded.routing import Routing
 from hpc_hess.model.sharded.shard import ShardedModel, whole_model

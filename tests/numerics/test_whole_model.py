@@ -15,7 +15,8 @@ from hpc_hess.curvature.exact.exact import ExactHessian, StreamedOperator
 from hpc_hess.curvature.exact.gauss_newton import EmpiricalFisher, GaussNewton, Residual
 from hpc_hess.curvature.exact.whole_model import WholeModel, exact_or_whole
 from hpc_hess.errors import HpcHessError, ModelError, NumericsError
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.model.sharded.shard import whole_model as wrap
 from hpc_hess.parallel.world import World

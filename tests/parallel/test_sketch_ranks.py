@@ -13,7 +13,7 @@ from hpc_hess.linalg.lanczos import Lanczos
 from hpc_hess.linalg.operator import diagonal
 from hpc_hess.linalg.probes import normals
 from hpc_hess.model.blocks.per_example import ExampleGradients
-from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.parallel.basis import Basis
 from hpc_hess.parallel.layout import Layout

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, shifted_targets
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.micro_batch import MicroBatch, shifted_targets
 from hpc_hess.model.sharded.shard import ShardedModel, whole_model
 from hpc_hess.parallel.vector import Vector
 from tests.support.toys import toy_model, toy_tokens

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.parallel.world import World
 from tests.support.exact_case import NO_SDPA, micro_batches, objective

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, shifted_targets
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.micro_batch import MicroBatch, shifted_targets
 from hpc_hess.model.sharded.shard import ShardedModel, shard_model
 from hpc_hess.parallel import shared_memory
 from hpc_hess.parallel.vector import Vector, VectorSpace

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hpc_hess
 from hpc_hess.errors import ConfigError, DataError, LayoutError, ModelError
-from hpc_hess.model.sharded.loss import CallableObjective, causal_lm_loss
+from hpc_hess.model.sharded.own_loss import CallableObjective, causal_lm_loss
 from tests.support.dense import dense_hessian, hessian_product
 from tests.support.toys import VOCAB, toy_model
 

@@ -13,7 +13,8 @@ from hpc_hess.config import DataSection, ModelSection
 from hpc_hess.errors import DataError
 from hpc_hess.model.data import documents as documents_module
 from hpc_hess.model.data.data import Samples, idle_ranks_note, load_samples, micro_batches
-from hpc_hess.model.sharded.loss import CausalLMObjective, shifted_targets
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.micro_batch import shifted_targets
 from hpc_hess.model.sources.source import Source, resolve_source
 from tests.support.toys import VOCAB, toy_config, toy_model
 

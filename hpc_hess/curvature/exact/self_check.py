@@ -13,7 +13,7 @@ from hpc_hess.curvature.exact.projections import Projections
 from hpc_hess.curvature.exact.tangents import Several, Stage, Tensors, Way, pull_again, push
 from hpc_hess.errors import ModelError, first_line
 from hpc_hess.model.blocks.blocks import SplitModel
-from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.1}
 _FLOOR = 1e-3  # of the largest tensor's norm: what is exactly zero (a key's bias) comes out as rounding

@@ -16,7 +16,7 @@ from hpc_hess.curvature.exact.projections import Projections
 from hpc_hess.curvature.exact.tangents import Pull, Several, Tensors, Way, pull_again, push, push_keeping
 from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.blocks.splice import buffer_places, buffers_at, given_buffers
-from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 
 Tree = Any  # of tensors, and of constants that are the same at every call
 Function = Callable[[Tree, Tree], tuple[Tree, Tree]]

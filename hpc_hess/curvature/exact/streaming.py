@@ -30,7 +30,7 @@ from hpc_hess.curvature.exact.tangents import Pull, Several, Tensors, Way
 from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.blocks.exchange import Exchange
 from hpc_hess.model.sharded.accumulation import Watch
-from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 
 Run = Callable[[Single | Mapped, Work, Tree, Tree], tuple[Tree, Tree]]  # as programs.Programs
 

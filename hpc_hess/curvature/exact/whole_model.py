@@ -32,7 +32,8 @@ from hpc_hess.model.blocks.splice import (
     replaced_forwards,
     substituted,
 )
-from hpc_hess.model.sharded.loss import CallableObjective, LabelObjective, TokenObjective
+from hpc_hess.model.sharded.loss import LabelObjective, TokenObjective
+from hpc_hess.model.sharded.own_loss import CallableObjective
 from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.memory import device_bytes_free, gigabytes

@@ -31,7 +31,7 @@ from hpc_hess.model.blocks.splice import (
     substituted,
 )
 from hpc_hess.model.sharded.blocklist import find_blocks
-from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 from hpc_hess.model.sharded.precision import whole_rows
 
 Tensors = Mapping[str, torch.Tensor]

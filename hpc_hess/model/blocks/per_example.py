@@ -18,7 +18,8 @@ from hpc_hess.model.blocks.blocks import SplitModel
 from hpc_hess.model.blocks.eager import attention_in_chunks
 from hpc_hess.model.blocks.exchange import Exchange, Tensors
 from hpc_hess.model.blocks.recording import record
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, shifted_targets
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.micro_batch import MicroBatch, shifted_targets
 from hpc_hess.model.sharded.precision import honest_casts
 from hpc_hess.model.sharded.shard import ShardedModel
 from hpc_hess.parallel.in_step import in_step

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hpc_hess.errors import SplitError
 from hpc_hess.model.blocks.blocks import Arguments, Call, Parts, SplitModel
 from hpc_hess.model.blocks.splice import BufferWatch, plain_forward, substituted
-from hpc_hess.model.sharded.loss import MicroBatch
+from hpc_hess.model.sharded.micro_batch import MicroBatch
 
 Fetch = Callable[[list[str]], dict[str, torch.Tensor]]
 

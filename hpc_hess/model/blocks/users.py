@@ -14,7 +14,9 @@ from hpc_hess.intake.findings import Finding, noted, unchecked
 from hpc_hess.intake.forward import beginning, causal_remedy, check_causal
 from hpc_hess.model.blocks.splice import plain_forward, replaced_forwards
 from hpc_hess.model.sharded.borrowed import gathered_as, narrow
-from hpc_hess.model.sharded.loss import CausalLMObjective, MicroBatch, Objective, in_words
+from hpc_hess.model.sharded.loss import CausalLMObjective, Objective
+from hpc_hess.model.sharded.micro_batch import MicroBatch
+from hpc_hess.model.sharded.own_loss import in_words
 from hpc_hess.model.sharded.placed import Placed
 from hpc_hess.model.sharded.shard import ShardedModel, select, whole_model
 from hpc_hess.model.sharded.skeleton import text_config

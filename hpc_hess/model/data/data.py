@@ -18,16 +18,8 @@ from hpc_hess.intake.findings import Finding, noted, passed
 from hpc_hess.intake.masks import IGNORED
 from hpc_hess.model.data.documents import Document, Reading, documents, spec_of
 from hpc_hess.model.data.tokenizer import LazyTokenizer
-from hpc_hess.model.sharded.loss import (
-    Batch,
-    CausalLMObjective,
-    LabelledBatch,
-    LabelObjective,
-    Loss,
-    MicroBatch,
-    TokenObjective,
-    shifted_targets,
-)
+from hpc_hess.model.sharded.loss import CausalLMObjective, LabelObjective, Loss, TokenObjective
+from hpc_hess.model.sharded.micro_batch import Batch, LabelledBatch, MicroBatch, shifted_targets
 from hpc_hess.model.sharded.skeleton import max_positions, vocabulary_size
 from hpc_hess.model.sources.source import Source
 from hpc_hess.registry.table import load
@@ -41,7 +33,7 @@ class Samples:
     ``inputs`` : what the model's forward takes of each row, by name: ``input_ids`` and ``attention_mask`` [n, L] int64 with
     L the longest row, or ``pixel_values`` [n, channels, height, width].
     ``labels`` : of a causal LM the ids themselves [n, L], -100 on padding and where the data say so (shifting is the loss's
-    work, so a row's first token is never a target); of other tasks as model.sharded.loss.LabelledBatch has them.
+    work, so a row's first token is never a target); of other tasks as model.sharded.micro_batch.LabelledBatch has them.
     ``task`` : of the registry. ``loss`` : of the labels. ``num_classes`` : values that a label may have.
     ``places`` : the line or row of the source that each row comes from; empty where rows are packed.
     ``num_tokens`` : predicted tokens, or labels, in the whole set. ``fingerprint`` : sha256 of rows and masks.

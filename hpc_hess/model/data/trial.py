@@ -12,7 +12,7 @@ from hpc_hess.errors import ModelError
 from hpc_hess.intake.findings import Finding, noted, passed
 from hpc_hess.intake.forward import beginning, causal_remedy, check_causal, check_padding, checksums
 from hpc_hess.model.data.data import Samples, batch_of
-from hpc_hess.model.sharded.loss import Batch, MicroBatch
+from hpc_hess.model.sharded.micro_batch import Batch, MicroBatch
 from hpc_hess.model.sharded.shard import ShardedModel, local_part
 from hpc_hess.model.sharded.skeleton import text_config
 from hpc_hess.parallel.vector import Vector

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpc_hess.intake.findings import Finding
-from hpc_hess.model.sharded.loss import CallableObjective, CausalLMObjective
+from hpc_hess.model.sharded.loss import CausalLMObjective
+from hpc_hess.model.sharded.own_loss import CallableObjective
 from hpc_hess.model.sharded.shard import ShardedModel
 
 
