@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support.spawn import clean_environment, free_port
@@ -48,4 +50,20 @@ def test_a_trainer_with_the_callback(tmp_path: Path) -> None:
     assert 0 <= float(re.findall(r"'hessian/overlap': '([\d.]+)'", text)[0]) <= 1
     launched("trainer.py", "--steps", "4", "--every", "0", "--save", str(tmp_path / "without.pt"))
     first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("with", "without"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_a_loop_of_lightning(tmp_path: Path) -> None:
+    """FSDP2; its training is bitwise the one without spectra, and its log has the spectra."""
+    pytest.importorskip("lightning")
+    for name, every in (("with", 2), ("without", 0)):
+        options = ["--steps", "4", "--every", str(every), "--folder", str(tmp_path / name)]
+        text = launched("lightning_loop.py", *options, "--save", str(tmp_path / f"{name}.pt"))
+        assert len(re.findall(r"step \d+: lambda max (\S+), trace (\S+)", text)) == (2 if every else 0)
+    with open(tmp_path / "with" / "metrics.csv", newline="") as file:
+        logged = [row for row in csv.DictReader(file) if row["hessian/lambda_max"]]
+    assert [row["step"] for row in logged] == ["2", "4"]
+    assert all(float(row["hessian/lambda_max"]) > 0 for row in logged)
+    first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("with", "without"))
+    assert len(second) > 10
     assert all(torch.equal(first[name], second[name]) for name in second)
