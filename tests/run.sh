@@ -38,6 +38,8 @@ fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${VENV:-.venv}/bin/python
+# once: where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of programs that tests start would do it, in 0.25 s
+"$python" -m compileall -q hpc_hess
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy

@@ -90,13 +90,13 @@ class Inputs(NamedTuple):
     """
 
     source: Source
-    skeleton: nn.Module  # on the meta device
+    skeleton: nn.Module | None  # on the meta device; None: still to be built
     samples: Samples
     own: own_problem.Built | None = None
 
 
-def read_inputs(config: Config, world: World) -> Inputs:
-    """Find the model, build it without weights, read the data. Collective: yes. Raises ModelError, DataError."""
+def read_inputs(config: Config, world: World, *, build: bool = True) -> Inputs:
+    """Find the model, ``build`` it without weights, read the data. Collective: yes. Raises ModelError, DataError."""
     if config.problem.build:
         built, source = own_problem.build(config, world)
         return Inputs(source, built.model, Samples({}, torch.empty(0), 0, source.fingerprint), built)
@@ -104,11 +104,22 @@ def read_inputs(config: Config, world: World) -> Inputs:
     def read() -> Inputs:
         with importing():
             source = resolve_source(config.model)
-            return Inputs(source, build_skeleton(source, config.model), load_samples(config.data, config.model, source))
+            skeleton = build_skeleton(source, config.model) if build else None
+            return Inputs(source, skeleton, load_samples(config.data, config.model, source))
 
     return in_turn(
         world, read, "read the model's configuration and the data", shared=fills_a_cache(config.model, config.data)
     )
+
+
+def _built(config: Config, world: World, source: Source) -> nn.Module:
+    """Build the model without weights. Collective: yes. Raises ModelError."""
+
+    def build() -> nn.Module:
+        with importing():
+            return build_skeleton(source, config.model)
+
+    return in_turn(world, build, "build the model", shared=fills_a_cache(config.model, config.data))
 
 
 def load_problem(config: Config, world: World, progress: Progress, inputs: Inputs | None = None) -> Problem:
@@ -128,6 +139,8 @@ def load_problem(config: Config, world: World, progress: Progress, inputs: Input
     if config.parallel.deterministic:
         devices.make_deterministic()
     source, skeleton, samples, own = inputs or read_inputs(config, world)
+    if skeleton is None:
+        skeleton = _built(config, world, source)
     if world.size > 1:
         import torch.distributed.fsdp  # noqa: F401  # so that it counts as the program
     program_bytes = used_bytes(world.device)

@@ -1,4 +1,4 @@
-"""A run that is finished already: its report is written again from its result, and nothing of the model's size is read."""
+"""A run that is finished already: its report is written again from its result, and no model is built or read."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def run(config: Config, world: World, stopper: Stopper | None = None) -> int:
         existing = goes_on(session)
         limits = [] if existing else _limits(config, world)
         tracking = Tracking(session)
-        made = make(session, read_inputs(config, world), existing=existing, limits=limits, begun=tracking.begin)
+        inputs = read_inputs(config, world, build=not existing)  # a finished run needs no model
+        made = make(session, inputs, existing=existing, limits=limits, begun=tracking.begin)
         if not made.stopped:
             if world.rank == 0:
                 session.progress.close()
