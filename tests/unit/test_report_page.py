@@ -158,7 +158,7 @@ def test_story_follows_the_data():
     assert positive.startswith("No negative curvature was found; the largest eigenvalue is 40")
     assert "without outliers" in story(make_result(np.linspace(1.0, 2.0, 100), 8))
     assert story(make_result(-np.linspace(1.0, 2.0, 100), 8)).startswith("No positive curvature was found")
-    assert "the product with the probe vanishes" in story(make_result(np.zeros(20), 3))
+    assert "the product with the random vector of this run vanishes" in story(make_result(np.zeros(20), 3))
     assert story({}) == "No Ritz values are stored in this run."
 
 
