@@ -117,6 +117,34 @@ def right() -> str:
     )
 
 
+def in_programs() -> str:
+    found, name = rows("api_equality"), "api_equality"
+    ways = [row for row in found if row["what"].rsplit(", ", 1)[-1].endswith(("rank", "ranks"))]
+    losses = [row for row in found if row["what"].startswith("all of these")]
+    trained = [row for row in found if row["what"].startswith("training")]
+    same = sum(row["measured"] == "yes" for row in trained)
+    return asked(
+        *(
+            (
+                f"{kind} on 1 to 4 ranks, against one process: products, Ritz values, trace, a pair, a solve",
+                "1e-8",
+                most,
+                name,
+            )
+            for kind in ("FSDP2", "HSDP", "DDP", "plain replicas")
+            for most in [f"at most {show(max(r['measured'] for r in ways if r['what'].startswith(kind)))}"]
+        ),
+        (f"the same products of {len(losses)} losses of people's own", "1e-8", spread(r["measured"] for r in losses), name),
+        *((r["what"], r["asked"].removeprefix("<= "), show(r["measured"]), name) for r in found if r["what"][:3] == "DPO"),
+        (
+            "trainings whose weights are the same bits with a spectrum in the middle",
+            "all",
+            f"{same} of {len(trained)}",
+            name,
+        ),
+    )
+
+
 def cost() -> str:
     def number(name: str, what: str) -> float:
         return cell(f"product_cost{name}", what)
@@ -458,7 +486,7 @@ def loading() -> str:
 
 
 def architectures(agree: str) -> str:
-    numbers = ("attention", "product", "exact", "differences", "2 ranks", "compiled")
+    numbers = ("attention", "product", "exact", "differences", "2 ranks")
     columns = ("type", *numbers, "why") if agree == "yes" else ("type", "class", "why")
     return table([{name: row[name] for name in columns} for row in rows("causal_lms") if row["agrees"] == agree])
 
@@ -556,6 +584,7 @@ _PEER = {
 TABLES: dict[str, Callable[[], str]] = {
     "four": four,
     "right": right,
+    "in-programs": in_programs,
     "cost": cost,
     "space": space,
     "stopped": stopped,

@@ -39,6 +39,9 @@ _SIZES: list[tuple[tuple[str, ...], int]] = [
             "d_embed",
             "emb_dim",
             "lru_width",
+            "adapter_in_dim",
+            "adapter_out_dim",
+            "adapter_input_size",
         ),
         _HIDDEN,
     ),
@@ -54,6 +57,11 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 4,
 }
+_DOTS3 = (
+    {"num_key_value_heads": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
+    | {f"swa_{key}": 4 for key in ("num_attention_heads", "num_key_value_heads")}
+    | {f"swa_{key}_lora_rank": 8 for key in ("q", "kv")}
+)
 # what a few types want besides
 _SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
@@ -79,9 +87,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "intermediate_size": [48, 48],
         "activation_sparsity_pattern": [0.0, 0.0],
     },
-    "dots3_note_text": {"num_key_value_heads": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
-    | {f"swa_{key}": 4 for key in ("num_attention_heads", "num_key_value_heads")}
-    | {f"swa_{key}_lora_rank": 8 for key in ("q", "kv")},
+    "dots3_note_text": _DOTS3,
+    "dots3_note.text_config": _DOTS3,
+    "hrm_text": {"L_bp_cycles": [3, 3]},  # else most cycles have no gradient, and it is not that of the loss
     "gemma4_text": {"global_head_dim": 16},
     "gemma4_unified_text": {"global_head_dim": 16},
     "gemma4.text_config": {"global_head_dim": 16},

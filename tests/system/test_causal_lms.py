@@ -21,7 +21,6 @@ def test_three_rows_agree_and_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
     rows = {row["type"]: row for row in json.loads(written.read_text())["rows"]}
     assert {kind: row["agrees"] for kind, row in rows.items()} == {"bert": "yes", "gemma4_assistant": "", "gpt_oss": "yes"}
     assert {kind: row["attention"] for kind, row in rows.items() if row["attention"]} == {"bert": "sdpa", "gpt_oss": "eager"}
-    assert all(rows[kind]["compiled"] <= causal_lms.EXACT for kind in ("bert", "gpt_oss"))
     assert rows["gemma4_assistant"]["why"]
     monkeypatch.setattr(causal_lms, "names", lambda: {kind: row["class"] for kind, row in rows.items()})
     monkeypatch.setattr(causal_lms, "measured", lambda kind: pytest.fail("measured again"))
@@ -39,9 +38,6 @@ def test_three_rows_agree_and_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
         ({"2 ranks": 2e-12}, False),
         ({"2 ranks": None}, False),
         ({"differences": 1e-2}, False),
-        ({"compiled": "no"}, True),
-        ({"compiled": 1e-3}, False),
-        ({"compiled": "fails"}, False),
     ],
 )
 def test_what_agrees(changes: dict[str, Any], expected: bool) -> None:
