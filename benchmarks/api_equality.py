@@ -133,7 +133,8 @@ def dpo(table: Table) -> None:
     policy.eval().set_attn_implementation("eager")
     parameters = [p for _, p in sorted(policy.named_parameters())]
     with honest_casts(torch.float64):
-        value = sum(written_out(policy, reference, pair, beta) for pair in pairs) / sum(len(pair["chosen"]) for pair in pairs)
+        written = [written_out(policy, reference, pair, beta) for pair in pairs]
+    value = sum(written) / sum(len(pair["chosen"]) for pair in pairs)
     value_here = sum(whole(policy, pair)[0] for pair in pairs) / sum(whole(policy, pair)[1] for pair in pairs)
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, create_graph=True)])
     rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in gradient]
