@@ -47,7 +47,10 @@ def checkpoint(name: str) -> Iterator[Path]:
     file = resolve_source(make_config({}).model).path
     with tempfile.TemporaryDirectory() as text:
         given = {"gguf_file": file.name}
-        AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given).save_pretrained(text)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given)
+        model.hf_quantizer = None  # it is dequantised, but does not say so, and cannot be saved
+        del model.config.quantization_config
+        model.save_pretrained(text)
         AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(text)
         yield Path(text)
 
@@ -137,11 +140,11 @@ def loop(folder: Path, length: int, steps: int, every: int, lanczos_steps: int) 
 )
 def main(
     table: Table,
-    models: Annotated[tuple[str, ...], f"{SMOLLM2}, {', '.join(_SHAPES)}"] = ("51 M", SMOLLM2),
+    models: Annotated[tuple[str, ...], f"{SMOLLM2}, {', '.join(_SHAPES)}"] = (SMOLLM2,),
     length: Annotated[int, "tokens of a row; a batch is one row on each rank"] = 128,
     batches: Annotated[int, "of a gradient, on each rank"] = 2,
     turns: int = 4,
-    basis: Annotated[int, "Lanczos steps of the spectrum whose memory is measured"] = 4,
+    basis: Annotated[int, "Lanczos steps of the spectrum whose memory is measured"] = 8,
     steps: Annotated[int, "of training; 0: leave out the loop of SmolLM2"] = 30,
     every: int = 10,
     lanczos_steps: int = 8,
