@@ -585,6 +585,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "four": four,
     "right": right,
     "in-programs": in_programs,
+    "in-training": lambda: table(
+        [{"what": row["what"], "asked": row.get("asked", ""), "measured": row["measured"]} for row in rows("in_training")]
+    ),
     "cost": cost,
     "space": space,
     "stopped": stopped,
