@@ -29,6 +29,7 @@ from hpc_hess.intake.own_code import code_files, decide
 from hpc_hess.intake.quantisation import declared
 from hpc_hess.model.sources.adapter import Adapter
 from hpc_hess.model.sources.fingerprint import Fingerprint, fingerprint, gguf_table, safetensors_table, told
+from hpc_hess.model.sources.listing import list_once
 from hpc_hess.model.sources.paths import find_path
 from hpc_hess.registry.sources import MODELS
 from hpc_hess.registry.table import load
@@ -70,6 +71,7 @@ def resolve_source(section: ModelSection) -> Source:
         configuration, files outside of the directory, code that is needed and not trusted or not there.
 
     """
+    list_once()
     text = section.source
     name, colon, rest = text.partition(":")
     asked = MODELS.get(name)
