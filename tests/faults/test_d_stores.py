@@ -150,8 +150,9 @@ def test_a_run_that_was_stopped_before_its_last_step(
     assert stopped_after(config, world, steps - 1) == 75
     assert run(config, world) == 0
     probe = result_of(tmp_path / "run")["probes"][0]
-    assert probe["beta"][-1] == pytest.approx(beta, rel=1e-8)
-    assert alpha is None or probe["alpha"][-1] == pytest.approx(alpha, rel=1e-8)
+    # float32 sums differ between processors by 2e-7
+    assert probe["beta"][-1] == pytest.approx(beta, rel=1e-5)
+    assert alpha is None or probe["alpha"][-1] == pytest.approx(alpha, rel=1e-5)
 
 
 def test_a_study_of_scaling_counts_the_vectors_of_a_step(finished: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from tests.support.launching import LAUNCHERS, TOY
 
 pytestmark = pytest.mark.slow
 
-KILLS = 3  # for each launcher; benchmarks.soak has the hundred
+KILLS = 2  # for each launcher; benchmarks.soak has the hundred
 
 
-@pytest.mark.timeout(1500)  # some fifteen runs, beside other tests
+@pytest.mark.timeout(1500)  # some twelve runs, beside other tests
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_killed_at_random_instants(script: str, tmp_path: Path) -> None:
     every = 0 if script == "torchrun.sh" else 2  # products in parts, too
