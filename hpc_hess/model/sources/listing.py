@@ -6,11 +6,13 @@ other prefixes. On a parallel file system hundreds of ranks do so at the same mo
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 
+@functools.cache
 def list_once() -> None:
     """Import transformers, and have it take its second list from its first."""
     import transformers
